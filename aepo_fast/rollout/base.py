@@ -1,0 +1,62 @@
+"""What a rollout engine takes and gives back; every backend implements `RolloutEngine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to sample from: token ids, the number of samples, temperature and seed."""
+
+    prompt_ids: tuple[int, ...]
+    num_samples: int
+    temperature: float
+    seed: int  # sample i of the request uses a stream of its own, derived from (seed, i)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion, exactly as sampled: its ids are never decoded and re-encoded.
+
+    `logprobs` are those of the sampling law, softmax(logits / temperature), one per id, in nats.
+    `finish_reason` is "stop" when the last id ends the sequence and "length" when it was cut.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+    temperature: float
+    weights_version: int
+
+
+class RolloutEngine(Protocol):
+    """Samples completions with the trainer's weights."""
+
+    weights_version: int
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample every request; returns one list of `num_samples` completions per request.
+
+        `on_tokens` is called with the number of tokens sampled since its last call.
+        """
+        ...
+
+    def sync_weights(self, model: nn.Module, version: int) -> None:
+        """Take over the trainer's weights; later completions carry `version`."""
+        ...
+
+    def close(self) -> None:
+        """Release the engine's memory."""
+        ...

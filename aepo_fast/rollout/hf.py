@@ -1,0 +1,194 @@
+"""Rollouts with transformers: a batched decode loop that needs no extra install.
+
+transformers' own `generate` has one temperature and one random stream per call, prefills a prompt
+once per sample, and decodes finished rows to the end of the batch. This loop prefills each prompt
+once, samples every row with its own temperature and stream, and drops finished rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from aepo_fast.rollout.base import Completion, Request
+
+# Dropping rows copies the key-value cache, so wait until enough rows have finished.
+COMPACT_BELOW = 0.75
+
+
+@dataclass
+class _Row:
+    request: int
+    sample: int
+    temperature: float
+    uniforms: np.ndarray  # one per token to sample
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+class HfRollout:
+    """Samples with a transformers model; holds a copy where the rollout dtype differs.
+
+    model: the trainer's model. dtype: of the copy; with the trainer's own dtype no copy is made.
+    eos_ids: ids that end a completion. batch_rows: rows decoded together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        dtype: torch.dtype,
+        eos_ids: Sequence[int],
+        batch_rows: int,
+    ) -> None:
+        self.shared = model.dtype == dtype
+        self.model = model if self.shared else copy.deepcopy(model).to(dtype)
+        self.eos_ids = frozenset(eos_ids)
+        self.batch_rows = batch_rows
+        self.weights_version = 0
+
+    @torch.no_grad()
+    def sync_weights(self, model: nn.Module, version: int) -> None:
+        """Copy the trainer's weights into the rollout copy, casting to its dtype."""
+        if not self.shared:
+            ours, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
+            torch._foreach_copy_([ours[name] for name in theirs], list(theirs.values()))
+        self.weights_version = version
+
+    def close(self) -> None:
+        """Forget the model, so that its memory can be reused."""
+        del self.model
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample every request; see `RolloutEngine.generate`."""
+        rows = [
+            _Row(
+                index,
+                sample,
+                request.temperature,
+                np.random.default_rng([request.seed, sample]).random(max_new_tokens),
+            )
+            for index, request in enumerate(requests)
+            for sample in range(request.num_samples)
+        ]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(rows), self.batch_rows):
+                batch = rows[start : start + self.batch_rows]
+                self._decode(batch, requests, max_new_tokens, on_tokens)
+        finally:
+            self.model.train(was_training)
+        results: list[list[Completion]] = [[] for _ in requests]
+        for row in rows:
+            results[row.request].append(
+                Completion(
+                    prompt_ids=requests[row.request].prompt_ids,
+                    completion_ids=tuple(row.ids),
+                    logprobs=tuple(row.logprobs),
+                    finish_reason="stop" if row.finished else "length",
+                    temperature=row.temperature,
+                    weights_version=self.weights_version,
+                )
+            )
+        return results
+
+    @torch.inference_mode()
+    def _decode(
+        self,
+        rows: list[_Row],
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        on_tokens: Callable[[int], None] | None,
+    ) -> None:
+        device = self.model.device
+        unique = sorted({row.request for row in rows})
+        logits, mask, cache = self._prefill([requests[index].prompt_ids for index in unique])
+        expand = torch.tensor([unique.index(row.request) for row in rows], device=device)
+        logits, mask = logits[expand], mask[expand]
+        cache.batch_select_indices(expand)
+        active = list(rows)
+        for step in range(max_new_tokens):
+            ids, logprobs = sample_tokens(
+                logits,
+                torch.tensor([row.temperature for row in active], device=device),
+                torch.tensor([row.uniforms[step] for row in active], device=device),
+            )
+            for row, token, logprob in zip(active, ids.tolist(), logprobs.tolist(), strict=True):
+                if not row.finished:
+                    row.ids.append(token)
+                    row.logprobs.append(logprob)
+                    row.finished = token in self.eos_ids
+            if on_tokens is not None:
+                on_tokens(sum(len(row.ids) == step + 1 for row in active))
+            going = [index for index, row in enumerate(active) if not row.finished]
+            if not going or step + 1 == max_new_tokens:
+                return
+            if len(going) <= COMPACT_BELOW * len(active):
+                keep = torch.tensor(going, device=device)
+                ids, mask = ids[keep], mask[keep]
+                cache.batch_select_indices(keep)
+                active = [active[index] for index in going]
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+            output = self._forward(ids[:, None], mask, cache)
+            logits = output.logits[:, -1]
+
+    def _prefill(
+        self, prompts: list[tuple[int, ...]]
+    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for index, prompt in enumerate(prompts):
+            # Left padding keeps every row's next position in the last column. Rows are told apart
+            # by this mask, never by a pad id, which may equal the end-of-sequence id.
+            ids[index, width - len(prompt) :] = torch.tensor(prompt)
+            mask[index, width - len(prompt) :] = 1
+        device = self.model.device
+        cache = DynamicCache(config=self.model.config)
+        mask = mask.to(device)
+        output = self._forward(ids.to(device), mask, cache)
+        return output.logits[:, -1], mask, cache
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> Any:
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+
+def sample_tokens(
+    logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row of softmax(logits / temperature) by inverting its distribution.
+
+    logits: [B, V]. temperature, uniform in [0, 1): [B]. Returns ids [B] and log-probs [B], fp32.
+    A token of probability zero is never drawn.
+    """
+    logprobs = torch.log_softmax(logits.float() / temperature.float()[:, None], dim=-1)
+    cdf = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+    total = cdf[:, -1:].contiguous()
+    ids = torch.searchsorted(cdf, uniform.double()[:, None] * total, right=True).squeeze(1)
+    # Rounding may push the point onto the total: then the last token that has any mass is meant.
+    last = torch.searchsorted(cdf, total).squeeze(1)
+    ids = torch.minimum(ids, last)
+    return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
