@@ -231,7 +231,8 @@ class AepoConfig:
     entropy_target: float = 0.5  # H0, nats per token
     alpha: float = 1 / 64
     gain: float = 1.0  # k, per nat
-    integral_gain: float = 0.0  # per nat and step; with conditional anti-windup
+    integral_gain: float = 0.0  # per nat and step; stops while T is at its limit
+    lead_steps: float = 0.0  # steps to look ahead along the entropy's trend
     temperature_min: float = 0.8  # also T_low of the switch
     temperature_max: float = 1.2  # also T_high of the switch
     reward_threshold: float = 1.0  # R_plus
@@ -257,7 +258,7 @@ class AepoConfig:
             "Use e.g. temperature_min = 0.8, temperature_max = 1.2",
         )
         _positive("aepo", self, "alpha")
-        _not_negative("aepo", self, "gain", "integral_gain")
+        _not_negative("aepo", self, "gain", "integral_gain", "lead_steps")
         _require(
             self.rho_clip >= 1,
             "aepo.rho_clip",

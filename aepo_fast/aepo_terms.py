@@ -1,0 +1,65 @@
+"""AEPO's term in its three forms, per token (arXiv 2510.08141; DCPO 2601.12730).
+
+All ratios are between temperature-1 policies. Dividing by the tempered law, or correcting for it,
+would turn the term back into the plain policy gradient and undo the method.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from aepo_fast.losses import TokenTerms, clipped_surrogate
+
+
+def resample_token_loss(
+    logprob: torch.Tensor, old_logprob: torch.Tensor, clip_low: float, clip_high: float
+) -> TokenTerms:
+    """-min(r, clip(r, 1 - low, 1 + high)) for tokens of positive samples drawn at T: [N].
+
+    At r = 1 its gradient is that of -log pi: REINFORCE on the samples the tempered law found.
+    """
+    ones = torch.ones_like(logprob)
+    return clipped_surrogate(logprob, old_logprob, ones, clip_low, clip_high)
+
+
+def temperature_ratio(
+    logprob_at_t: torch.Tensor, logprob: torch.Tensor, rho_clip: float
+) -> torch.Tensor:
+    """rho = clamp(pi_T / pi, 1/c, c) of the sampled tokens, without gradient: [N].
+
+    Weights actions of pi at visited states so that, up to the clamp, they stand for actions of
+    pi_T. Per token only: the product over a sequence has no usable variance.
+    """
+    bound = torch.log(torch.tensor(rho_clip)).item()
+    return (logprob_at_t - logprob).detach().clamp(-bound, bound).exp()
+
+
+def one_pass_token_loss(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor,
+    rho: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+    *,
+    baseline: bool,
+) -> TokenTerms:
+    """-min(r w, clip(r) w), w = rho, or rho - 1 with `baseline`: [N].
+
+    The baseline takes out E_pi[grad log pi], which is 0 in expectation at T = 1 and pure variance:
+    what is left acts on entropy alone, up by T > 1 and down by T < 1, and vanishes at T = 1.
+    """
+    weight = rho - 1 if baseline else rho
+    return clipped_surrogate(logprob, old_logprob, weight, clip_low, clip_high)
+
+
+def dcpo_advantage(
+    advantage: torch.Tensor, rho: torch.Tensor, positive: torch.Tensor, mix: float
+) -> torch.Tensor:
+    """DCPO's advantage (1 - a) A + a R rho: [N]; `positive` holds R as 0 or 1, `mix` is a."""
+    return (1 - mix) * advantage + mix * positive * rho
+
+
+def dcpo_mix(entropy_error: float, positive_share: float, num_samples: int) -> float:
+    """DCPO's a = a' / (1 + a') with a' = min(|H0 - H|, 0.1) / max(positive share, 1 / samples)."""
+    raw = min(abs(entropy_error), 0.1) / max(positive_share, 1 / num_samples)
+    return raw / (1 + raw)

@@ -1,0 +1,75 @@
+"""Packed attention with torch's own variable-length kernel, for GPUs without flash-attn.
+
+Registered with transformers as "varlen". Rows packed end to end are told apart by their
+position_ids, which restart at 0. With a mask or a key-value cache (rollouts) it is sdpa.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.nn.attention import varlen
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+# The layers of a model share one position_ids tensor: its segments are found once, since finding
+# them waits for the GPU.
+_last_segments: list[tuple[weakref.ref[torch.Tensor], torch.Tensor, int]] = []
+
+
+def segments(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Cumulative lengths [S + 1], int32, and greatest length of the rows packed in [B, L]."""
+    if _last_segments and _last_segments[0][0]() is position_ids:
+        return _last_segments[0][1], _last_segments[0][2]
+    flat = position_ids.flatten()
+    starts = (flat == 0).nonzero().flatten()
+    bounds = torch.cat([starts, starts.new_tensor([flat.numel()])]).int()
+    longest = int(bounds.diff().max())
+    _last_segments[:] = [(weakref.ref(position_ids), bounds, longest)]
+    return bounds, longest
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,  # as transformers calls it
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each packed row: [B, heads, L, D] to [B, L, heads, D]."""
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[return-value]
+    for name in ("softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise ValueError(f'model.attention = "varlen": cannot apply {name}; use "sdpa"')
+    bounds, longest = segments(options["position_ids"])
+    window = options.get("sliding_window")
+    output = varlen.varlen_attn(
+        *(states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)),
+        cu_seq_q=bounds,
+        cu_seq_k=bounds,
+        max_q=longest,
+        max_k=longest,
+        scale=options.get("scaling"),
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, torch.Tensor)
+    return output.view(query.shape[0], query.shape[2], *output.shape[1:]), None
+
+
+def varlen_mask(*args: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
+    """No mask for packed rows; that of sdpa where padding is given."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **options)
+
+
+def register_varlen() -> None:
+    """Make attn_implementation="varlen" known to transformers."""
+    AttentionInterface.register("varlen", varlen_attention)
+    AttentionMaskInterface.register("varlen", varlen_mask)

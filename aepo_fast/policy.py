@@ -1,0 +1,137 @@
+"""The policy as the losses see it: hidden states of completion tokens, and the head over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from aepo_kernels import LogprobOutput, linear_logprob
+from transformers import PreTrainedModel
+
+from aepo_fast.batch import Layout, MicroBatch, Row, make_microbatches
+from aepo_fast.config import ConfigError, ModelConfig, TrainerConfig
+from aepo_fast.models import backbone_of, head_of
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-token values of a step's rows, row after row: [total tokens], fp32, on the CPU."""
+
+    logprob: torch.Tensor
+    entropy: torch.Tensor
+    second_logprob: torch.Tensor | None
+
+
+def token_offsets(rows: Sequence[Row]) -> torch.Tensor:
+    """Where each row's tokens start in a flat per-token tensor: int64 [R + 1]."""
+    lengths = torch.tensor([row.length for row in rows], dtype=torch.long)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def token_index(offsets: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Flat positions of the tokens of some rows, in their order."""
+    spans = [torch.arange(int(offsets[row]), int(offsets[row + 1])) for row in rows]
+    return torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)
+
+
+def choose_layout(model: PreTrainedModel, requested: str) -> Layout:
+    """Resolve trainer.layout for a model; raises ConfigError where the request cannot be met.
+
+    "auto" packs where the attention takes variable lengths, shares prompts under plain sdpa or
+    eager attention, and pads where the model has sliding windows, which a dense mask would undo.
+    """
+    attention = model.config._attn_implementation
+    varlen = attention in ("flash_attention_2", "varlen")
+    layers = getattr(model.config, "layer_types", None) or []
+    windowed = any(kind != "full_attention" for kind in layers)
+    if requested == "auto":
+        return "packed" if varlen else "padded" if windowed else "shared"
+    if requested == "shared" and (varlen or windowed):
+        reason = "needs sdpa or eager attention on every layer without a sliding window"
+        raise ConfigError("trainer.layout", requested, reason, 'Use "auto"')
+    assert requested in ("packed", "shared", "padded")
+    return requested  # type: ignore[return-value]
+
+
+def mean_over_main(values: torch.Tensor, rows: Sequence[Row]) -> float:
+    """Mean of a per-token value over the tokens of main rows."""
+    main = [index for index, row in enumerate(rows) if not row.is_aux]
+    return values[token_index(token_offsets(rows), main)].mean().item()
+
+
+class Policy:
+    """A model with its head taken apart, so that logits are never materialised.
+
+    Works under autocast to `compute_dtype`; the head's GEMMs run in that dtype and its statistics
+    in fp32.
+    """
+
+    def __init__(self, model: PreTrainedModel, cfg: ModelConfig, trainer: TrainerConfig) -> None:
+        self.model = model
+        self.backbone = backbone_of(model)
+        self.head = head_of(model)
+        self.device = model.device
+        self.dtype = getattr(torch, cfg.compute_dtype)
+        self.layout: Layout = choose_layout(model, trainer.layout)
+        self.max_tokens = trainer.tokens_per_microbatch
+        self.backend = cfg.head_backend
+
+    def microbatches(self, rows: Sequence[Row], indices: Sequence[int]) -> list[MicroBatch]:
+        """Lay rows[indices] out for the model."""
+        return make_microbatches(rows, indices, layout=self.layout, max_tokens=self.max_tokens)
+
+    def hidden(self, batch: MicroBatch) -> torch.Tensor:
+        """Final hidden states that predict the completion tokens: [N, H] in compute dtype."""
+        mask = batch.attention_mask
+        eager = self.model.config._attn_implementation == "eager"
+        if eager and mask is not None and mask.ndim == 4:
+            # transformers' eager attention adds its mask to the scores.
+            low = torch.finfo(self.dtype).min
+            mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill(~mask, low)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self.backbone(
+                input_ids=batch.input_ids.to(self.device),
+                position_ids=batch.position_ids.to(self.device),
+                attention_mask=None if mask is None else mask.to(self.device),
+                use_cache=False,
+            )
+        states = output.last_hidden_state.flatten(0, 1)
+        # index_select: its backward is deterministic on the CPU where plain indexing's is not.
+        return states.index_select(0, batch.select.to(self.device)).to(self.dtype)
+
+    def logprobs(
+        self, batch: MicroBatch, *, second_temperature: float | None = None
+    ) -> LogprobOutput:
+        """Log-probs and entropies at temperature 1 of a micro-batch's completion tokens."""
+        return linear_logprob(
+            self.hidden(batch),
+            self.head.weight,
+            batch.targets.to(self.device),
+            second_temperature=second_temperature,
+            bias=self.head.bias,
+            softcap=self.head.softcap,
+            logit_scale=self.head.logit_scale,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def score(
+        self,
+        rows: Sequence[Row],
+        *,
+        second_temperature: float | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Scores:
+        """Score every row without gradients; `check` is called between micro-batches."""
+        offsets = token_offsets(rows)
+        columns = [torch.zeros(int(offsets[-1])) for _ in range(3)]
+        for batch in self.microbatches(rows, range(len(rows))):
+            check()
+            output = self.logprobs(batch, second_temperature=second_temperature)
+            index = token_index(offsets, batch.rows)
+            columns[0][index] = output.logprob.cpu()
+            columns[1][index] = output.entropy.cpu()
+            if output.second_logprob is not None:
+                columns[2][index] = output.second_logprob.cpu()
+        return Scores(columns[0], columns[1], columns[2] if second_temperature else None)

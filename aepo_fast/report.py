@@ -1,0 +1,155 @@
+"""What a step reports: its metrics under TRL's names, and sample rollouts."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aepo_fast.collect import Rollout
+from aepo_fast.update import UpdateResult
+
+
+def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
+    """Rewards and lengths of the main rows, positives of the auxiliary ones; lengths in tokens."""
+    main = [row for row in rollout.rows if not row.is_aux]
+    aux = [row for row in rollout.rows if row.is_aux]
+    groups: dict[int, list[float]] = {}
+    for row, reward in zip(rollout.rows, rollout.task_rewards, strict=True):
+        if not row.is_aux and reward is not None:
+            groups.setdefault(row.group, []).append(reward)
+    rewards = [value for group in groups.values() for value in group]
+    spreads = [statistics.pstdev(group) for group in groups.values()]
+    metrics = {
+        "reward": statistics.fmean(rewards) if rewards else float("nan"),
+        "reward_std": statistics.fmean(spreads) if spreads else float("nan"),
+        "frac_reward_zero_std": _share([spread == 0 for spread in spreads]),
+        "reward_errors": rollout.reward_errors,
+        "completions/mean_length": statistics.fmean(row.length for row in main),
+        "completions/min_length": min(row.length for row in main),
+        "completions/max_length": max(row.length for row in main),
+        "completions/clipped_ratio": _share(
+            [row.completion.finish_reason == "length" for row in main]
+        ),
+    }
+    if not aux:
+        metrics["aepo/positive_fraction"] = _share([value >= threshold for value in rewards])
+    else:
+        values = [row.reward for row in aux if row.reward is not None]
+        metrics["aepo/positive_fraction"] = _share([value >= threshold for value in values])
+        metrics["aepo/tokens"] = sum(row.length for row in aux)
+    return metrics
+
+
+def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
+    """Losses and token means over all optimizer steps of a step."""
+    sums: dict[str, float] = {}
+    for result in results:
+        for name, value in result.sums.items():
+            sums[name] = sums.get(name, 0.0) + value
+    main = max(sums["main_tokens"], 1.0)
+    metrics = {
+        "loss": statistics.fmean(result.loss for result in results),
+        "grad_norm": statistics.fmean(result.grad_norm for result in results),
+        "entropy": sums["entropy"] / main,
+        "clip_ratio/low_mean": sums["clip_low"] / main,
+        "clip_ratio/high_mean": sums["clip_high"] / main,
+        "clip_ratio/region_mean": (sums["clip_low"] + sums["clip_high"]) / main,
+        "aepo/clip_ratio": sums["aux_clip"] / max(sums["aux_tokens"], 1.0),
+        "policy_kl": sums["policy_kl"] / main,
+        "kernel/active_token_share": sum(r.active_tokens for r in results)
+        / max(sums["main_tokens"] + sums["aux_tokens"], 1.0),
+    }
+    if "kl" in sums:
+        metrics["kl"] = sums["kl"] / main
+    if "rho" in sums:
+        metrics["aepo/rho_mean"] = sums["rho"] / main
+    return metrics
+
+
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags) if flags else float("nan")
+
+
+class StepTimes:
+    """Seconds per phase of a step."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Charge the time since the last lap to a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def metrics(self) -> dict[str, float]:
+        """Each phase and the whole step, in seconds."""
+        named = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        return named | {"time/step": self.last - self.started}
+
+
+def perf_metrics(
+    rollout: Rollout, results: Sequence[UpdateResult], times: StepTimes
+) -> dict[str, float]:
+    """Throughput in sampled tokens and completion tokens trained on, padding excluded; memory."""
+    trained = sum(r.sums["main_tokens"] + r.sums["aux_tokens"] for r in results)
+    train_s = times.seconds["train"] + times.seconds["score"]
+    return {
+        "perf/rollout_tokens_per_s": rollout.num_tokens / max(times.seconds["rollout"], 1e-9),
+        "perf/train_tokens_per_s": trained / max(train_s, 1e-9),
+        "perf/model_tokens": sum(r.model_tokens for r in results),
+        "perf/peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def peak_memory_gib() -> float:
+    """Peak memory so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class RolloutLog:
+    """Appends sampled completions of each step to rollouts.jsonl."""
+
+    def __init__(self, folder: Path, rows_per_step: int) -> None:
+        self.path = folder / "rollouts.jsonl"
+        self.rows_per_step = rows_per_step
+
+    def write(self, step: int, rollout: Rollout, advantages: torch.Tensor) -> None:
+        """Write evenly spaced rows of a step; -1 rows a step writes all."""
+        count = len(rollout.rows)
+        wanted = count if self.rows_per_step < 0 else min(self.rows_per_step, count)
+        with self.path.open("a", encoding="utf-8") as file:
+            for position in range(wanted):
+                index = position * count // wanted
+                row = rollout.rows[index]
+                record: dict[str, Any] = {
+                    "step": step,
+                    "prompt": rollout.prompts[row.group].messages[-1]["content"],
+                    "completion": rollout.texts[index],
+                    "completion_ids": list(row.completion.completion_ids),
+                    "reward": row.reward,
+                    "advantage": None if row.is_aux else round(float(advantages[index]), 6),
+                    "temperature": row.completion.temperature,
+                    "finish_reason": row.completion.finish_reason,
+                    "weights_version": row.completion.weights_version,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Forget the rollouts of later steps, which a resumed run will make again."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,126 @@
+"""A whole run: set-up, the step loop with evaluation, logs and checkpoints, and its end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from aepo_fast.metrics import MetricsLogger
+from aepo_fast.plot import plot_run
+
+from aepo_fast.checkpoint import complete_checkpoints, save_checkpoint
+from aepo_fast.config import Config
+from aepo_fast.evaluate import EvalResult, evaluate
+from aepo_fast.interrupt import Interrupted, InterruptGuard
+from aepo_fast.report import RolloutLog
+from aepo_fast.setup import load_inputs
+from aepo_fast.trainer import Trainer
+
+
+def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
+    """Train as `cfg` says; returns the exit code: 0, or 130/143 after Ctrl-C/SIGTERM.
+
+    Raises ConfigError before any model loads, and TrainingError, RewardError or CheckpointError
+    where the run cannot go on.
+    """
+    with InterruptGuard() as guard:
+        inputs = load_inputs(cfg, resume=resume, overwrite=overwrite)
+        print(inputs.prompts.preview(), flush=True)
+        return _Run(cfg, Trainer(cfg, inputs, guard)).run()
+
+
+class _Run:
+    def __init__(self, cfg: Config, trainer: Trainer) -> None:
+        self.cfg, self.trainer = cfg, trainer
+        self.folder = Path(cfg.output_dir)
+        self.logger = MetricsLogger(
+            self.folder, tensorboard=cfg.logging.tensorboard, total_steps=cfg.trainer.steps
+        )
+        self.rollouts = RolloutLog(self.folder, cfg.logging.rollouts_per_step)
+        self.first_eval: EvalResult | None = None
+        self.last_eval: EvalResult | None = None
+
+    def run(self) -> int:
+        done, total = self.trainer.steps_done, self.cfg.trainer.steps
+        self.logger.truncate_after(done)
+        self.rollouts.truncate_after(done)
+        try:
+            if done == 0 and self._heldout():
+                self.first_eval = self._evaluate()
+                self.logger.log({"step": 0, **self.first_eval.metrics()})
+            while self.trainer.steps_done < total:
+                self._step()
+        except Interrupted as stop:
+            path = self._save()
+            print(f"{stop}: saved {path}; go on with --resume", file=sys.stderr)
+            return stop.exit_code
+        self._finish(ran=done < total)
+        return 0
+
+    def _step(self) -> None:
+        cfg = self.cfg
+        number = self.trainer.steps_done + 1
+        with self.logger.progress(f"step {number} rollout", None) as advance:
+            result = self.trainer.step(advance)
+        last = number == cfg.trainer.steps
+        metrics: dict[str, Any] = {"step": number, **result.metrics}
+        if self._heldout() and (last or (cfg.eval.every and number % cfg.eval.every == 0)):
+            self.last_eval = self._evaluate()
+            metrics |= self.last_eval.metrics()
+        self.logger.log(metrics)
+        self.rollouts.write(number, result.rollout, result.advantages)
+        if last or (cfg.checkpoint.every and number % cfg.checkpoint.every == 0):
+            self._save()
+
+    def _heldout(self) -> int:
+        return min(self.cfg.eval.prompts, len(self.trainer.inputs.prompts.heldout))
+
+    def _evaluate(self) -> EvalResult:
+        cfg, prompts = self.cfg, self.trainer.inputs.prompts.heldout[: self._heldout()]
+        with self.logger.progress("held-out evaluation", None) as advance:
+
+            def count(tokens: int) -> None:
+                self.trainer.guard.check()
+                advance(tokens)
+
+            result = evaluate(
+                self.trainer.engine,
+                self.trainer.inputs.reward,
+                prompts,
+                self.trainer.decode,
+                samples=cfg.eval.samples,
+                max_new_tokens=cfg.rollout.max_new_tokens,
+                seed=cfg.eval.seed,
+                on_tokens=count,
+            )
+        print(f"held-out accuracy at T = 1: {result}", flush=True)
+        return result
+
+    def _save(self) -> Path:
+        trainer, folder = self.trainer, self.folder / "checkpoints"
+        step = trainer.resume_state["steps_done"]
+        done = complete_checkpoints(folder)
+        if done and done[-1].name == f"step_{step}":
+            return done[-1]
+        return save_checkpoint(
+            folder,
+            step,
+            model=trainer.model,
+            tokenizer=trainer.inputs.tokenizer,
+            optimizer=trainer.optimizer,
+            state=trainer.resume_state,
+            keep=self.cfg.checkpoint.keep,
+        )
+
+    def _finish(self, *, ran: bool) -> None:
+        self.logger.close()
+        if not ran:
+            print(f"already trained for {self.cfg.trainer.steps} steps: {self.folder}")
+        elif self.first_eval and self.last_eval:
+            print(
+                f"held-out accuracy at T = 1: {self.first_eval.avg_at_k:.3f} before, "
+                f"{self.last_eval.avg_at_k:.3f} after {self.cfg.trainer.steps} steps"
+            )
+        if self.cfg.logging.plot:
+            print(f"plot: {plot_run(self.folder)}")

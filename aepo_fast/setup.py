@@ -1,0 +1,132 @@
+"""Builds the parts of a run, cheapest checks first: bad input fails before any model loads."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from aepo_fast.config_io import dump_config
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aepo_fast.checkpoint import check_same_model, complete_checkpoints, load_state
+from aepo_fast.config import Config, ConfigError
+from aepo_fast.data import PromptSampler, PromptSet, load_prompts
+from aepo_fast.models import load_model, load_tokenizer, resolve
+from aepo_fast.policy import Policy
+from aepo_fast.rewards import Reward, build_reward
+from aepo_fast.rollout.base import RolloutEngine
+from aepo_fast.rollout.hf import HfRollout
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What can be checked without a model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    reward: Reward
+    model_folder: str
+    checkpoint: Path | None  # to go on from
+    state: dict[str, Any] | None  # saved in it
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy, its reference where the loss needs one, and the rollout engine."""
+
+    model: PreTrainedModel
+    policy: Policy
+    reference: Policy | None
+    engine: RolloutEngine
+
+
+def prepare_folder(cfg: Config, *, resume: bool, overwrite: bool) -> Path | None:
+    """Make the run folder and write the resolved config; returns the checkpoint to go on from."""
+    folder = Path(cfg.output_dir)
+    used = (folder / "metrics.jsonl").exists()
+    if used and overwrite:
+        shutil.rmtree(folder)
+    elif used and not resume:
+        reason = "holds an earlier run"
+        raise ConfigError(
+            "output_dir",
+            cfg.output_dir,
+            reason,
+            "Add --resume to go on, --overwrite to start anew, or name another folder",
+        )
+    found = complete_checkpoints(folder / "checkpoints") if resume else []
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(dump_config(cfg))
+    return found[-1] if found else None
+
+
+def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
+    """Everything that can fail before the model loads."""
+    folder = Path(cfg.output_dir)
+    found = complete_checkpoints(folder / "checkpoints") if resume else []
+    state = None
+    if found:
+        state = load_state(found[-1])
+        check_same_model(state, cfg.model.path, found[-1])
+    model_folder = resolve(cfg.model.path)
+    tokenizer = load_tokenizer(model_folder)
+    reward = build_reward(cfg.reward, cfg.data)
+    prompts = load_prompts(
+        cfg.data,
+        tokenizer,
+        max_prompt_tokens=cfg.rollout.max_prompt_tokens,
+        required_columns=reward.required_columns,
+    )
+    checkpoint = prepare_folder(cfg, resume=resume, overwrite=overwrite)
+    return Inputs(tokenizer, prompts, reward, str(model_folder), checkpoint, state)
+
+
+def choose_device(requested: str) -> torch.device:
+    """The device of the run; raises ConfigError for cuda without a GPU."""
+    if requested == "cuda" and not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+        raise ConfigError("trainer.device", requested, reason, 'Use "cpu" or "auto"')
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(requested)
+
+
+def load_models(cfg: Config, inputs: Inputs) -> Models:
+    """Load the policy (from the checkpoint where there is one) and what goes with it."""
+    device = choose_device(cfg.trainer.device)
+    source = inputs.model_folder if inputs.checkpoint is None else str(inputs.checkpoint)
+    model = load_model(cfg.model, source, device)
+    policy = Policy(model, cfg.model, cfg.trainer)
+    reference = None
+    if cfg.loss.kl_coef > 0:
+        if inputs.checkpoint is None:
+            frozen = copy.deepcopy(model)
+        else:
+            frozen = load_model(cfg.model, inputs.model_folder, device)
+        reference = Policy(frozen.requires_grad_(False).eval(), cfg.model, cfg.trainer)
+    engine = HfRollout(
+        model,
+        dtype=getattr(torch, cfg.rollout.dtype),
+        eos_ids=eos_ids(model, inputs.tokenizer),
+        batch_rows=cfg.rollout.batch_rows,
+    )
+    return Models(model, policy, reference, engine)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the tokenizer's and those of the generation config."""
+    ids = {tokenizer.eos_token_id}
+    if model.generation_config is not None:
+        configured = model.generation_config.eos_token_id
+        ids.update(configured if isinstance(configured, list) else [configured])
+    return sorted(value for value in ids if isinstance(value, int))
+
+
+def make_sampler(cfg: Config, prompts: PromptSet) -> PromptSampler:
+    """The endless, reshuffled stream of training prompts."""
+    weights = [source.weight for source in cfg.data.sources]
+    return PromptSampler(prompts.train, weights, cfg.trainer.seed)

@@ -1,0 +1,180 @@
+"""The loss itself: policy loss, regularisers and AEPO's term, summed over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from aepo_fast import aepo_terms, entropy_losses, losses
+from aepo_fast.config import AepoConfig, LossConfig
+
+Columns = dict[str, torch.Tensor]
+Metrics = dict[str, torch.Tensor]
+TokenLoss = Callable[..., tuple[torch.Tensor, Metrics]]
+SequenceLoss = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Columns], tuple[torch.Tensor, Metrics]
+]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the loss of a step depends on besides its rows.
+
+    temperature: AEPO's T. bonus_coef: of the entropy bonus. dcpo_mix: share of AEPO's signal in
+    DCPO's advantage. aux_draws, aux_positives: auxiliary rows of the step, and those with a
+    gradient; its num_minibatches share them.
+    """
+
+    temperature: float
+    bonus_coef: float
+    dcpo_mix: float
+    aux_draws: int
+    aux_positives: int
+    num_minibatches: int
+
+
+def make_token_loss(
+    loss: LossConfig, aepo: AepoConfig, names: tuple[str, ...], context: StepContext
+) -> TokenLoss:
+    """A token loss for `linear_token_loss` whose slices are the columns `names`, in order."""
+    one_pass = aepo.enabled and aepo.form == "one_pass"
+
+    def token_loss(
+        logprob: torch.Tensor,
+        entropy: torch.Tensor,
+        second_logprob: torch.Tensor | None,
+        *slices: torch.Tensor,
+    ) -> tuple[torch.Tensor, Metrics]:
+        column = dict(zip(names, slices, strict=True))
+        # Before the first update the current policy is the one that sampled: its ratio is 1.
+        old = column.get("old_logprob", logprob.detach())
+        rho = _rho(aepo, column, old, second_logprob)
+        advantage = _advantage(loss, aepo, column, entropy, rho, context)
+        terms = losses.policy_token_loss(
+            loss.policy, logprob, old, advantage, *_clip(loss), dual_clip=loss.dual_clip
+        )
+        per_token = _with_selection(loss, terms.loss, logprob, old, column)
+        metrics = _metrics(column["main"], terms, entropy, old - logprob)
+        if loss.kl_coef > 0:
+            kl = losses.kl_to_reference(logprob, column["reference_logprob"], loss.kl_estimator)
+            per_token = per_token + loss.kl_coef * kl
+            metrics["kl"] = (column["main"] * kl).sum().detach()
+        if context.bonus_coef:
+            per_token = per_token - context.bonus_coef * entropy
+        if one_pass:
+            assert rho is not None
+            extra = aepo_terms.one_pass_token_loss(
+                logprob, old, rho, *_clip(loss), baseline=aepo.baseline
+            )
+            per_token = per_token + aepo.alpha * column["positive"] * extra.loss
+        if rho is not None:
+            metrics["rho"] = (column["main"] * rho).sum()
+        resampled, aux_metrics = _resampled(loss, logprob, old, column)
+        return (column["weight"] * per_token).sum() + resampled, metrics | aux_metrics
+
+    return token_loss
+
+
+def make_sequence_loss(loss: LossConfig, context: StepContext) -> SequenceLoss:
+    """GSPO over the rows of a micro-batch, with AEPO's resampled rows and the entropy bonus."""
+
+    def sequence_loss(
+        logprob: torch.Tensor, entropy: torch.Tensor, row_of_token: torch.Tensor, column: Columns
+    ) -> tuple[torch.Tensor, Metrics]:
+        num_rows = int(row_of_token[-1]) + 1
+        old = column.get("old_logprob", logprob.detach())
+
+        def per_row(values: torch.Tensor) -> torch.Tensor:
+            return losses.sequence_means(values, row_of_token, num_rows)
+
+        terms = losses.gspo_loss(
+            logprob, old, row_of_token, per_row(column["advantage"]), *_clip(loss)
+        )
+        # Columns are equal along a row, so a row's weight is the sum of its tokens' weights.
+        row_weight = logprob.new_zeros(num_rows).index_add(0, row_of_token, column["weight"])
+        total = (row_weight * terms.loss).sum()
+        if context.bonus_coef:
+            total = total - context.bonus_coef * (column["weight"] * entropy).sum()
+        spread = losses.TokenTerms(*(part[row_of_token] for part in terms))
+        metrics = _metrics(column["main"], spread, entropy, old - logprob)
+        resampled, aux_metrics = _resampled(loss, logprob, old, column)
+        return total + resampled, metrics | aux_metrics
+
+    return sequence_loss
+
+
+def _clip(loss: LossConfig) -> tuple[float, float]:
+    assert loss.clip_low is not None and loss.clip_high is not None
+    return loss.clip_low, loss.clip_high
+
+
+def _rho(
+    aepo: AepoConfig, column: Columns, old: torch.Tensor, second_logprob: torch.Tensor | None
+) -> torch.Tensor | None:
+    if second_logprob is None:
+        return None
+    second = column.get("old_second_logprob", second_logprob.detach())
+    return aepo_terms.temperature_ratio(second, old, aepo.rho_clip)
+
+
+def _advantage(
+    loss: LossConfig,
+    aepo: AepoConfig,
+    column: Columns,
+    entropy: torch.Tensor,
+    rho: torch.Tensor | None,
+    context: StepContext,
+) -> torch.Tensor:
+    advantage = column["advantage"]
+    if loss.entropy_method == "entropy_advantage":
+        advantage = entropy_losses.entropy_advantage(
+            advantage,
+            entropy,
+            coef=loss.advantage_entropy_coef,
+            kappa=loss.advantage_entropy_kappa,
+        )
+    if rho is not None and aepo.form == "dcpo":
+        advantage = aepo_terms.dcpo_advantage(advantage, rho, column["positive"], context.dcpo_mix)
+    return advantage
+
+
+def _with_selection(
+    loss: LossConfig,
+    per_token: torch.Tensor,
+    logprob: torch.Tensor,
+    old: torch.Tensor,
+    column: Columns,
+) -> torch.Tensor:
+    """Apply the selection of the 80/20 rule, Clip-Cov or KL-Cov to the policy loss."""
+    if loss.entropy_method == "top_entropy":
+        return per_token * column["selected"]
+    if loss.entropy_method == "clip_cov":
+        return per_token * (1 - column["selected"])
+    if loss.entropy_method == "kl_cov":
+        return per_token + loss.kl_cov_coef * column["selected"] * (logprob - old).abs()
+    return per_token
+
+
+def _resampled(
+    loss: LossConfig, logprob: torch.Tensor, old: torch.Tensor, column: Columns
+) -> tuple[torch.Tensor, Metrics]:
+    """AEPO's resampling term over the auxiliary positives, and its clip count."""
+    terms = aepo_terms.resample_token_loss(logprob, old, *_clip(loss))
+    on_aux = (column["aux_weight"] > 0).float()
+    metrics = {"aux_tokens": on_aux.sum(), "aux_clip": (on_aux * terms.clipped_high).sum()}
+    return (column["aux_weight"] * terms.loss).sum(), metrics
+
+
+@torch.no_grad()
+def _metrics(
+    main: torch.Tensor, terms: losses.TokenTerms, entropy: torch.Tensor, log_ratio: torch.Tensor
+) -> Metrics:
+    return {
+        "main_tokens": main.sum(),
+        "entropy": (main * entropy).sum(),
+        "clip_low": (main * terms.clipped_low).sum(),
+        "clip_high": (main * terms.clipped_high).sum(),
+        "policy_kl": (main * log_ratio).sum(),
+    }

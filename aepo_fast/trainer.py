@@ -1,0 +1,248 @@
+"""The training step: AEPO as its papers state it, over the parts that do the work.
+
+`Trainer.step` reads as the algorithm of arXiv 2510.08141, resampling form; the one-pass and DCPO
+forms draw no auxiliary rows and differ only in the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from aepo_fast.advantages import group_advantages
+from aepo_fast.aepo_terms import dcpo_mix
+from aepo_fast.batch import Row
+from aepo_fast.checkpoint import load_optimizer, rng_state, set_rng_state
+from aepo_fast.collect import Rollout, collect, seed_of
+from aepo_fast.config import Config
+from aepo_fast.data import Prompt
+from aepo_fast.entropy_control import EntropyController, aepo_draws
+from aepo_fast.entropy_losses import BonusCoefficient
+from aepo_fast.interrupt import InterruptGuard
+from aepo_fast.minibatch import plan_minibatches
+from aepo_fast.objective import build_objective, is_positive, needs_scores, second_temperature
+from aepo_fast.optim import build_optimizer, learning_rate
+from aepo_fast.policy import mean_over_main
+from aepo_fast.report import StepTimes, perf_metrics, rollout_metrics, update_metrics
+from aepo_fast.setup import Inputs, load_models, make_sampler
+from aepo_fast.token_objective import StepContext
+from aepo_fast.update import UpdateResult, update
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the log."""
+
+    metrics: dict[str, Any]
+    rollout: Rollout
+    advantages: torch.Tensor
+
+
+class Trainer:
+    """The state of a run and its one operation, `step`."""
+
+    def __init__(self, cfg: Config, inputs: Inputs, guard: InterruptGuard) -> None:
+        self.cfg, self.inputs, self.guard = cfg, inputs, guard
+        models = load_models(cfg, inputs)
+        self.model, self.policy = models.model, models.policy
+        self.reference, self.engine = models.reference, models.engine
+        self.optimizer = build_optimizer(self.model, cfg.trainer)
+        self.sampler = make_sampler(cfg, inputs.prompts)
+        self.controller = EntropyController(cfg.aepo)
+        self.bonus = BonusCoefficient(cfg.loss)
+        self.steps_done = self.updates = self.skipped_in_a_row = 0
+        if inputs.checkpoint is not None and inputs.state is not None:
+            load_optimizer(inputs.checkpoint, self.optimizer)
+            self._load_state(inputs.state)
+        self.engine.sync_weights(self.model, self.updates)
+        self.resume_state = self._state()
+
+    def step(self, on_tokens: Callable[[int], None]) -> StepResult:
+        """Sample, score, update the policy, then the entropy controller.
+
+        Raises Interrupted only while the weights are still those of `resume_state`, and
+        TrainingError after too many updates in a row without a finite gradient.
+        """
+        cfg, times, check = self.cfg.trainer, StepTimes(), self.guard.check
+        rng = np.random.default_rng([cfg.seed, self.steps_done])
+        temperature = self.controller.temperature()
+        prompts = self.sampler.next(cfg.prompts_per_step)
+        rollout = self._collect(prompts, self._auxiliary(prompts, rng), temperature, on_tokens)
+        times.lap("rollout")
+
+        rows = rollout.rows
+        advantages = group_advantages(
+            rollout.main_rewards, rollout.groups, str(self.cfg.loss.advantage)
+        )
+        scores = reference = None
+        if needs_scores(self.cfg.loss, cfg.minibatches * cfg.epochs):
+            second = second_temperature(self.cfg.aepo, temperature)
+            scores = self.policy.score(rows, second_temperature=second, check=check)
+        if self.reference is not None:
+            reference = self.reference.score(rows, check=check)
+        times.lap("score")
+
+        context = self._context(rollout, temperature)
+        generator = torch.Generator().manual_seed(seed_of(cfg.seed, self.steps_done, 1))
+        results: list[UpdateResult] = []
+        for _ in range(cfg.epochs):
+            for minibatch in self._minibatches(rollout, rng):
+                objective = build_objective(
+                    self.cfg,
+                    rows,
+                    advantages,
+                    minibatch,
+                    context,
+                    scores=scores,
+                    reference=reference,
+                    generator=generator,
+                )
+                self._set_learning_rate()
+                result = update(
+                    self.policy,
+                    self.optimizer,
+                    rows,
+                    minibatch,
+                    objective,
+                    max_grad_norm=cfg.max_grad_norm,
+                    # Once the weights have moved, the step is finished before stopping.
+                    check=check if not results else lambda: None,
+                )
+                self._count(result)
+                results.append(result)
+        metrics = update_metrics(results)
+        entropy = metrics["entropy"] if scores is None else mean_over_main(scores.entropy, rows)
+        times.lap("train")
+
+        self.controller.update(entropy)
+        self.bonus.update(entropy)
+        self.engine.sync_weights(self.model, self.updates)
+        times.lap("sync")
+        self.steps_done += 1
+        self.resume_state = self._state()
+        metrics |= {
+            "entropy": entropy,
+            "aepo/entropy_target": self.cfg.aepo.entropy_target,
+            "aepo/temperature": temperature,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "weights_version": self.updates,
+        }
+        metrics |= rollout_metrics(rollout, self.cfg.aepo.reward_threshold)
+        metrics |= times.metrics() | perf_metrics(rollout, results, times)
+        return StepResult(metrics, rollout, advantages)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion, without its end marker."""
+        return str(self.inputs.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _auxiliary(self, prompts: Sequence[Prompt], rng: np.random.Generator) -> list[Prompt]:
+        aepo = self.cfg.aepo
+        if not aepo.enabled or aepo.form != "resample":
+            return []
+        count = aepo_draws(len(prompts), aepo.alpha)
+        return [prompts[index] for index in rng.choice(len(prompts), count, replace=False)]
+
+    def _collect(
+        self,
+        prompts: Sequence[Prompt],
+        aux_prompts: Sequence[Prompt],
+        temperature: float,
+        on_tokens: Callable[[int], None],
+    ) -> Rollout:
+        def count(tokens: int) -> None:
+            self.guard.check()
+            on_tokens(tokens)
+
+        rollout = collect(
+            self.engine,
+            self.inputs.reward,
+            prompts,
+            aux_prompts,
+            self.decode,
+            group_size=self.cfg.trainer.group_size,
+            aux_temperature=temperature,
+            max_new_tokens=self.cfg.rollout.max_new_tokens,
+            soft_overlong_tokens=self.cfg.reward.soft_overlong_tokens,
+            seed=seed_of(self.cfg.trainer.seed, self.steps_done),
+            on_tokens=count,
+        )
+        self.guard.check()
+        return rollout
+
+    def _context(self, rollout: Rollout, temperature: float) -> StepContext:
+        aepo = self.cfg.aepo
+        main = [row for row in rollout.rows if not row.is_aux]
+        aux = [row for row in rollout.rows if row.is_aux]
+        share = sum(is_positive(row, aepo) for row in main) / len(main)
+        return StepContext(
+            temperature=temperature,
+            bonus_coef=self.bonus.value,
+            dcpo_mix=dcpo_mix(self.controller.error(), share, len(main)),
+            aux_draws=len(aux),
+            aux_positives=sum(is_positive(row, aepo) for row in aux),
+            num_minibatches=self.cfg.trainer.minibatches,
+        )
+
+    def _minibatches(self, rollout: Rollout, rng: np.random.Generator) -> list[list[int]]:
+        def scored(row: Row) -> bool:
+            return row.reward is not None and row.length > 0
+
+        groups = [
+            [index for index in group if scored(rollout.rows[index])]
+            for group in rollout.main_groups
+        ]
+        positives = [
+            index
+            for index, row in enumerate(rollout.rows)
+            if row.is_aux and is_positive(row, self.cfg.aepo)
+        ]
+        plan = plan_minibatches(
+            groups, positives, num_minibatches=self.cfg.trainer.minibatches, rng=rng
+        )
+        return [ranks[0] for ranks in plan]
+
+    def _set_learning_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg.trainer, self.steps_done)
+
+    def _count(self, result: UpdateResult) -> None:
+        if result.taken:
+            self.updates += 1
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.cfg.trainer.max_skipped_steps:
+            raise TrainingError(
+                f"trainer.max_skipped_steps = {self.cfg.trainer.max_skipped_steps}: so many "
+                f"updates in a row had a loss ({result.loss}) or gradient norm "
+                f"({result.grad_norm}) that is not finite. The last checkpoint is from before "
+                "them: lower trainer.lr, or look at rollouts.jsonl, and go on with --resume"
+            )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model_path": self.cfg.model.path,
+            "steps_done": self.steps_done,
+            "updates": self.updates,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "sampler": self.sampler.state_dict(),
+            "controller": self.controller.state_dict(),
+            "bonus": self.bonus.state_dict(),
+            "rng": rng_state(),
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.steps_done, self.updates = state["steps_done"], state["updates"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.sampler.load_state_dict(state["sampler"])
+        self.controller.load_state_dict(state["controller"])
+        self.bonus.load_state_dict(state["bonus"])
+        set_rng_state(state["rng"])

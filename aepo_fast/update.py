@@ -1,0 +1,109 @@
+"""One optimizer step: gradients over token-budgeted micro-batches, then a guarded AdamW step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from aepo_kernels import linear_token_loss
+
+from aepo_fast.batch import MicroBatch, Row
+from aepo_fast.objective import Objective
+from aepo_fast.optim import guarded_step
+from aepo_fast.policy import Policy, token_index, token_offsets
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What an optimizer step did; `sums` are metrics summed over tokens."""
+
+    loss: float
+    grad_norm: float
+    taken: bool
+    sums: dict[str, float]
+    model_tokens: int  # tokens the model processed, padding included
+    active_tokens: int  # completion tokens with a gradient
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    indices: Sequence[int],
+    objective: Objective,
+    *,
+    max_grad_norm: float,
+    check: Callable[[], None],
+) -> UpdateResult:
+    """Accumulate the gradient of `objective` over rows[indices] and step.
+
+    The objective's weights already hold the global denominators, so the micro-batches' losses
+    simply add up. `check` is called before every micro-batch and may raise to abandon the step;
+    the model is then unchanged.
+    """
+    offsets = token_offsets(rows)
+    total = torch.zeros((), device=policy.device)
+    sums: dict[str, torch.Tensor] = {}
+    model_tokens = active_tokens = 0
+    policy.model.train()
+    active = [index for index in indices if index not in objective.passive_rows]
+    passive = [index for index in indices if index in objective.passive_rows]
+    batches = [(batch, True) for batch in policy.microbatches(rows, active)]
+    batches += [(batch, False) for batch in policy.microbatches(rows, passive)]
+    try:
+        for batch, with_gradient in batches:
+            check()
+            index = token_index(offsets, batch.rows)
+            columns = {
+                name: values[index].to(policy.device) for name, values in objective.columns.items()
+            }
+            # Rows without a gradient are only measured, which leaves out their backward pass.
+            with torch.set_grad_enabled(with_gradient):
+                loss, metrics, num_active = _forward_backward(policy, batch, objective, columns)
+            total += loss
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0) + value
+            model_tokens += batch.input_ids.numel()
+            active_tokens += num_active
+    except BaseException:
+        optimizer.zero_grad(set_to_none=True)
+        raise
+    norm, taken = guarded_step(policy.model, optimizer, total.item(), max_grad_norm=max_grad_norm)
+    return UpdateResult(
+        loss=total.item(),
+        grad_norm=norm,
+        taken=taken,
+        sums={name: float(value) for name, value in sums.items()},
+        model_tokens=model_tokens,
+        active_tokens=active_tokens,
+    )
+
+
+def _forward_backward(
+    policy: Policy, batch: MicroBatch, objective: Objective, columns: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    if objective.sequence_loss is not None:
+        # The ratio of a sequence is known only after its last token: recompute (4 GEMMs).
+        output = policy.logprobs(batch)
+        rows = batch.row_of_token.to(policy.device)
+        loss, metrics = objective.sequence_loss(output.logprob, output.entropy, rows, columns)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach(), metrics, batch.targets.numel() if loss.requires_grad else 0
+    head = policy.head
+    result = linear_token_loss(
+        policy.hidden(batch),
+        head.weight,
+        batch.targets.to(policy.device),
+        objective.token_loss,
+        *columns.values(),
+        second_temperature=objective.second_temperature,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        backend=policy.backend,
+    )
+    if result.loss.requires_grad:
+        result.loss.backward()
+    return result.loss.detach(), result.metrics, int(result.active_rows)

@@ -1,0 +1,15 @@
+"""Log-probs, entropies and policy losses of a language-model head, without materialised logits."""
+
+from aepo_kernels._version import __version__
+from aepo_kernels.api import linear_logprob, linear_token_loss
+from aepo_kernels.backends import backend_status
+from aepo_kernels.problem import LogprobOutput, TokenLossOutput
+
+__all__ = [
+    "LogprobOutput",
+    "TokenLossOutput",
+    "__version__",
+    "backend_status",
+    "linear_logprob",
+    "linear_token_loss",
+]

@@ -1,0 +1,111 @@
+"""The two public functions: they check their arguments and hand them to a backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from aepo_kernels import chunked, reference
+from aepo_kernels.backends import resolve_backend
+from aepo_kernels.problem import (
+    LogprobOutput,
+    Problem,
+    TokenLoss,
+    TokenLossOutput,
+    check_problem,
+    check_token_tensors,
+)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    second_temperature: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    chunk_tokens: int | None = None,
+) -> LogprobOutput:
+    """Log-probs of target tokens and entropies under a language-model head, differentiable.
+
+    With logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), the results
+    are those of softmax(logits / temperature), in nats; `lse` is logsumexp(logits / temperature)
+    and `second_logprob` the log-prob under softmax(logits / second_temperature).
+
+    hidden: [N, H] float32, bfloat16 or float64. weight: [V, H], any of these; GEMMs run in
+    hidden's dtype. targets: [N] int64. Temperatures: positive float or [N]. bias: [V].
+    ignore_index: target of tokens to leave out; their outputs are 0. backend: "auto" is the
+    environment variable AEPO_KERNELS_BACKEND, or else "chunked". chunk_tokens: tokens whose logits
+    exist at once; None derives it from a memory budget.
+
+    Returns [N] tensors, float32 (float64 for float64 hidden). Each output's gradient reaches
+    hidden, weight and bias; "chunked" recomputes the logits for it (4 GEMMs in all), or skips
+    what needs no gradient. Raises ValueError for bad arguments.
+    """
+    problem = Problem(
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        second_temperature=second_temperature,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        chunk_tokens=chunk_tokens,
+    )
+    name = resolve_backend(backend)
+    check_problem(problem)
+    return reference.logprob(problem) if name == "reference" else chunked.logprob(problem)
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_loss: TokenLoss,
+    *token_tensors: Tensor,
+    temperature: float | Tensor = 1.0,
+    second_temperature: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    chunk_tokens: int | None = None,
+) -> TokenLossOutput:
+    """A loss written on per-token log-probs and entropies, with its gradients, in three GEMMs.
+
+    token_loss(logprob [C], entropy [C], second_logprob [C] or None, *slices [C]) is called on
+    chunks of the tokens that are not ignored and returns their summed loss, or (loss, {name:
+    summed metric}). The loss of the batch must be the sum of that of its chunks. It may use the
+    gradient of all three vectors; tokens that get none from it are left out of the gradient GEMMs.
+    token_tensors: [N, ...] without gradient; the slices are their rows. Other arguments: see
+    `linear_logprob`.
+
+    Returns the loss, whose backward only scales gradients computed here (once: "chunked" raises
+    RuntimeError on a second backward), and detached metrics, log-probs and entropies [N]. Under
+    torch.no_grad only the first GEMM runs. `metrics` is empty if every token is ignored. Raises
+    ValueError for bad arguments.
+    """
+    problem = Problem(
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        second_temperature=second_temperature,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        chunk_tokens=chunk_tokens,
+    )
+    name = resolve_backend(backend)
+    check_problem(problem)
+    check_token_tensors(problem, token_tensors)
+    run = reference.token_loss if name == "reference" else chunked.token_loss
+    return run(problem, token_loss, token_tensors)

@@ -1,0 +1,96 @@
+"""The reference backend: plain torch autograd on materialised float32 or float64 logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aepo_kernels.problem import (
+    LogprobOutput,
+    Problem,
+    TokenLoss,
+    TokenLossOutput,
+    sum_losses,
+    take,
+)
+
+NAME = "reference"
+
+
+class _Rows(NamedTuple):
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+    second_logprob: Tensor | None
+
+
+def logprob(problem: Problem) -> LogprobOutput:
+    """`linear_logprob` on materialised logits."""
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        kept = problem.kept()
+        rows = _rows(problem, kept)
+        spread = [None if row is None else problem.spread(row, kept) for row in rows]
+    first, entropy, lse, second = spread
+    assert first is not None and entropy is not None and lse is not None
+    return LogprobOutput(first, entropy, lse, second, NAME)
+
+
+def token_loss(
+    problem: Problem, loss_fn: TokenLoss, token_tensors: tuple[Tensor, ...]
+) -> TokenLossOutput:
+    """`linear_token_loss` on materialised logits, all tokens at once."""
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        kept = problem.kept()
+        rows = _rows(problem, kept)
+        # A sum over nothing: zero, and connected to every input.
+        loss = sum(x[:0].sum() for x in (problem.hidden, problem.weight, problem.bias)
+                   if x is not None)  # fmt: skip
+        assert isinstance(loss, Tensor)
+        loss, metrics = loss.to(problem.stats_dtype), {}
+        if len(rows.logprob):
+            slices = [take(tensor, kept) for tensor in token_tensors]
+            result = loss_fn(rows.logprob, rows.entropy, rows.second_logprob, *slices)
+            chunk_loss, metrics = sum_losses(result)
+            loss = loss + chunk_loss
+        detached = [
+            None if row is None else problem.spread(row.detach(), kept)
+            for row in (rows.logprob, rows.entropy, rows.second_logprob)
+        ]
+    first, entropy, second = detached
+    assert first is not None and entropy is not None
+    active = len(rows.logprob) if loss.requires_grad else 0
+    metrics = {name: value.detach() for name, value in metrics.items()}
+    return TokenLossOutput(loss, metrics, first, entropy, second, NAME, active)
+
+
+def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
+    dtype = problem.stats_dtype
+    logits = take(problem.hidden, kept).to(dtype) @ problem.weight.to(dtype).T  # [M, V]
+    if problem.bias is not None:
+        logits = logits + problem.bias.to(dtype)
+    logits = logits * problem.logit_scale
+    if problem.softcap is not None:
+        logits = problem.softcap * torch.tanh(logits / problem.softcap)
+    targets = take(problem.targets, kept)[:, None]
+    tempered = logits / _column(problem.temperature, kept, dtype)
+    logp = torch.log_softmax(tempered, dim=1)
+    # p log p is 0 where p is 0; as a product it would be 0 * -inf.
+    finite = logp.masked_fill(logp == -torch.inf, 0.0)
+    second = None
+    if problem.second_temperature is not None:
+        other = logits / _column(problem.second_temperature, kept, dtype)
+        second = torch.log_softmax(other, dim=1).gather(1, targets).squeeze(1)
+    return _Rows(
+        logprob=logp.gather(1, targets).squeeze(1),
+        entropy=-(finite.exp() * finite).sum(1),
+        lse=torch.logsumexp(tempered, dim=1),
+        second_logprob=second,
+    )
+
+
+def _column(temperature: float | Tensor, kept: Tensor | None, dtype: torch.dtype) -> float | Tensor:
+    if isinstance(temperature, Tensor):
+        return take(temperature, kept).to(dtype)[:, None]
+    return temperature

@@ -1,0 +1,200 @@
+"""Row operations on a chunk of logits, in torch: the interface every row backend implements.
+
+A backend is a module with `row_stats` and `row_grad` of these signatures. "Products" are the raw
+output of the first GEMM, hidden @ weight.T, [C, V]; `LogitMap` says how they become logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A log-weight that stands in for -inf: exp gives 0 as well, but 0 times it is 0 and not NaN.
+_FLOOR = -1e30
+# Elements of a block's fp32 buffer. On the CPU it should stay near the cache, yet every operation
+# pays for waking threads up, dearly so on a busy machine.
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """Products to logits: softcap * tanh(scale * (x + bias) / softcap). bias: [V] or None."""
+
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+
+
+class RowStats(NamedTuple):
+    """Statistics of tempered rows, each [C]; `max_logit` is of the logits before temperature.
+
+    log_sum = log sum_j exp((logit_j - max_logit) / T), so lse = max_logit / T + log_sum.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    max_logit: Tensor
+    log_sum: Tensor
+    second_logprob: Tensor | None
+    second_log_sum: Tensor | None
+
+    def select(self, rows: Tensor | slice) -> RowStats:
+        """The statistics of some rows."""
+        return RowStats(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+class RowCoefs(NamedTuple):
+    """Derivatives of the loss by a row's outputs, each [C], or None where all are zero."""
+
+    logprob: Tensor | None
+    entropy: Tensor | None
+    lse: Tensor | None
+    second_logprob: Tensor | None
+
+    def select(self, rows: Tensor | slice) -> RowCoefs:
+        """The coefficients of some rows."""
+        return RowCoefs(*(None if x is None else x[rows] for x in self))
+
+
+def row_stats(
+    products: Tensor,
+    targets: Tensor,
+    inv_temperature: float | Tensor,
+    second_inv_temperature: float | Tensor | None,
+    logit_map: LogitMap,
+    dtype: torch.dtype,
+) -> RowStats:
+    """Log-prob, entropy and normalisers of each row, computed in `dtype`; products stay as is."""
+    columns: list[list[Tensor]] = []
+    for rows, logits, work in _blocks(products, dtype, 2):
+        _to_logits(products[rows], logit_map, logits)
+        max_logit = logits.amax(1, keepdim=True)
+        centred = logits.sub_(max_logit)
+        target = centred.gather(1, targets[rows, None])  # before the floor: may be -inf
+        centred.clamp_(min=_FLOOR)
+        second: list[Tensor] = []
+        if second_inv_temperature is not None:
+            inverse = _column(second_inv_temperature, rows)
+            log_sum = torch.mul(centred, inverse, out=work).exp_().sum(1).log_()
+            second = [(target * inverse).squeeze(1) - log_sum, log_sum]
+        inverse = _column(inv_temperature, rows)
+        tempered = _scale_(centred, inverse)
+        weights = torch.exp(tempered, out=work)
+        total = weights.sum(1)
+        log_sum = total.log()
+        # H = log_sum - E[tempered]
+        entropy = log_sum - weights.mul_(tempered).sum(1).div_(total)
+        logprob = (target * inverse).squeeze(1) - log_sum
+        columns.append([logprob, entropy, max_logit.squeeze(1), log_sum, *second])
+    joined: list[Tensor | None] = [torch.cat(parts) for parts in zip(*columns, strict=True)]
+    if second_inv_temperature is None:
+        joined += [None, None]
+    return RowStats(*joined)  # type: ignore[arg-type]
+
+
+def row_grad(
+    products: Tensor,
+    targets: Tensor,
+    inv_temperature: float | Tensor,
+    second_inv_temperature: float | Tensor | None,
+    logit_map: LogitMap,
+    stats: RowStats,
+    coefs: RowCoefs,
+    *,
+    out: Tensor,
+    bias_grad: Tensor | None,
+) -> None:
+    """Write the loss's gradient by the products into `out` and add its column sums to `bias_grad`.
+
+    With p = softmax(z / T), lp_j = log p_j, entropy H and coefficients c of each row, by logits z:
+    dz_j = ((c_lp (1{j=y} - p_j) + c_lse p_j - c_H p_j (lp_j + H)) / T + c_2 (1{j=y} - q_j) / T2,
+    q being the distribution of the second temperature. out: [C, V], may be `products` itself.
+    """
+    dtype = stats.log_sum.dtype
+    count = 3 if coefs.entropy is not None or coefs.second_logprob is not None else 2
+    for rows, logits, *work in _blocks(products, dtype, count):
+        _to_logits(products[rows], logit_map, logits)
+        slope = None
+        if logit_map.softcap is not None:
+            slope = logits.div(logit_map.softcap).square_().neg_().add_(1)
+        block, coef = stats.select(rows), coefs.select(rows)
+        centred = logits.sub_(block.max_logit[:, None]).clamp_(min=_FLOOR)
+        second = None
+        if coef.second_logprob is not None:
+            assert second_inv_temperature is not None and block.second_log_sum is not None
+            inverse = _column(second_inv_temperature, rows)
+            by_target = coef.second_logprob[:, None] * inverse * logit_map.scale
+            second = torch.mul(centred, inverse, out=work[1]).exp_()
+            second.mul_(-by_target * block.second_log_sum.neg().exp()[:, None])
+            second.scatter_add_(1, targets[rows, None], by_target)
+        inverse = _column(inv_temperature, rows)
+        grad = _first_grad(
+            _scale_(centred, inverse), work[0], targets[rows], block, coef, inverse, logit_map.scale
+        )
+        if second is not None:
+            grad.add_(second)
+        if slope is not None:
+            grad.mul_(slope)
+        if bias_grad is not None:
+            bias_grad.add_(grad.sum(0))
+        out[rows].copy_(grad)
+
+
+def _first_grad(
+    tempered: Tensor,
+    work: Tensor,
+    targets: Tensor,
+    stats: RowStats,
+    coef: RowCoefs,
+    inverse: float | Tensor,
+    scale: float,
+) -> Tensor:
+    # dz = exp(tempered) * (constant + slope * tempered), the row's factors gathered first.
+    zero = torch.zeros_like(stats.log_sum)
+    by_target = zero if coef.logprob is None else coef.logprob
+    constant = -by_target if coef.lse is None else coef.lse - by_target
+    factor = stats.log_sum.neg().exp()[:, None] * inverse * scale
+    weights = torch.exp(tempered, out=work)
+    if coef.entropy is None:
+        grad = weights.mul_(constant[:, None] * factor)
+    else:
+        constant = constant + coef.entropy * (stats.log_sum - stats.entropy)
+        tempered.mul_(-coef.entropy[:, None] * factor).add_(constant[:, None] * factor)
+        grad = weights.mul_(tempered)
+    target_grad = by_target[:, None] * inverse * scale
+    return grad.scatter_add_(1, targets[:, None], target_grad.to(grad.dtype))
+
+
+def _blocks(
+    products: Tensor, dtype: torch.dtype, num_buffers: int
+) -> Iterator[tuple[slice, *tuple[Tensor, ...]]]:
+    """Slices of rows, each with scratch buffers [rows, V] in `dtype`; buffers are reused."""
+    num_rows, vocab = products.shape
+    size = max(1, _BLOCK_ELEMENTS[products.device.type] // vocab)
+    shape = (min(size, num_rows), vocab)
+    buffers = [torch.empty(shape, dtype=dtype, device=products.device) for _ in range(num_buffers)]
+    for start in range(0, num_rows, size):
+        rows = slice(start, min(start + size, num_rows))
+        yield rows, *(buffer[: rows.stop - start] for buffer in buffers)
+
+
+def _to_logits(products: Tensor, logit_map: LogitMap, out: Tensor) -> Tensor:
+    out.copy_(products)
+    if logit_map.bias is not None:
+        out.add_(logit_map.bias)
+    if logit_map.softcap is not None:
+        return out.mul_(logit_map.scale / logit_map.softcap).tanh_().mul_(logit_map.softcap)
+    return _scale_(out, logit_map.scale)
+
+
+def _scale_(values: Tensor, factor: float | Tensor) -> Tensor:
+    # A plain 1.0, the common case, saves a pass.
+    return values if isinstance(factor, float) and factor == 1.0 else values.mul_(factor)
+
+
+def _column(inverse: float | Tensor, rows: slice) -> float | Tensor:
+    return inverse[rows, None] if isinstance(inverse, Tensor) else inverse
