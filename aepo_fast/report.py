@@ -64,6 +64,7 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
         "clip_ratio/region_mean": (sums["clip_low"] + sums["clip_high"]) / main,
         "aepo/clip_ratio": sums["aux_clip"] / max(sums["aux_tokens"], 1.0),
         "policy_kl": sums["policy_kl"] / main,
+        "skipped_updates": sum(not result.taken for result in results),
         "kernel/active_token_share": sum(r.active_tokens for r in results)
         / max(sums["main_tokens"] + sums["aux_tokens"], 1.0),
     }

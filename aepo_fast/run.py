@@ -61,7 +61,7 @@ class _Run:
     def _step(self) -> None:
         cfg = self.cfg
         number = self.trainer.steps_done + 1
-        with self.logger.progress(f"step {number} rollout", None) as advance:
+        with self.logger.progress(f"step {number}") as advance:
             result = self.trainer.step(advance)
         last = number == cfg.trainer.steps
         metrics: dict[str, Any] = {"step": number, **result.metrics}
@@ -78,7 +78,7 @@ class _Run:
 
     def _evaluate(self) -> EvalResult:
         cfg, prompts = self.cfg, self.trainer.inputs.prompts.heldout[: self._heldout()]
-        with self.logger.progress("held-out evaluation", None) as advance:
+        with self.logger.progress("held-out evaluation") as advance:
 
             def count(tokens: int) -> None:
                 self.trainer.guard.check()

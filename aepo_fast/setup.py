@@ -119,11 +119,11 @@ def load_models(cfg: Config, inputs: Inputs) -> Models:
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the tokenizer's and those of the generation config."""
-    ids = {tokenizer.eos_token_id}
+    ids: list[object] = [tokenizer.eos_token_id]
     if model.generation_config is not None:
         configured = model.generation_config.eos_token_id
-        ids.update(configured if isinstance(configured, list) else [configured])
-    return sorted(value for value in ids if isinstance(value, int))
+        ids += configured if isinstance(configured, list) else [configured]
+    return sorted({value for value in ids if isinstance(value, int)})
 
 
 def make_sampler(cfg: Config, prompts: PromptSet) -> PromptSampler:

@@ -50,7 +50,7 @@ class HfRollout:
         batch_rows: int,
     ) -> None:
         self.shared = model.dtype == dtype
-        self.model = model if self.shared else copy.deepcopy(model).to(dtype)
+        self.model = model if self.shared else copy.deepcopy(model).to(dtype=dtype)
         self.eos_ids = frozenset(eos_ids)
         self.batch_rows = batch_rows
         self.weights_version = 0
@@ -59,8 +59,9 @@ class HfRollout:
     def sync_weights(self, model: nn.Module, version: int) -> None:
         """Copy the trainer's weights into the rollout copy, casting to its dtype."""
         if not self.shared:
-            ours, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
-            torch._foreach_copy_([ours[name] for name in theirs], list(theirs.values()))
+            ours = dict(self.model.named_parameters())
+            for name, parameter in model.named_parameters():
+                ours[name].copy_(parameter)
         self.weights_version = version
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 _FLOOR = -1e30
 # Elements of a block's fp32 buffer. On the CPU it should stay near the cache, yet every operation
 # pays for waking threads up, dearly so on a busy machine.
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+_BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""Where a run's numbers go: metrics.jsonl, one line on the terminal, TensorBoard by choice."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from aepo_fast.config import ConfigError
+
+# Printed on each step's line where the step has them: label, metric, format.
+_LINE = (
+    ("reward", "reward", ".3f"),
+    ("H", "entropy", ".3f"),
+    ("H0", "aepo/entropy_target", ".2f"),
+    ("T", "aepo/temperature", ".2f"),
+    ("len", "completions/mean_length", ".1f"),
+    ("cut", "completions/clipped_ratio", ".0%"),
+    ("loss", "loss", ".4f"),
+    ("grad", "grad_norm", ".2f"),
+    ("skipped", "skipped_updates", "d"),
+    ("rollout tok/s", "perf/rollout_tokens_per_s", ".0f"),
+    ("train tok/s", "perf/train_tokens_per_s", ".0f"),
+    ("GiB", "perf/peak_memory_gib", ".1f"),
+    ("s", "time/step", ".1f"),
+    ("held-out", "eval/avg@k", ".3f"),
+)
+
+
+class MetricsLogger:
+    """Writes each step's metrics to `folder`/metrics.jsonl and shows the main ones."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool, total_steps: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.total_steps = total_steps
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._writer = _tensorboard(folder) if tensorboard else None
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line; numbers that are not finite are written as null, as JSON has none."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in metrics.items()
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+        self.console.print(self._line(finite))
+        if self._writer is not None:
+            for key, value in finite.items():
+                if key != "step" and value is not None:
+                    self._writer.add_scalar(key, value, metrics["step"])
+
+    def _line(self, metrics: dict[str, Any]) -> str:
+        width = len(str(self.total_steps))
+        parts = [f"[bold]step {metrics['step']:>{width}}/{self.total_steps}[/bold]"]
+        for label, name, form in _LINE:
+            value = metrics.get(name)
+            if value is None or (name == "skipped_updates" and not value):
+                continue
+            parts.append(f"[dim]{label}[/dim] {value:{form}}")
+        return "  ".join(parts)
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines of later steps, which a resumed run will write again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            # A killed run may leave half a line behind.
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    @contextmanager
+    def progress(self, description: str) -> Iterator[Callable[[int], None]]:
+        """Count tokens of a long phase: a live line on a terminal, nothing in a log."""
+        if not self.console.is_terminal:
+            yield lambda tokens: None
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:.0f} tokens, {task.fields[rate]:.0f}/s"),
+            TimeElapsedColumn(),
+        )
+        started = time.perf_counter()
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(description, total=None, rate=0.0)
+            done = 0
+
+            def advance(tokens: int) -> None:
+                nonlocal done
+                done += tokens
+                seconds = max(time.perf_counter() - started, 1e-9)
+                bar.update(task, completed=done, rate=done / seconds)
+
+            yield advance
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._writer is not None:
+            self._writer.close()
+        sys.stdout.flush()
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        reason = "tensorboard is not installed"
+        fix = "pip install 'aepo-fast[tensorboard]' or set it to false"
+        raise ConfigError("logging.tensorboard", True, reason, fix) from error
+    return SummaryWriter(str(folder / "tensorboard"))
