@@ -84,8 +84,8 @@ def linear_token_loss(
     chunks of the tokens that are not ignored and returns their summed loss, or (loss, {name:
     summed metric}). The loss of the batch must be the sum of that of its chunks. It may use the
     gradient of all three vectors; tokens that get none from it are left out of the gradient GEMMs.
-    token_tensors: [N, ...] without gradient; the slices are their rows. Other arguments: see
-    `linear_logprob`.
+    token_tensors: [N, ...]; the slices are their rows. Neither they nor anything else that the
+    loss reads get a gradient. Other arguments: see `linear_logprob`.
 
     Returns the loss, whose backward only scales gradients computed here (once: "chunked" raises
     RuntimeError on a second backward), and detached metrics, log-probs and entropies [N]. Under

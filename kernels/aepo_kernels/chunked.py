@@ -31,8 +31,8 @@ from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
 NAME = "chunked"
 # Bytes of a chunk's logits, and its most tokens. The size never depends on N, so that a token's
 # results do not depend on its batch; larger chunks update the weight's fp32 gradient less often.
-_CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**31}
-_MAX_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
+_CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 2**27, 1024
+_GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 2**31, 8192
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,7 @@ def token_loss(
             loss += chunk_loss
             for name, value in chunk_metrics.items():
                 metrics[name] = metrics[name] + value if name in metrics else value
-            active = _active_rows(coefs)
-            active_rows += 0 if active is None else len(active)
-            if active is not None and len(active):
-                if len(active) < len(products):
-                    products = products.index_select(0, active)
-                    chunk, stats_of = chunk.at(active), stats.select(active)
-                    head.add_gradients(chunk, products, stats_of, coefs.select(active), total)
-                else:
-                    head.add_gradients(chunk, products, stats, coefs, total)
+            active_rows += _add_active(head, chunk, products, stats, coefs, total)
             parts.append(stats)
         first, entropy, _, second = _outputs(problem, tokens, _join(parts, head, tokens))
     if any(needs):
@@ -243,6 +235,25 @@ def _evaluate(
     return loss.detach(), metrics, RowCoefs(found[0], found[1], None, found[2])
 
 
+def _add_active(
+    head: _Head,
+    tokens: _Tokens,
+    products: Tensor,
+    stats: RowStats,
+    coefs: RowCoefs,
+    total: Gradients,
+) -> int:
+    """Add a chunk's gradients, of its active rows only; returns their number."""
+    active = _active_rows(coefs)
+    if active is None or not len(active):
+        return 0
+    if len(active) < len(products):
+        products = products.index_select(0, active)
+        tokens, stats, coefs = tokens.at(active), stats.select(active), coefs.select(active)
+    head.add_gradients(tokens, products, stats, coefs, total)
+    return len(active)
+
+
 def _active_rows(coefs: RowCoefs) -> Tensor | None:
     """Rows with a coefficient that is not zero, [A], or None if there are no coefficients."""
     known = [coef != 0 for coef in coefs if coef is not None]
@@ -279,11 +290,14 @@ def _tokens(problem: Problem) -> _Tokens:
 def _chunks(problem: Problem, num_tokens: int) -> Iterator[slice]:
     size = problem.chunk_tokens
     if size is None:
-        device = problem.hidden.device.type
-        # On CUDA float32 logits and their gradient in hidden's dtype exist side by side.
-        width = problem.hidden.element_size() + (4 if device == "cuda" else 0)
-        size = _CHUNK_BYTES[device] // (problem.weight.shape[0] * width)
-        size = min(max(size // 64 * 64, 64), _MAX_CHUNK_TOKENS[device])
+        hidden = problem.hidden
+        if hidden.device.type == "cpu":
+            budget, most, width = _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS, hidden.element_size()
+        else:
+            # float32 logits stand beside their gradient in hidden's dtype.
+            budget, most, width = _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS, 4 + hidden.element_size()
+        size = budget // (problem.weight.shape[0] * width)
+        size = min(max(size // 64 * 64, 64), most)
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
 

@@ -44,11 +44,10 @@ def token_loss(
     with torch.autocast(problem.hidden.device.type, enabled=False):
         kept = problem.kept()
         rows = _rows(problem, kept)
-        # A sum over nothing: zero, and connected to every input.
-        loss = sum(x[:0].sum() for x in (problem.hidden, problem.weight, problem.bias)
-                   if x is not None)  # fmt: skip
-        assert isinstance(loss, Tensor)
-        loss, metrics = loss.to(problem.stats_dtype), {}
+        inputs = [x for x in (problem.hidden, problem.weight, problem.bias) if x is not None]
+        # Sums over nothing: zero, and connected to every input.
+        loss = torch.stack([x[:0].sum().to(problem.stats_dtype) for x in inputs]).sum()
+        metrics: dict[str, Tensor] = {}
         if len(rows.logprob):
             slices = [take(tensor, kept) for tensor in token_tensors]
             result = loss_fn(rows.logprob, rows.entropy, rows.second_logprob, *slices)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 # A log-weight that stands in for -inf: exp gives 0 as well, but 0 times it is 0 and not NaN.
 _FLOOR = -1e30
-# Elements of a block's fp32 buffer. On the CPU it should stay near the cache, yet every operation
-# pays for waking threads up, dearly so on a busy machine.
-_BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+# Elements of a scratch buffer. On the CPU it should stay near the cache, yet every operation
+# pays for waking up threads, dearly so on a busy machine.
+_CPU_BLOCK_ELEMENTS = 2**22
+_GPU_BLOCK_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ def _blocks(
 ) -> Iterator[tuple[slice, *tuple[Tensor, ...]]]:
     """Slices of rows, each with scratch buffers [rows, V] in `dtype`; buffers are reused."""
     num_rows, vocab = products.shape
-    size = max(1, _BLOCK_ELEMENTS[products.device.type] // vocab)
+    on_cpu = products.device.type == "cpu"
+    size = max(1, (_CPU_BLOCK_ELEMENTS if on_cpu else _GPU_BLOCK_ELEMENTS) // vocab)
     shape = (min(size, num_rows), vocab)
     buffers = [torch.empty(shape, dtype=dtype, device=products.device) for _ in range(num_buffers)]
     for start in range(0, num_rows, size):

@@ -1,0 +1,28 @@
+"""Entry point of the `aepo-fast` command."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+# What `pip install aepo-fast` alone leaves out.
+_TRAIN_ONLY = ("typer", "transformers", "datasets", "reasoning_gym", "rich", "tomli_w")
+
+
+def main() -> None:
+    """Run the command line, or say what has to be installed for it."""
+    missing = [name for name in _TRAIN_ONLY if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"aepo-fast: {', '.join(missing)} not installed; the kernels work without, the "
+            "commands need them. Run: pip install 'aepo-fast[train]'",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    from aepo_fast.cli import run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

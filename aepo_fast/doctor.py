@@ -1,0 +1,45 @@
+"""`aepo-fast doctor`: what this machine offers and why the rest does not work."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+from aepo_kernels import __version__, backend_status
+
+from aepo_fast.packages import PACKAGES, PREFIX, cache_root, converted_folder
+
+_REQUIRED = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")
+_OPTIONAL = ("triton", "flash-attn", "liger-kernel", "vllm", "tensorboard")
+
+
+def report() -> str:
+    """The whole report as text."""
+    lines = [f"aepo-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines += ["", "devices"]
+    lines += [f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+            lines.append(f"  cuda:{index}: {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
+    else:
+        lines.append("  cuda: torch sees no device")
+    lines += ["", "kernel backends"]
+    for name, reason in backend_status().items():
+        lines.append(f"  {name}: {'works' if reason is None else reason}")
+    lines += ["", "packages"]
+    lines += [f"  {name}: {_version(name) or 'not installed'}" for name in _REQUIRED]
+    lines += [f"  {name}: {_version(name) or 'not installed (optional)'}" for name in _OPTIONAL]
+    lines += ["", f"models from packages, converted in {cache_root()}"]
+    for name in PACKAGES:
+        ready = (converted_folder(PREFIX + name) / "config.json").is_file()
+        lines.append(f"  {PREFIX}{name}: {'ready' if ready else 'fetched when first used'}")
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,101 @@
+"""`aepo-fast eval`: evaluate a run's last checkpoint or any model on held-out prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from reasoning_gym.factory import DATASETS
+
+from aepo_fast.checkpoint import complete_checkpoints
+from aepo_fast.config import Config, ConfigError, DataConfig, ModelConfig, SourceConfig
+from aepo_fast.config_io import load_config
+from aepo_fast.data import load_prompts
+from aepo_fast.evaluate import EvalResult, evaluate
+from aepo_fast.models import load_model, load_tokenizer, resolve
+from aepo_fast.rewards import build_reward
+from aepo_fast.rollout.hf import HfRollout
+from aepo_fast.setup import choose_device, eos_ids
+
+
+def evaluate_model(
+    model: str,
+    *,
+    config: str | None,
+    task: str | None,
+    samples: int,
+    prompts: int,
+    overrides: Sequence[str],
+) -> EvalResult:
+    """Evaluate `model`, a run's folder or anything `model.path` may be.
+
+    A run brings its data with it; otherwise `config` or `task` names it. The prompts are the
+    held-out ones; a source given as `task` is held out whole.
+    """
+    cfg, path = _configuration(model, config, task, overrides)
+    folder = resolve(path)
+    tokenizer = load_tokenizer(folder)
+    reward = build_reward(cfg.reward, cfg.data)
+    found = load_prompts(
+        cfg.data,
+        tokenizer,
+        max_prompt_tokens=cfg.rollout.max_prompt_tokens,
+        required_columns=reward.required_columns,
+    )
+    chosen = (found.train if task else found.heldout)[:prompts]
+    if not chosen:
+        reason = "holds out no prompt to evaluate on"
+        raise ConfigError("data.holdout_fraction", cfg.data.holdout_fraction, reason, "Raise it")
+    dtype = cfg.rollout.dtype
+    settings = ModelConfig(path=path, dtype=dtype, compute_dtype=dtype)
+    loaded = load_model(settings, folder, choose_device(cfg.trainer.device))
+    engine = HfRollout(
+        loaded,
+        dtype=getattr(torch, dtype),
+        eos_ids=eos_ids(loaded, tokenizer),
+        batch_rows=cfg.rollout.batch_rows,
+    )
+    return evaluate(
+        engine,
+        reward,
+        chosen,
+        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        samples=samples,
+        max_new_tokens=cfg.rollout.max_new_tokens,
+        seed=cfg.eval.seed,
+    )
+
+
+def _configuration(
+    model: str, config: str | None, task: str | None, overrides: Sequence[str]
+) -> tuple[Config, str]:
+    """The configuration to evaluate under, and the path of the weights."""
+    run = Path(model)
+    path = model
+    if (run / "checkpoints").is_dir():
+        found = complete_checkpoints(run / "checkpoints")
+        if not found:
+            reason = "has no complete checkpoint"
+            raise ConfigError("MODEL", model, reason, "Train it first, or name a model")
+        path = str(found[-1])
+        config = config or str(run / "config.toml")
+    if config is not None:
+        cfg = load_config(config, overrides)
+    elif task is not None:
+        model_section = ModelConfig(path=path)
+        cfg = Config(model=model_section, data=DataConfig(sources=(_source(task),)))
+    else:
+        reason = "is no run, so it is not known what to evaluate on"
+        raise ConfigError("MODEL", model, reason, "Add --config NAME or --task NAME")
+    if task is not None:
+        data = dataclasses.replace(cfg.data, sources=(_source(task),), holdout_fraction=0.0)
+        cfg = dataclasses.replace(cfg, data=data)
+    return cfg, path
+
+
+def _source(task: str) -> SourceConfig:
+    if task in DATASETS:
+        return SourceConfig("reasoning_gym", task)
+    return SourceConfig("file" if Path(task).suffix else "hub", task)
