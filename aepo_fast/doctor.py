@@ -6,9 +6,9 @@ import platform
 from importlib import metadata
 
 import torch
-from aepo_kernels import __version__, backend_status
 
 from aepo_fast.packages import PACKAGES, PREFIX, cache_root, converted_folder
+from aepo_kernels import __version__, backend_status
 
 _REQUIRED = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")
 _OPTIONAL = ("triton", "flash-attn", "liger-kernel", "vllm", "tensorboard")
@@ -18,7 +18,9 @@ def report() -> str:
     """The whole report as text."""
     lines = [f"aepo-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += ["", "devices"]
-    lines += [f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    lines += [
+        f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             memory = torch.cuda.get_device_properties(index).total_memory / 2**30

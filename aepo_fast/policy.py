@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from aepo_kernels import LogprobOutput, linear_logprob
 from transformers import PreTrainedModel
 
 from aepo_fast.batch import Layout, MicroBatch, Row, make_microbatches
 from aepo_fast.config import ConfigError, ModelConfig, TrainerConfig
 from aepo_fast.models import backbone_of, head_of
+from aepo_kernels import LogprobOutput, linear_logprob
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aepo_fast.metrics import MetricsLogger
-from aepo_fast.plot import plot_run
-
 from aepo_fast.checkpoint import complete_checkpoints, save_checkpoint
 from aepo_fast.config import Config
 from aepo_fast.evaluate import EvalResult, evaluate
 from aepo_fast.interrupt import Interrupted, InterruptGuard
+from aepo_fast.metrics import MetricsLogger
+from aepo_fast.plot import plot_run
 from aepo_fast.report import RolloutLog
 from aepo_fast.setup import load_inputs
 from aepo_fast.trainer import Trainer

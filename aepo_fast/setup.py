@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aepo_fast.config_io import dump_config
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo_fast.checkpoint import check_same_model, complete_checkpoints, load_state
 from aepo_fast.config import Config, ConfigError
+from aepo_fast.config_io import dump_config
 from aepo_fast.data import PromptSampler, PromptSet, load_prompts
 from aepo_fast.models import load_model, load_tokenizer, resolve
 from aepo_fast.policy import Policy

@@ -75,7 +75,7 @@ class Trainer:
         rng = np.random.default_rng([cfg.seed, self.steps_done])
         temperature = self.controller.temperature()
         prompts = self.sampler.next(cfg.prompts_per_step)
-        rollout = self._collect(prompts, self._auxiliary(prompts, rng), temperature, on_tokens)
+        rollout = self._collect(prompts, self._auxiliary(prompts), temperature, on_tokens)
         times.lap("rollout")
 
         rows = rollout.rows
@@ -143,10 +143,12 @@ class Trainer:
         """Text of a completion, without its end marker."""
         return str(self.inputs.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _auxiliary(self, prompts: Sequence[Prompt], rng: np.random.Generator) -> list[Prompt]:
+    def _auxiliary(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         aepo = self.cfg.aepo
         if not aepo.enabled or aepo.form != "resample":
             return []
+        # A stream of its own: drawing auxiliary prompts leaves the minibatches as GRPO has them.
+        rng = np.random.default_rng([self.cfg.trainer.seed, self.steps_done, 1])
         count = aepo_draws(len(prompts), aepo.alpha)
         return [prompts[index] for index in rng.choice(len(prompts), count, replace=False)]
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from aepo_kernels import linear_token_loss
 
 from aepo_fast.batch import MicroBatch, Row
 from aepo_fast.objective import Objective
 from aepo_fast.optim import guarded_step
 from aepo_fast.policy import Policy, token_index, token_offsets
+from aepo_kernels import linear_token_loss
 
 
 @dataclass(frozen=True)

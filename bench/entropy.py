@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.environment import RESULTS, ROOT, describe, device_name
 from bench.entropy_figure import draw
+from bench.environment import RESULTS, ROOT, describe, device_name
 
 TARGETS = (0.5, 1.0)
 

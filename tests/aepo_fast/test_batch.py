@@ -102,7 +102,9 @@ def test_the_token_budget_holds_where_rows_fit(layout: Layout) -> None:
 def test_sharing_prompts_processes_fewer_tokens() -> None:
     rows = make_rows([3] * 24)
     shared, padded = (
-        sum(b.input_ids.numel() for b in make_microbatches(rows, range(24), layout=x, max_tokens=99))
+        sum(
+            b.input_ids.numel() for b in make_microbatches(rows, range(24), layout=x, max_tokens=99)
+        )
         for x in ("shared", "padded")
     )
     assert shared < padded / 2

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from aepo_kernels import linear_logprob
 
+from aepo_kernels import linear_logprob
 from tests.kernels.oracle import IGNORED, Case, make_case, materialised, output_weights
 from tests.kernels.oracle import weighted_gradients as gradients
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import aepo_kernels
 import pytest
 import torch
+
+import aepo_kernels
 from aepo_kernels import backend_status, linear_logprob, linear_token_loss
 
 KERNELS = Path(aepo_kernels.__file__).parents[1]
