@@ -1,0 +1,217 @@
+"""Advantages, aggregation and the whole objective: parts of a batch add up to the batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from aepo_fast.advantages import group_advantages
+from aepo_fast.aggregation import token_weights
+from aepo_fast.batch import Row
+from aepo_fast.config import AepoConfig, LossConfig
+from aepo_fast.entropy_control import EntropyController, aepo_draws
+from aepo_fast.objective import Objective, build_objective
+from aepo_fast.rollout.base import Completion
+from aepo_fast.token_objective import StepContext
+from tests.tiny_run import tiny_config
+
+NAN = float("nan")
+
+
+def test_group_advantages_against_statistics_of_each_group() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.2, NAN, 0.4, 3.0])
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3])
+    normed = group_advantages(rewards, groups, "group_norm")
+    centred = group_advantages(rewards, groups, "group_mean")
+    first = rewards[:4].double()
+    torch.testing.assert_close(normed[:4].double(), (first - first.mean()) / (first.std() + 1e-6))
+    torch.testing.assert_close(centred[:4].double(), first - first.mean())
+    assert normed[4:7].tolist() == [0, 0, 0]  # no spread
+    assert normed[8] == 0 and normed[7] == -normed[9] != 0  # the unscored row takes no part
+    assert normed[10] == 0  # alone
+    thirds = group_advantages(torch.full((3,), 0.1) * 3, torch.zeros(3), "group_norm")
+    assert thirds.tolist() == [0, 0, 0]
+
+
+def test_no_rows() -> None:
+    assert len(group_advantages(torch.zeros(0), torch.zeros(0), "group_norm")) == 0
+
+
+@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "constant_length"])
+def test_aggregation_equals_its_definition_however_it_is_split(mode: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 7, 1, 4])
+    losses = [torch.randn(int(n), generator=generator) for n in lengths]
+    expected = {
+        "token_mean": torch.cat(losses).mean(),
+        "sequence_mean": torch.stack([part.mean() for part in losses]).mean(),
+        "constant_length": torch.cat(losses).sum() / (4 * 10),
+    }[mode]
+    for ranks in ([[0, 1, 2, 3]], [[0, 3], [1, 2]], [[2], [], [0, 1, 3]]):
+        total = torch.zeros(())
+        for rank in ranks:
+            weights = token_weights(
+                lengths[rank], mode, max_length=10, num_rows_total=4, num_tokens_total=15
+            )
+            for row, weight in zip(rank, weights, strict=True):
+                total += weight * losses[row].sum()
+        torch.testing.assert_close(total, expected)
+
+
+def rows_of(groups: int, size: int, aux: int, generator: torch.Generator) -> list[Row]:
+    rows = []
+    for index in range(groups * size + aux):
+        length = int(torch.randint(1, 6, (1,), generator=generator))
+        reward = float(torch.randint(0, 2, (1,), generator=generator))
+        is_aux = index >= groups * size
+        completion = Completion((1, 2), (3,) * length, (0.0,) * length, "stop", 1.0, 0)
+        rows.append(Row(completion, groups if is_aux else index // size, is_aux, reward))
+    return rows
+
+
+def evaluate(objective: Objective, logprob: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    entropy, second = -logprob.detach(), 0.7 * logprob.detach()
+    columns = [values[keep] for values in objective.columns.values()]
+    use_second = second[keep] if objective.second_temperature else None
+    return objective.token_loss(logprob[keep], entropy[keep], use_second, *columns)[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "aepo"),
+    [
+        (LossConfig(), AepoConfig(alpha=0.5)),
+        (LossConfig(policy="dapo"), AepoConfig(alpha=0.5, normalizer="positives")),
+        (LossConfig(policy="dr_grpo", entropy_method="bonus"), AepoConfig(enabled=False)),
+        (LossConfig(policy="cispo"), AepoConfig(form="one_pass", alpha=0.3)),
+        (LossConfig(), AepoConfig(form="dcpo")),
+    ],
+)
+def test_the_objective_is_its_formula_and_adds_up_over_chunks(
+    tmp_path: Path, loss: LossConfig, aepo: AepoConfig
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = rows_of(4, 4, 6 if aepo.form == "resample" and aepo.enabled else 0, generator)
+    cfg = replace(tiny_config(tmp_path, tmp_path), loss=loss, aepo=aepo)
+    rewards = torch.tensor([NAN if row.is_aux else row.reward for row in rows])
+    groups = torch.tensor([row.group for row in rows])
+    advantages = group_advantages(rewards, groups, str(loss.advantage))
+    aux = [row for row in rows if row.is_aux]
+    positives = sum(row.reward == 1 for row in aux)
+    bonus = 1e-3 if loss.entropy_method == "bonus" else 0.0
+    context = StepContext(1.1, bonus, 0.2, len(aux), positives, 1)
+    objective = build_objective(
+        cfg,
+        rows,
+        advantages,
+        range(len(rows)),
+        context,
+        scores=None,
+        reference=None,
+        generator=generator,
+    )
+    total = sum(row.length for row in rows)
+    logprob = (-3 * torch.rand(total, generator=generator)).requires_grad_()
+    whole = evaluate(objective, logprob, torch.arange(total))
+    (gradient,) = torch.autograd.grad(whole, logprob)
+    parts = sum(evaluate(objective, logprob, chunk) for chunk in torch.arange(total).split(7))
+    torch.testing.assert_close(parts, whole)
+
+    # Its gradient, written out row by row: at ratio 1, d(-r A) / d(log pi) = -A.
+    expected = []
+    main_rows = [row for row in rows if not row.is_aux]
+    main_tokens = sum(row.length for row in main_rows)
+    position = 0
+    for row, advantage in zip(rows, advantages.tolist(), strict=True):
+        for token in range(position, position + row.length):
+            if row.is_aux:
+                count = len(aux) if aepo.normalizer == "draws" else positives
+                value = -aepo.alpha * (row.reward == 1) / (count * row.length)
+            else:
+                weight = {
+                    "token_mean": 1 / main_tokens,
+                    "sequence_mean": 1 / (len(main_rows) * row.length),
+                    "constant_length": 1 / (len(main_rows) * cfg.rollout.max_new_tokens),
+                }[str(loss.aggregation)]
+                lp = logprob[token].item()
+                rho = min(max(torch.tensor(0.7 * lp - lp).exp().item(), 1 / 3), 3.0)
+                signal = advantage
+                if aepo.enabled and aepo.form == "one_pass":
+                    signal += aepo.alpha * rho * (row.reward == 1)
+                if aepo.enabled and aepo.form == "dcpo":
+                    signal = 0.8 * advantage + 0.2 * rho * (row.reward == 1)
+                value = -weight * signal
+            expected.append(value)
+        position += row.length
+    torch.testing.assert_close(gradient, torch.tensor(expected), atol=1e-6, rtol=1e-5)
+
+    # Rows called passive have no gradient, the others do.
+    lengths = torch.tensor([row.length for row in rows])
+    by_row = gradient.abs().split(lengths.tolist())
+    silent = {index for index, part in enumerate(by_row) if part.sum() == 0}
+    if not bonus:
+        assert silent == objective.passive_rows
+
+
+def test_the_auxiliary_share_is_the_same_in_every_minibatch(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = [replace(row, reward=1.0) for row in rows_of(4, 4, 8, generator)]
+    cfg = replace(tiny_config(tmp_path, tmp_path), aepo=AepoConfig(alpha=0.25))
+    context = StepContext(1.2, 0.0, 0.0, 8, 8, 2)
+    for minibatch in ([*range(8), *range(16, 20)], [*range(8, 16), *range(20, 24)]):
+        objective = build_objective(
+            cfg,
+            rows,
+            torch.zeros(len(rows)),
+            minibatch,
+            context,
+            scores=None,
+            reference=None,
+            generator=generator,
+        )
+        assert objective.columns["aux_weight"].sum().item() == pytest.approx(0.25)
+        assert objective.columns["weight"].sum().item() == pytest.approx(1.0)
+
+
+def test_controller_laws() -> None:
+    published = EntropyController(AepoConfig(entropy_target=0.5))
+    assert published.temperature() == 1.0
+    for entropy, expected in [(0.5, 1.0), (0.4, 1.1), (0.0, 1.2), (0.65, 0.85), (2.0, 0.8)]:
+        published.update(entropy)
+        assert published.temperature() == pytest.approx(expected)
+    switch = EntropyController(AepoConfig(controller="switch", entropy_target=0.5))
+    for entropy, expected in [(0.49, 1.2), (0.51, 0.8)]:
+        switch.update(entropy)
+        assert switch.temperature() == expected
+    off = EntropyController(AepoConfig(enabled=False))
+    off.update(0.1)
+    assert off.temperature() == 1.0
+
+
+def test_the_integral_removes_a_steady_error_and_does_not_wind_up() -> None:
+    cfg = AepoConfig(gain=0.5, integral_gain=0.1, temperature_max=1.5, entropy_target=0.5)
+    controller = EntropyController(cfg)
+    for _ in range(200):  # far above the target: T sits at its minimum
+        controller.update(3.0)
+    assert controller.temperature() == cfg.temperature_min
+    controller.update(0.4)
+    assert controller.temperature() > 1.0  # no debt from the 200 steps
+    temperatures = []
+    for _ in range(20):  # a small steady error
+        controller.update(0.4)
+        temperatures.append(controller.temperature())
+    assert temperatures == sorted(temperatures) and temperatures[-1] > 1.2
+
+
+def test_looking_ahead_acts_before_the_target_is_crossed() -> None:
+    controller = EntropyController(AepoConfig(entropy_target=0.5, lead_steps=3.0))
+    controller.update(0.9)
+    controller.update(0.7)  # at this rate 0.1 in three steps
+    assert controller.temperature() > 1.0
+
+
+def test_auxiliary_draws() -> None:
+    assert [aepo_draws(n, 1 / 64) for n in (1, 12, 64, 512)] == [1, 1, 1, 8]
+    assert aepo_draws(4, 2.0) == 4
