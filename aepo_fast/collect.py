@@ -74,8 +74,12 @@ def collect(
     soft_overlong_tokens: int,
     seed: int,
     on_tokens: Callable[[int], None],
+    lap: Callable[[str], None],
 ) -> Rollout:
-    """Sample main prompts at temperature 1 and auxiliary ones at AEPO's in one call; score all."""
+    """Sample main prompts at temperature 1 and auxiliary ones at AEPO's in one call; score all.
+
+    `lap` is told when sampling ("rollout") and scoring ("reward") are done.
+    """
     everyone = [*prompts, *aux_prompts]
     requests = [
         Request(
@@ -87,6 +91,7 @@ def collect(
         for index, prompt in enumerate(everyone)
     ]
     groups = engine.generate(requests, max_new_tokens=max_new_tokens, on_tokens=on_tokens)
+    lap("rollout")
     flat = [completion for group in groups for completion in group]
     texts = [decode(completion.completion_ids) for completion in flat]
     repeated = [prompt for prompt in everyone for _ in range(group_size)]
@@ -99,6 +104,7 @@ def collect(
             length = len(completion.completion_ids)
             value += soft_overlong_penalty(length, max_new_tokens, soft_overlong_tokens)
         rows.append(Row(completion, group, is_aux, value))
+    lap("reward")
     return Rollout(
         rows=rows,
         prompts=everyone,

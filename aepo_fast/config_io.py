@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -44,7 +45,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     path = config_path(name_or_path)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("CONFIG", str(path), f"is not TOML: {error}", "Correct it") from error
     for override in overrides:
         _apply(data, override)
@@ -105,13 +106,24 @@ def _build(cls: type[Any], data: dict[str, Any], prefix: str) -> Any:
         if key not in hints:
             where = f"[{prefix.rstrip('.')}]" if prefix else "the configuration"
             reason = f"{where} has no such key"
-            raise ConfigError(prefix + key, value, reason, _suggest(key, hints))
+            fix = _other_section(key, hints) or _suggest(key, hints)
+            raise ConfigError(prefix + key, value, reason, fix)
     for field in dataclasses.fields(cls):
         missing = (dataclasses.MISSING, dataclasses.MISSING)
         if field.name not in data and (field.default, field.default_factory) == missing:
             # A section without defaults: built empty, it says itself what it needs.
             data = {**data, field.name: {}}
     return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in data.items()})
+
+
+def _other_section(key: str, hints: dict[str, Any]) -> str | None:
+    """The advice for a key that stands in the wrong section, unless a near name is in this one."""
+    if difflib.get_close_matches(key, hints, n=1):
+        return None
+    for section, cls in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(cls) and key in typing.get_type_hints(cls):
+            return f"Did you mean {section}.{key}"
+    return None
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
@@ -138,6 +150,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         hint = dict
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(key, value, "is not a number", "Give it a number")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         reason = f"is of type {type(value).__name__}"
         raise ConfigError(key, value, reason, f"Give it a value of type {hint.__name__}")

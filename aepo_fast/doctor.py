@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
+from typing import Literal, get_args
 
 import torch
 
+from aepo_fast.config import ConfigError, ModelConfig
+from aepo_fast.models import choose_attention
 from aepo_fast.packages import PACKAGES, PREFIX, cache_root, converted_folder
+from aepo_fast.setup import choose_device
 from aepo_kernels import __version__, backend_status
 
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "varlen"]
+_ATTENTION: tuple[Attention, ...] = get_args(Attention)
 _REQUIRED = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")
 _OPTIONAL = ("triton", "flash-attn", "liger-kernel", "vllm", "tensorboard")
 
@@ -30,6 +36,8 @@ def report() -> str:
     lines += ["", "kernel backends"]
     for name, reason in backend_status().items():
         lines.append(f"  {name}: {'works' if reason is None else reason}")
+    lines += ["", "attention"]
+    lines += [f"  {name}: {_attention_status(name)}" for name in _ATTENTION]
     lines += ["", "packages"]
     lines += [f"  {name}: {_version(name) or 'not installed'}" for name in _REQUIRED]
     lines += [f"  {name}: {_version(name) or 'not installed (optional)'}" for name in _OPTIONAL]
@@ -38,6 +46,16 @@ def report() -> str:
         ready = (converted_folder(PREFIX + name) / "config.json").is_file()
         lines.append(f"  {PREFIX}{name}: {'ready' if ready else 'fetched when first used'}")
     return "\n".join(lines)
+
+
+def _attention_status(name: Attention) -> str:
+    device = choose_device("auto")
+    cfg = ModelConfig(path="any", attention=name)
+    try:
+        chosen = choose_attention(cfg, device)
+    except ConfigError as error:
+        return error.reason
+    return f"is {chosen} here" if name == "auto" else "works"
 
 
 def _version(name: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ class MetricsLogger:
             for key, value in metrics.items()
         }
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(_json_line(finite))
         self.console.print(self._line(finite))
         if self._writer is not None:
             for key, value in finite.items():
@@ -68,16 +69,16 @@ class MetricsLogger:
             parts.append(f"[dim]{label}[/dim] {value:{form}}")
         return "  ".join(parts)
 
+    def lines(self) -> list[dict[str, Any]]:
+        """What has been logged, the lines of an interrupted run before this one included."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
     def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps, which a resumed run will write again."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            # A killed run may leave half a line behind.
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        self.path.write_text("".join(kept), encoding="utf-8")
+        """Drop what was logged of later steps, which a resumed run will log again."""
+        drop_lines_after(self.path, step)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = _tensorboard(self.path.parent, purge_step=step + 1)
 
     @contextmanager
     def progress(self, description: str) -> Iterator[Callable[[int], None]]:
@@ -112,11 +113,31 @@ class MetricsLogger:
         sys.stdout.flush()
 
 
-def _tensorboard(folder: Path) -> Any:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSON-lines file; a killed or live run may end in half a line."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of a JSON-lines file up to `step`; whole or not at all."""
+    if not path.exists():
+        return
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(_json_line(line) for line in kept), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _json_line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _tensorboard(folder: Path, purge_step: int | None = None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         reason = "tensorboard is not installed"
         fix = "pip install 'aepo-fast[tensorboard]' or set it to false"
         raise ConfigError("logging.tensorboard", True, reason, fix) from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)

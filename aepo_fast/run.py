@@ -37,17 +37,14 @@ class _Run:
             self.folder, tensorboard=cfg.logging.tensorboard, total_steps=cfg.trainer.steps
         )
         self.rollouts = RolloutLog(self.folder, cfg.logging.rollouts_per_step)
-        self.first_eval: EvalResult | None = None
-        self.last_eval: EvalResult | None = None
 
     def run(self) -> int:
         done, total = self.trainer.steps_done, self.cfg.trainer.steps
-        self.logger.truncate_after(done)
+        self.logger.truncate_after(done if done else -1)
         self.rollouts.truncate_after(done)
         try:
             if done == 0 and self._heldout():
-                self.first_eval = self._evaluate()
-                self.logger.log({"step": 0, **self.first_eval.metrics()})
+                self.logger.log({"step": 0, **self._evaluate().metrics()})
             while self.trainer.steps_done < total:
                 self._step()
         except Interrupted as stop:
@@ -64,11 +61,12 @@ class _Run:
             result = self.trainer.step(advance)
         last = number == cfg.trainer.steps
         metrics: dict[str, Any] = {"step": number, **result.metrics}
-        if self._heldout() and (last or (cfg.eval.every and number % cfg.eval.every == 0)):
-            self.last_eval = self._evaluate()
-            metrics |= self.last_eval.metrics()
-        self.logger.log(metrics)
-        self.rollouts.write(number, result.rollout, result.advantages)
+        try:
+            if self._heldout() and (last or (cfg.eval.every and number % cfg.eval.every == 0)):
+                metrics |= self._evaluate().metrics()
+        finally:  # the step is done and counted, however its evaluation ends
+            self.logger.log(metrics)
+            self.rollouts.write(number, result.rollout, result.advantages)
         if last or (cfg.checkpoint.every and number % cfg.checkpoint.every == 0):
             self._save()
 
@@ -116,10 +114,12 @@ class _Run:
         self.logger.close()
         if not ran:
             print(f"already trained for {self.cfg.trainer.steps} steps: {self.folder}")
-        elif self.first_eval and self.last_eval:
+        evals = [line for line in self.logger.lines() if "eval/avg@k" in line]
+        if evals:
+            first, last = evals[0], evals[-1]
             print(
-                f"held-out accuracy at T = 1: {self.first_eval.avg_at_k:.3f} before, "
-                f"{self.last_eval.avg_at_k:.3f} after {self.cfg.trainer.steps} steps"
+                f"held-out accuracy at T = 1: {first['eval/avg@k']:.3f} at step {first['step']}, "
+                f"{last['eval/avg@k']:.3f} at step {last['step']}"
             )
         if self.cfg.logging.plot:
             print(f"plot: {plot_run(self.folder)}")

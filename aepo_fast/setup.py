@@ -44,34 +44,23 @@ class Models:
     engine: RolloutEngine
 
 
-def prepare_folder(cfg: Config, *, resume: bool, overwrite: bool) -> Path | None:
-    """Make the run folder and write the resolved config; returns the checkpoint to go on from."""
+def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
+    """Everything that can fail before the model loads; then makes the run's folder ready."""
     folder = Path(cfg.output_dir)
     used = (folder / "metrics.jsonl").exists()
-    if used and overwrite:
-        shutil.rmtree(folder)
-    elif used and not resume:
-        reason = "holds an earlier run"
+    if used and not (resume or overwrite):
         raise ConfigError(
             "output_dir",
             cfg.output_dir,
-            reason,
+            "holds an earlier run",
             "Add --resume to go on, --overwrite to start anew, or name another folder",
         )
     found = complete_checkpoints(folder / "checkpoints") if resume else []
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(dump_config(cfg))
-    return found[-1] if found else None
-
-
-def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
-    """Everything that can fail before the model loads."""
-    folder = Path(cfg.output_dir)
-    found = complete_checkpoints(folder / "checkpoints") if resume else []
+    checkpoint = found[-1] if found else None
     state = None
-    if found:
-        state = load_state(found[-1])
-        check_same_model(state, cfg.model.path, found[-1])
+    if checkpoint is not None:
+        state = load_state(checkpoint)
+        check_same_model(state, cfg.model.path, checkpoint)
     model_folder = resolve(cfg.model.path)
     tokenizer = load_tokenizer(model_folder)
     reward = build_reward(cfg.reward, cfg.data)
@@ -81,7 +70,10 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
         max_prompt_tokens=cfg.rollout.max_prompt_tokens,
         required_columns=reward.required_columns,
     )
-    checkpoint = prepare_folder(cfg, resume=resume, overwrite=overwrite)
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(dump_config(cfg), encoding="utf-8")
     return Inputs(tokenizer, prompts, reward, str(model_folder), checkpoint, state)
 
 

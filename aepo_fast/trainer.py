@@ -75,8 +75,8 @@ class Trainer:
         rng = np.random.default_rng([cfg.seed, self.steps_done])
         temperature = self.controller.temperature()
         prompts = self.sampler.next(cfg.prompts_per_step)
-        rollout = self._collect(prompts, self._auxiliary(prompts), temperature, on_tokens)
-        times.lap("rollout")
+        aux_prompts = self._auxiliary(prompts)
+        rollout = self._collect(prompts, aux_prompts, temperature, on_tokens, times.lap)
 
         rows = rollout.rows
         advantages = group_advantages(
@@ -158,6 +158,7 @@ class Trainer:
         aux_prompts: Sequence[Prompt],
         temperature: float,
         on_tokens: Callable[[int], None],
+        lap: Callable[[str], None],
     ) -> Rollout:
         def count(tokens: int) -> None:
             self.guard.check()
@@ -175,6 +176,7 @@ class Trainer:
             soft_overlong_tokens=self.cfg.reward.soft_overlong_tokens,
             seed=seed_of(self.cfg.trainer.seed, self.steps_done),
             on_tokens=count,
+            lap=lap,
         )
         self.guard.check()
         return rollout

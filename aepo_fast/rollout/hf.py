@@ -50,7 +50,8 @@ class HfRollout:
         batch_rows: int,
     ) -> None:
         self.shared = model.dtype == dtype
-        self.model = model if self.shared else copy.deepcopy(model).to(dtype=dtype)
+        self.model = model if self.shared else copy.deepcopy(model)
+        nn.Module.to(self.model, dtype)
         self.eos_ids = frozenset(eos_ids)
         self.batch_rows = batch_rows
         self.weights_version = 0

@@ -204,7 +204,10 @@ def test_selections_pick_the_right_tokens() -> None:
 
 def test_the_adaptive_bonus_acts_only_below_its_target() -> None:
     cfg = LossConfig(
-        entropy_method="adaptive_bonus", entropy_coef=0.01, adaptive_target=0.3, adaptive_delta=0.004
+        entropy_method="adaptive_bonus",
+        entropy_coef=0.01,
+        adaptive_target=0.3,
+        adaptive_delta=0.004,
     )
     bonus = entropy_losses.BonusCoefficient(cfg)
     assert bonus.value == 0.0
@@ -225,4 +228,6 @@ def test_empty_input() -> None:
     terms = losses.clipped_surrogate(empty, empty.detach(), empty.detach(), 0.2, 0.2)
     assert terms.loss.sum().item() == 0
     rows = torch.zeros(0, dtype=torch.long)
-    assert losses.gspo_loss(empty, empty.detach(), rows, torch.zeros(2), 0.1, 0.1).loss.shape == (2,)
+    assert losses.gspo_loss(empty, empty.detach(), rows, torch.zeros(2), 0.1, 0.1).loss.shape == (
+        2,
+    )

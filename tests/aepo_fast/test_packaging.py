@@ -1,0 +1,99 @@
+"""What is installed: declared dependencies, tested versions, and what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import aepo_kernels
+from aepo_fast import __main__ as entry
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# Imported only where the user asked for it, after saying which extra it takes.
+BY_CHOICE = {"tensorboard", "liger_kernel"}
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
+def imported_distributions(package: Path) -> set[str]:
+    """Distributions whose modules the package's files import anywhere."""
+    modules = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                modules.add(node.module.split(".")[0])
+    modules -= set(sys.stdlib_module_names) | BY_CHOICE | {"aepo_fast", "aepo_kernels"}
+    known = importlib.metadata.packages_distributions()
+    return {canonicalize_name(known[module][0]) for module in modules}
+
+
+def test_kernels_declare_what_they_import() -> None:
+    assert imported_distributions(ROOT / "kernels" / "aepo_kernels") == {"torch"}
+    assert names(PROJECT["dependencies"]) == {"torch"}
+
+
+def test_the_train_extra_is_what_the_trainer_imports() -> None:
+    assert imported_distributions(ROOT / "aepo_fast") - {"torch"} == names(EXTRAS["train"])
+
+
+def test_installed_versions_are_pinned_and_within_the_ranges() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name): pin.specifier for pin in pins}
+    wanted = [Requirement(text) for text in PROJECT["dependencies"]]
+    wanted += [
+        Requirement(text) for extra in ("train", "tensorboard", "dev") for text in EXTRAS[extra]
+    ]
+    for requirement in wanted:
+        if requirement.name == PROJECT["name"]:
+            continue
+        (pin,) = pinned[canonicalize_name(requirement.name)]
+        assert pin.operator == "==" and pin.version in requirement.specifier, str(requirement)
+
+
+def test_without_the_train_extra_the_command_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "datasets" else find(name)
+    )
+    with pytest.raises(SystemExit) as stop:
+        entry.main()
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "datasets not installed" in message and "pip install 'aepo-fast[train]'" in message
+
+
+def test_the_wheel_holds_both_packages_the_configs_and_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name == f"aepo_fast-{aepo_kernels.__version__}-py3-none-any.whl"
+    files = set(zipfile.ZipFile(wheel).namelist())
+    info = f"aepo_fast-{aepo_kernels.__version__}.dist-info"
+    assert {name.split("/")[0] for name in files} == {"aepo_fast", "aepo_kernels", info}
+    sources = {
+        str(path.relative_to(base))
+        for base, package in ((ROOT, "aepo_fast"), (ROOT / "kernels", "aepo_kernels"))
+        for path in (base / package).rglob("*")
+        if path.suffix in (".py", ".toml")
+    }
+    assert {name for name in files if not name.startswith(info)} == sources
