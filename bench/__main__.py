@@ -1,10 +1,10 @@
-"""Benchmarks: `python -m bench entropy`."""
+"""Benchmarks: `python -m bench entropy`; `python -m bench tables` writes the README's."""
 
 from __future__ import annotations
 
 import argparse
 
-from bench import entropy
+from bench import entropy, tables
 
 
 def main() -> None:
@@ -12,6 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench")
     commands = parser.add_subparsers(required=True)
     entropy.add_command(commands)
+    tables.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,0 +1,82 @@
+"""Writes the tables of the README from the committed results: `python -m bench tables`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bench.entropy import table
+from bench.environment import RESULTS, ROOT
+
+README = ROOT / "README.md"
+
+
+def add_command(commands: Any) -> None:
+    """Add `tables` to the benchmark's commands."""
+    parser = commands.add_parser("tables", help=__doc__)
+    parser.set_defaults(run=lambda arguments: README.write_text(render(README.read_text())))
+
+
+def render(readme: str) -> str:
+    """The README with every generated block made anew; a block without results stays empty."""
+    for name, block in {"first-light": first_light(), "entropy": entropy()}.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        readme, count = re.subn(
+            pattern, lambda match, text=block: match[1] + text + match[2], readme, flags=re.S
+        )
+        assert count == 1, f"README.md has no block {name}"
+    return readme
+
+
+def newest(pattern: str) -> Path | None:
+    """The newest result of a kind, by the date in its name."""
+    found = sorted(RESULTS.glob(pattern), key=lambda path: path.name)
+    return found[-1] if found else None
+
+
+def first_light() -> str:
+    """What a run of the shipped first config did, from its metrics."""
+    path = newest("*/first-light-*.jsonl")
+    if path is None:
+        return ""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [
+        "| step | held-out accuracy (95%) | entropy | T | mean length |",
+        "|---|---|---|---|---|",
+    ]
+    for line in lines:
+        if "eval/avg@k" not in line:
+            continue
+        low, high = line["eval/ci95_low"], line["eval/ci95_high"]
+        accuracy = f"{line['eval/avg@k']:.2f} ({low:.2f} to {high:.2f})"
+        entropy, temperature = line.get("entropy"), line.get("aepo/temperature")
+        rows.append(
+            f"| {line['step']} | {accuracy} | {'-' if entropy is None else f'{entropy:.2f}'} "
+            f"| {'-' if temperature is None else f'{temperature:.2f}'} "
+            f"| {line['eval/mean_length']:.1f} |"
+        )
+    seconds = sum(line.get("time/step", 0.0) for line in lines)
+    note = f"Training took {seconds / 60:.1f} minutes on 2 CPU cores ([raw]({_link(path)}))."
+    return "\n".join(rows) + f"\n\n{note}\n"
+
+
+def entropy() -> str:
+    """The entropy benchmark's table and figure."""
+    path = newest("*/entropy-*.json")
+    if path is None:
+        return ""
+    record = json.loads(path.read_text())
+    seeds = len({run["seed"] for run in record["runs"]})
+    where = record["environment"]
+    note = (
+        f"SmolLM2-135M on one-digit products, {len(record['runs'][0]['entropy'])} steps, {seeds} "
+        f"seeds, mean (min to max); {where['cpu']}, torch {where['torch']} ([raw]({_link(path)}))."
+    )
+    figure = _link(path.with_suffix(".png"))
+    return f"{table(record['runs'])}\n\n{note}\n\n![entropy, temperature, accuracy]({figure})\n"
+
+
+def _link(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
