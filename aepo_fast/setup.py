@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,10 @@ class Models:
 
 def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
     """Everything that can fail before the model loads; then makes the run's folder ready."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        reason = "more than one process is not supported yet"
+        raise ConfigError("WORLD_SIZE", world_size, reason, "Start a single process")
     folder = Path(cfg.output_dir)
     used = (folder / "metrics.jsonl").exists()
     if used and not (resume or overwrite):

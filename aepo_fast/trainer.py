@@ -203,6 +203,12 @@ class Trainer:
             [index for index in group if scored(rollout.rows[index])]
             for group in rollout.main_groups
         ]
+        if not any(groups):
+            raise TrainingError(
+                f"reward.function = {self.inputs.reward.name!r}: no completion of step "
+                f"{self.steps_done + 1} got a reward, so there is nothing to learn from. Look at "
+                "the errors reported above and go on with --resume"
+            )
         positives = [
             index
             for index, row in enumerate(rollout.rows)

@@ -31,8 +31,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "best": (
         'aepo.form="one_pass"',
         "aepo.baseline=true",
-        "aepo.alpha=2.0",
-        "aepo.gain=4.0",
+        "aepo.alpha=6.0",
+        "aepo.gain=2.0",
         "aepo.integral_gain=0.2",
         "aepo.lead_steps=0.5",
         "aepo.temperature_min=0.7",

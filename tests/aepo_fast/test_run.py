@@ -277,6 +277,26 @@ def test_reward_errors_stop_the_run_or_are_counted(tiny_model_dir: Path, tmp_pat
     assert metrics_of(counted)[0]["reward_errors"] == 1
 
 
+def silent_reward(completion_ids: list[list[int]], **columns: Any) -> list[None]:
+    """Applies to no sample."""
+    return [None] * len(completion_ids)
+
+
+def test_a_step_without_any_reward_stops_the_run(tiny_model_dir: Path, tmp_path: Path) -> None:
+    name = "tests.aepo_fast.test_run:silent_reward"
+    cfg = tiny_config(tiny_model_dir, tmp_path / "run", reward=RewardConfig(function=name))
+    with pytest.raises(TrainingError, match="silent_reward.*step 1"):
+        train(cfg)
+
+
+def test_more_than_one_process_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        train(tiny_config(tiny_model_dir, tmp_path / "run"))
+
+
 def test_every_promised_metric_is_logged_and_rollouts_are_kept(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
