@@ -233,6 +233,7 @@ class AepoConfig:
     gain: float = 1.0  # k, per nat
     integral_gain: float = 0.0  # per nat and step; stops while T is at its limit
     lead_steps: float = 0.0  # steps to look ahead along the entropy's trend
+    ramp_steps: int = 0  # steps over which the target falls from the first entropy to H0
     temperature_min: float = 0.8  # also T_low of the switch
     temperature_max: float = 1.2  # also T_high of the switch
     reward_threshold: float = 1.0  # R_plus
@@ -258,7 +259,7 @@ class AepoConfig:
             "Use e.g. temperature_min = 0.8, temperature_max = 1.2",
         )
         _positive("aepo", self, "alpha")
-        _not_negative("aepo", self, "gain", "integral_gain", "lead_steps")
+        _not_negative("aepo", self, "gain", "integral_gain", "lead_steps", "ramp_steps")
         _require(
             self.rho_clip >= 1,
             "aepo.rho_clip",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from aepo_fast.config import AepoConfig
+
+_STATE = ("entropy", "previous", "first", "measured", "integral")
 
 
 def aepo_draws(num_prompts: int, alpha: float) -> int:
@@ -15,22 +19,32 @@ class EntropyController:
 
     switch (arXiv 2510.08141 v1-v6): T_max below the target, T_min above it. proportional (v7):
     T = clip(1 + k (H0 - H'), T_min, T_max); integral_gain adds ki times the sum of the errors, and
-    lead_steps looks ahead along the trend, H' = H + lead (H - H_previous). T is 1 until an
-    entropy has been measured.
+    lead_steps looks ahead along the trend, H' = H + lead (H - H_previous), and ramp_steps lets the
+    target fall linearly from the first entropy, so that the policy does not arrive at H0 too fast
+    to be stopped there. T is 1 until an entropy has been measured.
     """
 
     def __init__(self, cfg: AepoConfig) -> None:
         self.cfg = cfg
         self.entropy: float | None = None
         self.previous: float | None = None
+        self.first: float | None = None
+        self.measured = 0
         self.integral = 0.0
 
+    def target(self) -> float:
+        """The entropy aimed at now: H0, or on the way to it."""
+        aim = self.cfg.entropy_target
+        if self.first is None or self.measured >= self.cfg.ramp_steps:
+            return aim
+        return aim + (self.first - aim) * (1 - self.measured / self.cfg.ramp_steps)
+
     def error(self) -> float:
-        """H0 - H', in nats; 0 until an entropy has been measured."""
+        """Target - H', in nats; 0 until an entropy has been measured."""
         if self.entropy is None:
             return 0.0
         trend = 0.0 if self.previous is None else self.entropy - self.previous
-        return self.cfg.entropy_target - (self.entropy + self.cfg.lead_steps * trend)
+        return self.target() - (self.entropy + self.cfg.lead_steps * trend)
 
     def temperature(self) -> float:
         """T for the coming step."""
@@ -38,7 +52,7 @@ class EntropyController:
         if self.entropy is None or not cfg.enabled:
             return 1.0
         if cfg.controller == "switch":
-            below = self.entropy < cfg.entropy_target
+            below = self.entropy < self.target()
             return cfg.temperature_max if below else cfg.temperature_min
         return min(max(self._demand(), cfg.temperature_min), cfg.temperature_max)
 
@@ -48,6 +62,8 @@ class EntropyController:
     def update(self, entropy: float) -> None:
         """Take in the entropy of a step, in nats per token, measured over main rows."""
         self.previous, self.entropy = self.entropy, entropy
+        self.first = entropy if self.first is None else self.first
+        self.measured += 1
         error = self.error()
         # While T is at its limit, errors that push it further out would only wind the sum up.
         demand = self._demand() + self.cfg.integral_gain * error
@@ -55,12 +71,11 @@ class EntropyController:
         if not (over and error > 0 or under and error < 0):
             self.integral += error
 
-    def state_dict(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        return {"entropy": self.entropy, "previous": self.previous, "integral": self.integral}
+        return {name: getattr(self, name) for name in _STATE}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self.entropy, self.previous = state["entropy"], state["previous"]
-        assert state["integral"] is not None
-        self.integral = state["integral"]
+        for name in _STATE:
+            setattr(self, name, state[name])

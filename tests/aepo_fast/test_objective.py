@@ -212,6 +212,19 @@ def test_looking_ahead_acts_before_the_target_is_crossed() -> None:
     assert controller.temperature() > 1.0
 
 
+def test_the_target_falls_from_the_first_entropy_to_the_aim() -> None:
+    controller = EntropyController(AepoConfig(entropy_target=0.5, ramp_steps=4))
+    targets = []
+    for entropy in (2.5, 2.0, 1.6, 1.0, 0.6, 0.5):
+        controller.update(entropy)
+        targets.append(controller.target())
+    assert targets == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.5, 0.5])
+    controller = EntropyController(AepoConfig(entropy_target=0.5, ramp_steps=4))
+    controller.update(2.5)
+    controller.update(1.4)  # below the ramp though far above the aim
+    assert controller.temperature() == pytest.approx(1.1)
+
+
 def test_auxiliary_draws() -> None:
     assert [aepo_draws(n, 1 / 64) for n in (1, 12, 64, 512)] == [1, 1, 1, 8]
     assert aepo_draws(4, 2.0) == 4

@@ -134,7 +134,7 @@ def test_5_without_positives_aepo_is_exactly_grpo(tiny_model_dir: Path, tmp_path
     [
         AepoConfig(),
         AepoConfig(controller="switch"),
-        AepoConfig(gain=0.3, integral_gain=0.2, lead_steps=2.0),
+        AepoConfig(gain=0.3, integral_gain=0.2, lead_steps=2.0, ramp_steps=4),
     ],
 )
 def test_6_a_resumed_controller_gives_the_same_temperatures(cfg: AepoConfig) -> None:
