@@ -54,10 +54,9 @@ def choose_layout(model: PreTrainedModel, requested: str) -> Layout:
     return requested  # type: ignore[return-value]
 
 
-def mean_over_main(values: torch.Tensor, rows: Sequence[Row]) -> float:
-    """Mean of a per-token value over the tokens of main rows."""
-    main = [index for index, row in enumerate(rows) if not row.is_aux]
-    return values[token_index(token_offsets(rows), main)].mean().item()
+def token_mean(values: torch.Tensor, rows: Sequence[Row], indices: Sequence[int]) -> float:
+    """Mean of a per-token value over the tokens of rows[indices]."""
+    return values[token_index(token_offsets(rows), indices)].mean().item()
 
 
 class Policy:
@@ -119,14 +118,15 @@ class Policy:
     def score(
         self,
         rows: Sequence[Row],
+        indices: Sequence[int],
         *,
         second_temperature: float | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> Scores:
-        """Score every row without gradients; `check` is called between micro-batches."""
+        """Score rows[indices] without gradients, the others as 0; `check` runs in between."""
         offsets = token_offsets(rows)
         columns = [torch.zeros(int(offsets[-1])) for _ in range(3)]
-        for batch in self.microbatches(rows, range(len(rows))):
+        for batch in self.microbatches(rows, indices):
             check()
             output = self.logprobs(batch, second_temperature=second_temperature)
             index = token_index(offsets, batch.rows)

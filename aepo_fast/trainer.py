@@ -26,7 +26,7 @@ from aepo_fast.interrupt import InterruptGuard
 from aepo_fast.minibatch import plan_minibatches
 from aepo_fast.objective import build_objective, is_positive, needs_scores, second_temperature
 from aepo_fast.optim import build_optimizer, learning_rate
-from aepo_fast.policy import mean_over_main
+from aepo_fast.policy import token_mean
 from aepo_fast.report import StepTimes, perf_metrics, rollout_metrics, update_metrics
 from aepo_fast.setup import Inputs, load_models, make_sampler
 from aepo_fast.token_objective import StepContext
@@ -82,19 +82,23 @@ class Trainer:
         advantages = group_advantages(
             rollout.main_rewards, rollout.groups, str(self.cfg.loss.advantage)
         )
+        groups, positives = self._trained(rollout)
+        main = [index for group in groups for index in group]
+        trained = main + positives
         scores = reference = None
         if needs_scores(self.cfg.loss, cfg.minibatches * cfg.epochs):
             second = second_temperature(self.cfg.aepo, temperature)
-            scores = self.policy.score(rows, second_temperature=second, check=check)
+            scores = self.policy.score(rows, trained, second_temperature=second, check=check)
         if self.reference is not None:
-            reference = self.reference.score(rows, check=check)
+            reference = self.reference.score(rows, trained, check=check)
         times.lap("score")
 
         context = self._context(rollout, temperature)
         generator = torch.Generator().manual_seed(seed_of(cfg.seed, self.steps_done, 1))
         results: list[UpdateResult] = []
         for _ in range(cfg.epochs):
-            for minibatch in self._minibatches(rollout, rng):
+            plan = plan_minibatches(groups, positives, num_minibatches=cfg.minibatches, rng=rng)
+            for (minibatch,) in plan:
                 objective = build_objective(
                     self.cfg,
                     rows,
@@ -119,17 +123,17 @@ class Trainer:
                 self._count(result)
                 results.append(result)
         metrics = update_metrics(results)
-        entropy = metrics["entropy"] if scores is None else mean_over_main(scores.entropy, rows)
+        if scores is not None:  # of the policy that sampled, not of the one being updated
+            metrics["entropy"] = token_mean(scores.entropy, rows, main)
         times.lap("train")
 
-        self.controller.update(entropy)
-        self.bonus.update(entropy)
+        self.controller.update(metrics["entropy"])
+        self.bonus.update(metrics["entropy"])
         self.engine.sync_weights(self.model, self.updates)
         times.lap("sync")
         self.steps_done += 1
         self.resume_state = self._state()
         metrics |= {
-            "entropy": entropy,
             "aepo/entropy_target": self.cfg.aepo.entropy_target,
             "aepo/temperature": temperature,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -195,7 +199,9 @@ class Trainer:
             num_minibatches=self.cfg.trainer.minibatches,
         )
 
-    def _minibatches(self, rollout: Rollout, rng: np.random.Generator) -> list[list[int]]:
+    def _trained(self, rollout: Rollout) -> tuple[list[list[int]], list[int]]:
+        """Rows to learn from: the scored ones of each main group, and the auxiliary positives."""
+
         def scored(row: Row) -> bool:
             return row.reward is not None and row.length > 0
 
@@ -214,10 +220,7 @@ class Trainer:
             for index, row in enumerate(rollout.rows)
             if row.is_aux and is_positive(row, self.cfg.aepo)
         ]
-        plan = plan_minibatches(
-            groups, positives, num_minibatches=self.cfg.trainer.minibatches, rng=rng
-        )
-        return [ranks[0] for ranks in plan]
+        return groups, positives
 
     def _set_learning_rate(self) -> None:
         for group in self.optimizer.param_groups:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from aepo_fast.config import ConfigError, ModelConfig, TrainerConfig
 from aepo_fast.models import load_model
-from aepo_fast.policy import Policy, choose_layout, mean_over_main, token_index, token_offsets
+from aepo_fast.policy import Policy, choose_layout, token_index, token_mean, token_offsets
 from tests.aepo_fast.test_batch import lone_logprobs, make_rows
 
 
@@ -27,18 +26,17 @@ def test_scores_are_the_models_own_logprobs(
 ) -> None:
     policy = policy_of(tiny_model_dir, attention=attention, layout=layout)
     rows = make_rows([4, 1, 0, 9, 3])
-    scores = policy.score(rows, second_temperature=1.3)
+    scores = policy.score(rows, range(5), second_temperature=1.3)
     expected = torch.cat([lone_logprobs(policy.model, row).detach() for row in rows if row.length])
     torch.testing.assert_close(scores.logprob, expected, atol=2e-5, rtol=1e-5)
     assert scores.second_logprob is not None
     assert (scores.entropy > 0).all() and (scores.second_logprob != scores.logprob).all()
 
 
-def test_means_leave_auxiliary_rows_out() -> None:
+def test_token_means_are_over_the_chosen_rows() -> None:
     rows = make_rows([2, 3, 1])
-    rows[1] = replace(rows[1], is_aux=True)
     values = torch.tensor([1.0, 2.0, 9.0, 9.0, 9.0, 6.0])
-    assert mean_over_main(values, rows) == 3.0
+    assert token_mean(values, rows, [0, 2]) == 3.0
     assert token_index(token_offsets(rows), [2, 0]).tolist() == [5, 0, 1]
 
 
