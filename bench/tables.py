@@ -58,7 +58,7 @@ def first_light() -> str:
             f"| {line['eval/mean_length']:.1f} |"
         )
     seconds = sum(line.get("time/step", 0.0) for line in lines)
-    note = f"Training took {seconds / 60:.1f} minutes on 2 CPU cores ([raw]({_link(path)}))."
+    note = f"The steps took {seconds / 60:.1f} minutes ([raw]({_link(path)}))."
     return "\n".join(rows) + f"\n\n{note}\n"
 
 
