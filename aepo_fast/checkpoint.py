@@ -7,6 +7,7 @@ renamed, so a folder named step_N is always complete.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -82,6 +83,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        _make_portable(partial)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         torch.save(state, partial / "state.pt")
         _flush(partial)
@@ -100,6 +102,21 @@ def save_checkpoint(
     for old in complete_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def _make_portable(folder: Path) -> None:
+    """Add to the saved files what readers other than transformers 5 look for."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # without it they assume 10000, without a word
+        config.setdefault("rope_theta", rope["rope_theta"])
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _flush(folder: Path) -> None:

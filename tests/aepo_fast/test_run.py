@@ -251,6 +251,10 @@ def test_a_checkpoint_is_a_model_that_loads_like_any_other(
     cfg = with_trainer(tiny_config(tiny_model_dir, tmp_path / "first"), steps=1)
     train(cfg)
     last = complete_checkpoints(tmp_path / "first" / "checkpoints")[-1]
+    config = json.loads((last / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    tokenizer = json.loads((last / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     again = with_trainer(tiny_config(last, tmp_path / "second"), steps=1)
     assert train(again) == 0
 
