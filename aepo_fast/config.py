@@ -251,8 +251,7 @@ class AepoConfig:
         )
         t_range = (self.temperature_min, self.temperature_max)
         _require(
-            0 < self.temperature_min < 1 < self.temperature_max
-            or (0 < self.temperature_min <= 1 <= self.temperature_max),
+            0 < self.temperature_min <= 1 <= self.temperature_max,
             "aepo.temperature_min/max",
             t_range,
             "the range must contain 1, the temperature that leaves entropy alone",
