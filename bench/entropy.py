@@ -176,4 +176,6 @@ def table(results: list[dict[str, Any]]) -> str:
 def _spread(values: list[float], *, percent: bool = False) -> str:
     form = "{:.0%}" if percent else "{:.2f}"
     mean, low, high = statistics.fmean(values), min(values), max(values)
+    if len(values) == 1:
+        return form.format(mean)
     return f"{form.format(mean)} ({form.format(low)} to {form.format(high)})"

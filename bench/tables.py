@@ -69,10 +69,11 @@ def entropy() -> str:
         return ""
     record = json.loads(path.read_text())
     seeds = len({run["seed"] for run in record["runs"]})
+    spread = "one seed" if seeds == 1 else f"{seeds} seeds, mean (min to max)"
     where = record["environment"]
     note = (
-        f"SmolLM2-135M on one-digit products, {len(record['runs'][0]['entropy'])} steps, {seeds} "
-        f"seeds, mean (min to max); {where['cpu']}, torch {where['torch']} ([raw]({_link(path)}))."
+        f"SmolLM2-135M on one-digit products, {len(record['runs'][0]['entropy'])} steps, {spread}; "
+        f"{where['cpu']}, torch {where['torch']} ([raw]({_link(path)}))."
     )
     figure = _link(path.with_suffix(".png"))
     return f"{table(record['runs'])}\n\n{note}\n\n![entropy, temperature, accuracy]({figure})\n"
