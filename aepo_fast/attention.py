@@ -6,6 +6,7 @@ position_ids, which restart at 0. With a mask or a key-value cache (rollouts) it
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
@@ -67,6 +68,11 @@ def varlen_mask(*args: Any, attention_mask: torch.Tensor | None = None, **option
     if attention_mask is None:
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, **options)
+
+
+def varlen_groups_heads() -> bool:
+    """Whether torch's kernel takes fewer key than query heads, as torch 2.11's does not."""
+    return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def register_varlen() -> None:

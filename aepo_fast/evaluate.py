@@ -65,14 +65,19 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def clustered_interval(prompt_means: Sequence[float]) -> tuple[float, float]:
-    """95% normal interval of a mean whose samples cluster by prompt, from the prompts' means."""
+    """95% normal interval of a mean whose samples cluster by prompt, from the prompts' means.
+
+    Stays within [0, 1] where every mean does, as the rewards of verifiers do.
+    """
     count = len(prompt_means)
     mean = sum(prompt_means) / count
+    share = all(0 <= value <= 1 for value in prompt_means)
+    low, high = (0.0, 1.0) if share else (-math.inf, math.inf)
     if count < 2:
-        return 0.0, 1.0
+        return low, high
     variance = sum((value - mean) ** 2 for value in prompt_means) / (count - 1)
     half = 1.96 * math.sqrt(variance / count)
-    return max(0.0, mean - half), min(1.0, mean + half)
+    return max(low, mean - half), min(high, mean + half)
 
 
 def evaluate(

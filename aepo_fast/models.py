@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from aepo_fast.attention import register_varlen
+from aepo_fast.attention import register_varlen, varlen_groups_heads
 from aepo_fast.config import ConfigError, ModelConfig
 from aepo_fast.packages import PREFIX, find_package, resolve_package
 
@@ -141,6 +141,8 @@ def choose_attention(cfg: ModelConfig, device: torch.device) -> str:
             reason = f"needs a GPU and bfloat16, not {device.type} and {cfg.compute_dtype}"
         elif cfg.attention == "flash_attention_2" and not is_flash_attn_2_available():
             reason = "needs flash-attn, which is not installed"
+        elif cfg.attention == "varlen" and not varlen_groups_heads():
+            reason = f"needs a newer torch than {torch.__version__}, whose varlen_attn lacks GQA"
         if reason:
             raise ConfigError("model.attention", cfg.attention, reason, 'Use "auto"')
         register_varlen()

@@ -62,8 +62,9 @@ def _draw_entropy(axis: Axes, steps: list[Line]) -> None:
     _series(axis, steps, "entropy", BLUE, "policy")
     # T stays 1 in a run without AEPO, which has no target to show.
     if any(line["aepo/temperature"] != 1 for line in steps):
-        target = steps[-1]["aepo/entropy_target"]
-        axis.axhline(target, color=ORANGE, linestyle="--", label=f"target {target:g}")
+        aim = steps[-1]["aepo/entropy_target"]
+        points = [(line["step"], line["aepo/entropy_target"]) for line in steps]
+        axis.plot(*zip(*points, strict=True), color=ORANGE, linestyle="--", label=f"target {aim:g}")
     axis.set_title("Token entropy at T = 1 (nats)")
     _from_zero(axis)
     axis.legend(frameon=False)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from aepo_fast.collect import Rollout
+from aepo_fast.metrics import drop_lines_after
 from aepo_fast.update import UpdateResult
 
 
@@ -150,7 +151,4 @@ class RolloutLog:
 
     def truncate_after(self, step: int) -> None:
         """Forget the rollouts of later steps, which a resumed run will make again."""
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+        drop_lines_after(self.path, step)

@@ -26,16 +26,19 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     with InterruptGuard() as guard:
         inputs = load_inputs(cfg, resume=resume, overwrite=overwrite)
         print(inputs.prompts.preview(), flush=True)
-        return _Run(cfg, Trainer(cfg, inputs, guard)).run()
+        # Before the model loads: it may find that tensorboard is missing.
+        logger = MetricsLogger(
+            Path(cfg.output_dir),
+            tensorboard=cfg.logging.tensorboard,
+            total_steps=cfg.trainer.steps,
+        )
+        return _Run(cfg, Trainer(cfg, inputs, guard), logger).run()
 
 
 class _Run:
-    def __init__(self, cfg: Config, trainer: Trainer) -> None:
-        self.cfg, self.trainer = cfg, trainer
+    def __init__(self, cfg: Config, trainer: Trainer, logger: MetricsLogger) -> None:
+        self.cfg, self.trainer, self.logger = cfg, trainer, logger
         self.folder = Path(cfg.output_dir)
-        self.logger = MetricsLogger(
-            self.folder, tensorboard=cfg.logging.tensorboard, total_steps=cfg.trainer.steps
-        )
         self.rollouts = RolloutLog(self.folder, cfg.logging.rollouts_per_step)
 
     def run(self) -> int:

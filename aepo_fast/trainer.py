@@ -73,7 +73,7 @@ class Trainer:
         """
         cfg, times, check = self.cfg.trainer, StepTimes(), self.guard.check
         rng = np.random.default_rng([cfg.seed, self.steps_done])
-        temperature = self.controller.temperature()
+        target, temperature = self.controller.target(), self.controller.temperature()
         prompts = self.sampler.next(cfg.prompts_per_step)
         aux_prompts = self._auxiliary(prompts)
         rollout = self._collect(prompts, aux_prompts, temperature, on_tokens, times.lap)
@@ -134,7 +134,7 @@ class Trainer:
         self.steps_done += 1
         self.resume_state = self._state()
         metrics |= {
-            "aepo/entropy_target": self.cfg.aepo.entropy_target,
+            "aepo/entropy_target": target,
             "aepo/temperature": temperature,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "weights_version": self.updates,

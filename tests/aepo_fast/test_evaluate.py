@@ -38,6 +38,8 @@ def test_the_interval_covers_at_its_stated_rate() -> None:
         covered += low <= 0.5 <= high
     assert 0.91 < covered / 400 < 0.98
     assert clustered_interval([0.7]) == (0.0, 1.0)
+    low, high = clustered_interval([-3.0, -1.0, -2.0])
+    assert low < -2.0 < high < 0
 
 
 def test_learning_rate_schedules() -> None:
