@@ -63,8 +63,9 @@ def test_series_hold_the_logged_numbers(draw: Any) -> None:
 
 
 def test_the_target_is_drawn_only_where_aepo_is_at_work(draw: Any) -> None:
-    entropy = draw([step(1), step(2, **{"aepo/temperature": 1.2})])[1]
-    assert entropy.get_lines()[1].get_ydata() == [0.7, 0.7]
+    falling = {"aepo/temperature": 1.2, "aepo/entropy_target": 0.6}
+    entropy = draw([step(1), step(2, **falling)])[1]
+    assert points(entropy, 1) == [(1, 0.7), (2, 0.6)]
     assert entropy.get_lines()[1].get_linestyle() == "--"
     assert len(draw([step(1), step(2)])[1].get_lines()) == 1
 
