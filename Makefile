@@ -8,10 +8,8 @@ TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 
 .PHONY: train test lint bench clean
 
-# passive: a thread that spins while it waits takes the core from the one it waits for, where other
-# work shares the machine.
 train: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/aepo-fast train first-light --overwrite
+	$(BIN)/aepo-fast train first-light --overwrite
 
 # One thread a test process: threads that wait for each other are what makes two cores slow.
 test: $(STAMP)
