@@ -57,8 +57,7 @@ def first_light() -> str:
             f"| {'-' if temperature is None else f'{temperature:.2f}'} "
             f"| {line['eval/mean_length']:.1f} |"
         )
-    seconds = sum(line.get("time/step", 0.0) for line in lines)
-    note = f"The steps took {seconds / 60:.1f} minutes ([raw]({_link(path)}))."
+    note = f"[Raw metrics]({_link(path)})."
     return "\n".join(rows) + f"\n\n{note}\n"
 
 
