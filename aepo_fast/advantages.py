@@ -12,7 +12,7 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, mode: str) -> 
     [R]. group_norm: (R - mean) / (std + 1e-6) with the unbiased std (GRPO, arXiv 2402.03300).
     group_mean: R - mean (Dr.GRPO, 2503.20783).
     """
-    advantages = torch.zeros(len(rewards))
+    advantages = torch.zeros(len(rewards), device=rewards.device)
     for group in groups.unique():
         members = (groups == group) & ~rewards.isnan()
         if members.sum() < 2:

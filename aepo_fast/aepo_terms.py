@@ -45,8 +45,9 @@ def one_pass_token_loss(
 ) -> TokenTerms:
     """-min(r w, clip(r) w), w = rho, or rho - 1 with `baseline`: [N].
 
-    The baseline takes out E_pi[grad log pi], which is 0 in expectation at T = 1 and pure variance:
-    what is left acts on entropy alone, up by T > 1 and down by T < 1, and vanishes at T = 1.
+    Where every action is right, the baseline takes out E_pi[grad log pi] = 0, pure variance: what
+    is left acts on entropy alone, and vanishes at T = 1. Where only the likeliest action is right,
+    rho < 1 at T > 1 and the baseline pushes it down: held entropy then costs accuracy.
     """
     weight = rho - 1 if baseline else rho
     return clipped_surrogate(logprob, old_logprob, weight, clip_low, clip_high)

@@ -21,8 +21,9 @@ def token_weights(
     2402.03300). constant_length: 1 / (rows * max_length) (Dr.GRPO, 2503.20783).
     """
     if mode == "token_mean":
-        return torch.full((len(lengths),), 1 / max(num_tokens_total, 1))
+        return torch.full_like(lengths, 1 / max(num_tokens_total, 1), dtype=torch.float32)
     if mode == "sequence_mean":
         return 1 / (max(num_rows_total, 1) * lengths.clamp(min=1).float())
     assert mode == "constant_length", mode
-    return torch.full((len(lengths),), 1 / (max(num_rows_total, 1) * max_length))
+    weight = 1 / (max(num_rows_total, 1) * max_length)
+    return torch.full_like(lengths, weight, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from aepo_fast.config import AepoConfig
@@ -60,7 +61,12 @@ class EntropyController:
         return 1 + self.cfg.gain * self.error() + self.cfg.integral_gain * self.integral
 
     def update(self, entropy: float) -> None:
-        """Take in the entropy of a step, in nats per token, measured over main rows."""
+        """Take in the entropy of a step, in nats per token, measured over main rows.
+
+        One that is not finite, as of a step that was skipped, is not a measurement: T stays.
+        """
+        if not math.isfinite(entropy):
+            return
         self.previous, self.entropy = self.entropy, entropy
         self.first = entropy if self.first is None else self.first
         self.measured += 1

@@ -6,6 +6,8 @@ elementwise. Entropies are in nats at temperature 1.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from aepo_fast.config import LossConfig
@@ -32,7 +34,9 @@ class BonusCoefficient:
         return self.coef if self.cfg.entropy_method == "adaptive_bonus" and below else 0.0
 
     def update(self, entropy: float) -> None:
-        """Take in the entropy of a step."""
+        """Take in the entropy of a step; one that is not finite is not a measurement."""
+        if not math.isfinite(entropy):
+            return
         self.entropy = entropy
         if self.cfg.entropy_method == "adaptive_bonus":
             sign = 1.0 if entropy < self.cfg.adaptive_target else -1.0
@@ -57,7 +61,7 @@ def entropy_advantage(
 
 def top_entropy_mask(entropy: torch.Tensor, fraction: float) -> torch.Tensor:
     """Bool [N]: the `fraction` of tokens of highest entropy, at least one (80/20, 2506.01939)."""
-    chosen = torch.zeros(len(entropy), dtype=torch.bool)
+    chosen = torch.zeros_like(entropy, dtype=torch.bool)
     if len(entropy):
         chosen[entropy.topk(max(1, round(fraction * len(entropy)))).indices] = True
     return chosen
@@ -81,11 +85,11 @@ def clip_cov_mask(
 
     `fraction` of all tokens, drawn at random from those whose covariance lies in (low, high).
     """
-    chosen = torch.zeros(len(logprob), dtype=torch.bool)
+    chosen = torch.zeros_like(logprob, dtype=torch.bool)
     if len(logprob):
         value = covariance(logprob, advantage)
         candidates = ((value > low) & (value < high)).nonzero().flatten()
-        order = torch.randperm(len(candidates), generator=generator)
+        order = torch.randperm(len(candidates), generator=generator).to(candidates.device)
         chosen[candidates[order[: max(1, round(fraction * len(logprob)))]]] = True
     return chosen
 

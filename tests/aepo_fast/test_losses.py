@@ -52,18 +52,25 @@ def test_clipped_surrogate_and_its_gradient(low: float, high: float, dual_clip: 
         assert terms.clipped_high[index].item() == float(ratio > 1 + high and adv > 0)
 
 
-def test_the_gradient_at_the_exact_boundary_follows_torch() -> None:
-    # Both branches of the minimum are equal there: torch halves the gradient between them, and
-    # clamp passes it on its own boundary.
-    logprob = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
-    old, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    high = logprob.detach().exp().item() - 1
-    ours = losses.clipped_surrogate(logprob, old, one, 0.2, high).loss
+@pytest.mark.parametrize("advantage", [-1.5, 1.5])
+@pytest.mark.parametrize("side", ["low", "high", "dual"])
+def test_the_gradient_at_the_exact_boundary_follows_torch(side: str, advantage: float) -> None:
+    # The ratio is the bound to the last bit; the test is empty if it is not.
+    bound = {"low": 0.75, "high": 1.5, "dual": 3.0}[side]
+    old, adv = torch.zeros(1, dtype=torch.float64), torch.tensor([advantage]).double()
+    logprob = torch.tensor([math.log(bound)], dtype=torch.float64, requires_grad=True)
+    exact = (logprob - old).exp().item()
+    low, high, dual = 0.25, 0.5, 3.0
+    low, high = (1 - exact, high) if side == "low" else (low, exact - 1 if side == "high" else high)
+    dual = exact if side == "dual" else dual
+    assert {"low": 1 - low, "high": 1 + high, "dual": dual}[side] == exact
+    ours = losses.clipped_surrogate(logprob, old, adv, low, high, dual_clip=dual).loss
     (gradient,) = torch.autograd.grad(ours.sum(), logprob)
-    ratio = (logprob - old).exp()
-    plain = -torch.min(ratio * one, torch.clamp(ratio, 0.8, 1 + high) * one)
-    (expected,) = torch.autograd.grad(plain.sum(), logprob)
-    assert gradient.item() == expected.item() != 0
+    # On a bound clamp passes its gradient, and both sides of a minimum take half: all of r A.
+    # At the dual bound half of it is the constant's; above 1 + high, A > 0 has none at all.
+    share = {"low": 1.0, "high": 1.0, "dual": 0.5 if advantage < 0 else 0.0}[side]
+    assert gradient.item() == pytest.approx(-share * exact * advantage, abs=1e-12)
+    assert ours.item() == pytest.approx(-min(exact, 1 + high if advantage > 0 else 9) * advantage)
 
 
 def test_cispo_never_loses_a_gradient() -> None:
@@ -87,10 +94,13 @@ def test_policies_of_the_ppo_family_share_the_surrogate(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["grpo", "cispo"])
 @pytest.mark.parametrize("gap", [-500.0, 500.0])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
-def test_huge_log_ratios_stay_finite(policy: str, gap: float, advantage: float) -> None:
+@pytest.mark.parametrize("dual_clip", [0.0, 3.0])
+def test_huge_log_ratios_stay_finite(
+    policy: str, gap: float, advantage: float, dual_clip: float
+) -> None:
     logprob = torch.tensor([gap - 600.0], requires_grad=True)
     old, adv = torch.tensor([-600.0]), torch.tensor([advantage])
-    terms = losses.policy_token_loss(policy, logprob, old, adv, 0.2, 0.2, dual_clip=3.0)
+    terms = losses.policy_token_loss(policy, logprob, old, adv, 0.2, 0.2, dual_clip=dual_clip)
     (gradient,) = torch.autograd.grad(terms.loss.sum(), logprob)
     assert terms.loss.isfinite().all() and gradient.isfinite().all()
 
@@ -218,6 +228,8 @@ def test_the_adaptive_bonus_acts_only_below_its_target() -> None:
     for _ in range(5):
         again.update(0.4)
     assert again.value == 0.0 and again.coef == 0.0
+    bonus.update(math.nan)  # of a skipped step
+    assert bonus.value == pytest.approx(0.014)
     fixed = entropy_losses.BonusCoefficient(LossConfig(entropy_method="bonus", entropy_coef=0.01))
     assert fixed.value == 0.01
     assert entropy_losses.BonusCoefficient(LossConfig()).value == 0.0
@@ -225,9 +237,15 @@ def test_the_adaptive_bonus_acts_only_below_its_target() -> None:
 
 def test_empty_input() -> None:
     empty = torch.zeros(0, requires_grad=True)
-    terms = losses.clipped_surrogate(empty, empty.detach(), empty.detach(), 0.2, 0.2)
-    assert terms.loss.sum().item() == 0
+    none = torch.zeros(0)
+    for terms in (
+        losses.clipped_surrogate(empty, none, none, 0.2, 0.2, dual_clip=3.0),
+        losses.cispo(empty, none, none, 0.2, 0.2),
+        aepo_terms.resample_token_loss(empty, none, 0.2, 0.2),
+        aepo_terms.one_pass_token_loss(empty, none, none, 0.2, 0.2, baseline=True),
+    ):
+        assert torch.autograd.grad(terms.loss.sum(), empty)[0].shape == (0,)
     rows = torch.zeros(0, dtype=torch.long)
-    assert losses.gspo_loss(empty, empty.detach(), rows, torch.zeros(2), 0.1, 0.1).loss.shape == (
-        2,
-    )
+    sequences = losses.gspo_loss(empty, none, rows, torch.ones(2), 0.1, 0.1)
+    assert sequences.loss.tolist() == [-1.0, -1.0]  # ratio 1, and no token to pass a gradient to
+    assert len(losses.kl_to_reference(empty, none, "k3")) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +14,15 @@ from aepo_fast.aggregation import token_weights
 from aepo_fast.batch import Row
 from aepo_fast.config import AepoConfig, LossConfig
 from aepo_fast.entropy_control import EntropyController, aepo_draws
+from aepo_fast.losses import clipped_surrogate
+from aepo_fast.minibatch import plan_minibatches
 from aepo_fast.objective import Objective, build_objective
 from aepo_fast.rollout.base import Completion
 from aepo_fast.token_objective import StepContext
 from tests.tiny_run import tiny_config
 
 NAN = float("nan")
+NO_TOTALS = {"max_length": 1, "num_rows_total": 0, "num_tokens_total": 0}
 
 
 def test_group_advantages_against_statistics_of_each_group() -> None:
@@ -37,7 +41,11 @@ def test_group_advantages_against_statistics_of_each_group() -> None:
 
 
 def test_no_rows() -> None:
-    assert len(group_advantages(torch.zeros(0), torch.zeros(0), "group_norm")) == 0
+    none = torch.zeros(0)
+    assert len(group_advantages(none, none, "group_norm")) == 0
+    assert len(token_weights(none.long(), "token_mean", **NO_TOTALS)) == 0
+    plan = plan_minibatches([], [], num_minibatches=2, rng=np.random.default_rng(0))
+    assert plan == [[[]], [[]]]
 
 
 @pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "constant_length"])
@@ -59,6 +67,46 @@ def test_aggregation_equals_its_definition_however_it_is_split(mode: str) -> Non
             for row, weight in zip(rank, weights, strict=True):
                 total += weight * losses[row].sum()
         torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "constant_length"])
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 6), (2, 1), (4, 2)])
+def test_gradients_are_equal_however_rows_are_split(mode: str, ranks: int, micro: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 9, (6,), generator=generator)
+    lengths[4] = 0  # a row without tokens still counts as a row
+    rows = torch.arange(6).repeat_interleave(lengths)
+    inputs = torch.randn(int(lengths.sum()), 5, generator=generator, dtype=torch.float64)
+    advantage = torch.randn(6, generator=generator, dtype=torch.float64)
+    old = torch.full((len(rows),), -2.0, dtype=torch.float64)
+
+    def gradient(parts: list[list[int]]) -> torch.Tensor:
+        weight = torch.full((5,), 0.1, dtype=torch.float64, requires_grad=True)
+        for part in parts:  # backward once a part, as ranks and micro-batches do; grads add up
+            mine = torch.isin(rows, torch.tensor(part, dtype=torch.long))
+            logprob = old[mine] + 0.3 * (inputs[mine] @ weight).tanh()
+            terms = clipped_surrogate(logprob, old[mine], advantage[rows[mine]], 0.2, 0.28)
+            per_row = token_weights(
+                lengths[part], mode, max_length=9, num_rows_total=6, num_tokens_total=len(rows)
+            )
+            per_token = per_row.double().repeat_interleave(lengths[part])
+            (per_token * terms.loss).sum().backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    # Rows in ascending order within a part, so that weights and tokens line up.
+    (cells,) = plan_minibatches(
+        [[row] for row in range(6)],
+        [],
+        num_minibatches=1,
+        num_ranks=ranks,
+        rng=np.random.default_rng(0),
+    )
+    parts = [sorted(cell[at : at + micro]) for cell in cells for at in range(0, len(cell), micro)]
+    assert len(parts) > 1 or ranks == 1
+    whole = gradient([list(range(6))])
+    assert whole.abs().max() > 1e-3
+    torch.testing.assert_close(gradient(parts), whole, atol=1e-14, rtol=1e-12)
 
 
 def rows_of(groups: int, size: int, aux: int, generator: torch.Generator) -> list[Row]:
@@ -203,6 +251,18 @@ def test_the_integral_removes_a_steady_error_and_does_not_wind_up() -> None:
         controller.update(0.4)
         temperatures.append(controller.temperature())
     assert temperatures == sorted(temperatures) and temperatures[-1] > 1.2
+
+
+@pytest.mark.parametrize("controller", ["proportional", "switch"])
+def test_an_entropy_that_is_not_finite_is_no_measurement(controller: str) -> None:
+    cfg = AepoConfig(controller=controller, integral_gain=0.1)  # type: ignore[arg-type]
+    told, untold = EntropyController(cfg), EntropyController(cfg)
+    for entropy in (NAN, 0.9, NAN, 0.45, float("inf")):
+        told.update(entropy)
+        if entropy in (0.9, 0.45):
+            untold.update(entropy)
+        assert told.temperature() == untold.temperature()
+    assert told.state_dict() == untold.state_dict()
 
 
 def test_looking_ahead_acts_before_the_target_is_crossed() -> None:

@@ -80,6 +80,29 @@ def test_2_the_one_pass_gradient_is_that_of_sampling_at_t(
     torch.testing.assert_close(one_pass, exact, atol=1e-12, rtol=1e-9)
 
 
+def test_2_with_wrong_actions_only_the_form_without_baseline_is_that_of_sampling_at_t() -> None:
+    # Three actions, one right and likely. At T = 1.5 its rho is below 1.
+    logits = torch.tensor([2.0, 0.5, 0.0], dtype=torch.float64)
+    reward = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    logprob = torch.log_softmax(logits, -1)
+    at_t = torch.log_softmax(logits / 1.5, -1)
+    rho = temperature_ratio(at_t, logprob, rho_clip=1e6)
+    gradients = {
+        baseline: expected_gradient(
+            logits,
+            logprob.exp() * reward,
+            lambda lp, baseline=baseline: (
+                one_pass_token_loss(lp, lp.detach(), rho, 0.2, 0.2, baseline=baseline).loss
+            ),
+        )
+        for baseline in (False, True)
+    }
+    exact = expected_gradient(logits, at_t.exp() * reward, lambda lp: -lp)
+    torch.testing.assert_close(gradients[False], exact, atol=1e-12, rtol=1e-9)
+    assert gradients[False][0] < 0  # descent raises the right action
+    assert gradients[True][0] > 0  # the baseline lowers it: entropy at the cost of accuracy
+
+
 @pytest.mark.parametrize("temperature", [0.8, 1.2])
 def test_3_the_tempered_old_policy_in_the_ratio_cancels_the_effect(
     logits: torch.Tensor, temperature: float
@@ -110,9 +133,12 @@ def test_4_positives_are_spread_evenly_over_minibatches_and_ranks(
     assert max(per_minibatch) - min(per_minibatch) <= 1
     rows = sorted(row for minibatch in plan for cell in minibatch for row in cell)
     assert rows == [*range(64), *positives]
+    counts = []
     for cell in (cell for minibatch in plan for cell in minibatch):
         main = {row // 4 for row in cell if row < 100}
         assert all(set(groups[group]) <= set(cell) for group in main)
+        counts.append(len(main))
+    assert max(counts) - min(counts) <= 1
 
 
 def test_5_without_positives_aepo_is_exactly_grpo(tiny_model_dir: Path, tmp_path: Path) -> None:
