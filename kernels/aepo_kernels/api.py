@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from aepo_kernels import chunked, reference
@@ -11,6 +12,7 @@ from aepo_kernels.problem import (
     Problem,
     TokenLoss,
     TokenLossOutput,
+    check_active,
     check_problem,
     check_token_tensors,
 )
@@ -26,7 +28,8 @@ def linear_logprob(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_tokens: int | None = None,
 ) -> LogprobOutput:
@@ -38,7 +41,9 @@ def linear_logprob(
 
     hidden: [N, H] float32, bfloat16 or float64. weight: [V, H], any of these; GEMMs run in
     hidden's dtype. targets: [N] int64. Temperatures: positive float or [N]. bias: [V].
-    ignore_index: target of tokens to leave out; their outputs are 0. backend: "auto" is the
+    ignore_index: target of tokens to leave out; their outputs are 0. None says that there are
+    none, and then nothing waits for a GPU. logits_dtype: of the first GEMM's output; None is
+    hidden's, float32 costs memory and time on a GPU and rounds less. backend: "auto" is the
     environment variable AEPO_KERNELS_BACKEND, or else "chunked". chunk_tokens: tokens whose logits
     exist at once; None derives it from a memory budget.
 
@@ -57,6 +62,7 @@ def linear_logprob(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
+        logits_dtype=logits_dtype,
     )
     name = resolve_backend(backend)
     check_problem(problem)
@@ -74,7 +80,9 @@ def linear_token_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
+    active: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_tokens: int | None = None,
 ) -> TokenLossOutput:
@@ -84,6 +92,8 @@ def linear_token_loss(
     chunks of the tokens that are not ignored and returns their summed loss, or (loss, {name:
     summed metric}). The loss of the batch must be the sum of that of its chunks. It may use the
     gradient of all three vectors; tokens that get none from it are left out of the gradient GEMMs.
+    On a GPU that takes `active`, [A] int64, the positions of tokens whose loss may have a gradient:
+    finding them would wait for the device. The loss's gradient is ignored elsewhere.
     token_tensors: [N, ...]; the slices are their rows. Neither they nor anything else that the
     loss reads get a gradient. Other arguments: see `linear_logprob`.
 
@@ -103,9 +113,12 @@ def linear_token_loss(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
+        logits_dtype=logits_dtype,
+        active=active,
     )
     name = resolve_backend(backend)
     check_problem(problem)
+    check_active(problem)
     check_token_tensors(problem, token_tensors)
     run = reference.token_loss if name == "reference" else chunked.token_loss
     return run(problem, token_loss, token_tensors)

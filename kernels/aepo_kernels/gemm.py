@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right; from bfloat16 operands float32 on CUDA, and bfloat16 on the CPU.
+def matmul(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """left @ right in `dtype`, or in the operands'; accumulated in fp32 and rounded once.
 
-    The CPU has no bfloat16 GEMM with float32 output. It accumulates in float32 and rounds once.
+    Another dtype than the operands' is float32 from bfloat16, which CUDA alone can do.
     """
-    if _widens(left):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right)
+    if dtype is None or dtype == left.dtype:
+        return torch.mm(left, right)
+    return torch.mm(left, right, out_dtype=dtype)
 
 
 def add_outer(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """total + left.T @ right, in place where there is a total; accumulated in `dtype`."""
-    if total is None:
-        return matmul(left.T, right).to(dtype)
-    if _widens(left):
-        return torch.addmm(total, left.T, right, out_dtype=dtype, out=total)
     if left.dtype == dtype:
-        return total.addmm_(left.T, right)
-    return total.add_(torch.mm(left.T, right))
+        return torch.mm(left.T, right) if total is None else total.addmm_(left.T, right)
+    if not left.is_cuda:  # no GEMM with an output wider than its operands there
+        product = torch.mm(left.T, right)
+        return product.to(dtype) if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(left.T, right, out_dtype=dtype)
+    return torch.addmm(total, left.T, right, out_dtype=dtype, out=total)
 
 
-def _widens(operand: Tensor) -> bool:
-    return operand.is_cuda and operand.dtype == torch.bfloat16
+@contextmanager
+def exact_sums() -> Iterator[None]:
+    """Keep cuBLAS from adding the parts of a split reduction in bfloat16."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before

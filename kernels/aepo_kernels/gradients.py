@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aepo_kernels.gemm import add_outer, matmul
+from aepo_kernels.gemm import add_outer
 
 
 class Gradients:
@@ -34,22 +34,29 @@ class Gradients:
     def add(self, dlogits: Tensor, weight: Tensor, inputs: Tensor, at: Tensor | slice) -> None:
         """Add a chunk: dlogits [C, V] and inputs [C, H] in one dtype, at rows `at` of hidden."""
         if self.hidden is not None:
-            self.hidden[at] = matmul(dlogits, weight).to(self.hidden.dtype)
+            if isinstance(at, slice):
+                torch.mm(dlogits, weight, out=self.hidden[at])
+            else:
+                self.hidden[at] = torch.mm(dlogits, weight)
         if self.needs_weight:
             self.weight = add_outer(self.weight, dlogits, inputs, self.accumulator_dtype)
 
     def finish(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """The gradients times `factor`, in place and in their inputs' dtypes."""
+        """The gradients times `factor`, in their inputs' dtypes; in place where those are equal."""
         if self.needs_weight and self.weight is None:
             self.weight = torch.zeros(
                 self.weight_shape, dtype=self.accumulator_dtype, device=self.device
             )
         values = self.hidden, self.weight, self.bias
-        if factor is not None:
-            for value in values:
-                if value is not None:
-                    value.mul_(factor)
         return tuple(
-            None if value is None else value.to(dtype)
+            None if value is None else _scaled(value, factor, dtype)
             for value, dtype in zip(values, self.dtypes, strict=True)
         )
+
+
+def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    if factor is None:
+        return value.to(dtype)
+    if value.dtype == dtype:
+        return value.mul_(factor)
+    return torch.mul(value, factor, out=torch.empty_like(value, dtype=dtype))

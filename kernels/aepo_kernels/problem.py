@@ -44,6 +44,7 @@ class Problem:
     """A head applied to hidden states: logits = softcap * tanh(scale * (h W^T + b) / softcap).
 
     hidden: [N, H]. weight: [V, H]. targets: [N], int64. bias: [V]. Temperatures: float or [N].
+    active: [A], int64, tokens at which a loss has a gradient, or None for all.
     """
 
     hidden: Tensor
@@ -54,8 +55,10 @@ class Problem:
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
-    ignore_index: int
+    ignore_index: int | None
     chunk_tokens: int | None
+    logits_dtype: torch.dtype | None = None
+    active: Tensor | None = None
 
     @property
     def stats_dtype(self) -> torch.dtype:
@@ -64,6 +67,8 @@ class Problem:
 
     def kept(self) -> Tensor | None:
         """Positions whose target counts, [M], or None if all do."""
+        if self.ignore_index is None:
+            return None
         # The count of kept tokens sizes every later buffer, so on CUDA this waits for the device.
         positions = (self.targets != self.ignore_index).nonzero().squeeze(1)
         return None if len(positions) == len(self.targets) else positions
@@ -134,6 +139,7 @@ def check_problem(problem: Problem) -> None:
         _fail("softcap", problem.softcap, "must be positive and finite", "use None for no cap")
     if not math.isfinite(problem.logit_scale):
         _fail("logit_scale", problem.logit_scale, "must be finite", "use 1.0 for no scale")
+    _check_logits_dtype(problem)
     if problem.chunk_tokens is not None and problem.chunk_tokens < 1:
         _fail(
             "chunk_tokens", problem.chunk_tokens, "must be at least 1", "use None for the default"
@@ -158,11 +164,44 @@ def check_token_tensors(problem: Problem, tensors: tuple[Tensor, ...]) -> None:
 def _check_targets(problem: Problem) -> None:
     # On CUDA this would wait for the device; there torch's own gather traps a bad index.
     targets, vocab = problem.targets, problem.weight.shape[0]
-    bad = ((targets < 0) | (targets >= vocab)) & (targets != problem.ignore_index)
+    bad = (targets < 0) | (targets >= vocab)
+    if problem.ignore_index is not None:
+        bad &= targets != problem.ignore_index
     if bad.any():
         value = int(targets[bad][0])
         reason = f"outside [0, {vocab}) and not ignore_index = {problem.ignore_index}"
         _fail("targets", value, reason, "check the tokenizer against the head's vocabulary")
+
+
+def check_active(problem: Problem) -> None:
+    """Raise ValueError unless `active` holds positions of tokens, each once."""
+    active = problem.active
+    if active is None:
+        return
+    num_tokens = len(problem.targets)
+    fix = "pass positions of tokens as int64 [A], each once"
+    if active.ndim != 1 or active.dtype != torch.int64:
+        _fail("active", (tuple(active.shape), active.dtype), "is no list of positions", fix)
+    if active.device != problem.hidden.device:
+        _fail("active", active.device, f"hidden is on {problem.hidden.device}", "move it there")
+    if active.device.type == "cpu" and len(active):
+        if not 0 <= int(active.min()) <= int(active.max()) < num_tokens:
+            _fail("active", active.tolist()[:8], f"outside [0, {num_tokens})", fix)
+        if len(active.unique()) != len(active):
+            _fail("active", active.tolist()[:8], "a position stands there twice", fix)
+
+
+def _check_logits_dtype(problem: Problem) -> None:
+    dtype, hidden = problem.logits_dtype, problem.hidden
+    if dtype is None or dtype == hidden.dtype:
+        return
+    if dtype != torch.float32 or hidden.dtype != torch.bfloat16:
+        _fail(
+            "logits_dtype", dtype, f"hidden is {hidden.dtype}", "use None, or float32 on bfloat16"
+        )
+    if not hidden.is_cuda:
+        reason = f"{hidden.device} has no GEMM from bfloat16 to float32"
+        _fail("logits_dtype", dtype, reason, "use None, or float32 hidden and weight")
 
 
 def _check_temperature(name: str, value: float | Tensor, hidden: Tensor) -> None:

@@ -50,7 +50,8 @@ def token_loss(
         metrics: dict[str, Tensor] = {}
         if len(rows.logprob):
             slices = [take(tensor, kept) for tensor in token_tensors]
-            result = loss_fn(rows.logprob, rows.entropy, rows.second_logprob, *slices)
+            values = _frozen_outside(problem, kept, rows)
+            result = loss_fn(values.logprob, values.entropy, values.second_logprob, *slices)
             chunk_loss, metrics = sum_losses(result)
             loss = loss + chunk_loss
         detached = [
@@ -59,7 +60,9 @@ def token_loss(
         ]
     first, entropy, second = detached
     assert first is not None and entropy is not None
-    active = len(rows.logprob) if loss.requires_grad else 0
+    active = 0
+    if loss.requires_grad:
+        active = len(rows.logprob if problem.active is None else problem.active)
     metrics = {name: value.detach() for name, value in metrics.items()}
     return TokenLossOutput(loss, metrics, first, entropy, second, NAME, active)
 
@@ -87,6 +90,16 @@ def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
         lse=torch.logsumexp(tempered, dim=1),
         second_logprob=second,
     )
+
+
+def _frozen_outside(problem: Problem, kept: Tensor | None, rows: _Rows) -> _Rows:
+    """The rows, without a gradient at tokens that are not active."""
+    if problem.active is None:
+        return rows
+    inside = torch.zeros_like(problem.targets, dtype=torch.bool)
+    inside[problem.active] = True
+    inside = take(inside, kept)
+    return _Rows(*(None if row is None else row.where(inside, row.detach()) for row in rows))  # type: ignore[arg-type]
 
 
 def _column(temperature: float | Tensor, kept: Tensor | None, dtype: torch.dtype) -> float | Tensor:

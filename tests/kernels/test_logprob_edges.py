@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aepo_kernels import linear_logprob
+from aepo_kernels.gradients import Gradients
 from tests.kernels.oracle import IGNORED, Case, make_case, materialised, output_weights
 from tests.kernels.oracle import weighted_gradients as gradients
 
@@ -163,16 +164,14 @@ def test_reads_no_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_without_upstream_gradient_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aepo_kernels import gradients as accumulators
-
     seen = []
-    original = accumulators.matmul
+    original = Gradients.add
 
-    def counting(left, right):
-        seen.append(len(left))
-        return original(left, right)
+    def counting(self, dlogits, *others):
+        seen.append(len(dlogits))
+        original(self, dlogits, *others)
 
-    monkeypatch.setattr(accumulators, "matmul", counting)
+    monkeypatch.setattr(Gradients, "add", counting)
     leaves = make_case(40, 16, 100).fresh()
     leaves.weight.requires_grad_(False)
     upstream = torch.zeros(40)
