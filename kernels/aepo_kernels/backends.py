@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from types import ModuleType
-
-import torch
-
-from aepo_kernels import rows
 
 BACKEND_VARIABLE = "AEPO_KERNELS_BACKEND"
 _BACKENDS = ("reference", "chunked")
@@ -40,20 +34,3 @@ def resolve_backend(backend: str) -> str:
             f"{source} = {backend!r}: cannot run here ({status[backend]}); use another backend"
         )
     return backend
-
-
-def row_module(hidden: torch.Tensor) -> ModuleType:
-    """The row operations for `hidden`: Triton's on CUDA, except in float64, and torch's elsewhere.
-
-    Raises RuntimeError on CUDA without Triton, which torch's CUDA builds bring along.
-    """
-    if not hidden.is_cuda or hidden.dtype == torch.float64:
-        return rows
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(
-            "backend = 'chunked': Triton is not installed, and its row kernels need it on CUDA; "
-            "install the triton of your torch, or use backend = 'reference'"
-        )
-    from aepo_kernels import triton_rows
-
-    return triton_rows

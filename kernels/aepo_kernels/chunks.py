@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aepo_kernels.backends import row_module
+from aepo_kernels import rows
 from aepo_kernels.gemm import matmul
 from aepo_kernels.gradients import Gradients
 from aepo_kernels.problem import Problem, take
@@ -122,7 +122,7 @@ def head_of(problem: Problem) -> Head:
         LogitMap(bias, problem.softcap, float(problem.logit_scale)),
         dtype,
         problem.logits_dtype or hidden.dtype,
-        row_module(hidden),
+        rows,
     )
 
 
