@@ -63,19 +63,30 @@ def first_light() -> str:
 
 def entropy() -> str:
     """The entropy benchmark's table and figure."""
-    path = newest("*/entropy-*.json")
-    if path is None:
-        return ""
-    record = json.loads(path.read_text())
-    seeds = len({run["seed"] for run in record["runs"]})
+    latest: dict[str, Path] = {}  # setting -> the newest result that has it
+    records: dict[Path, dict[str, Any]] = {}
+    for path in sorted(RESULTS.glob("*/entropy-*.json"), key=lambda path: path.name):
+        records[path] = json.loads(path.read_text())
+        latest |= dict.fromkeys(records[path]["settings"], path)
+    runs, notes, figures = [], [], []
+    for path in sorted(set(latest.values()), key=lambda path: path.name, reverse=True):
+        record = records[path]
+        mine = [run for run in record["runs"] if latest[run["setting"]] == path]
+        runs += mine
+        notes.append(_entropy_note(path, record, mine))
+        figures.append(f"![entropy, temperature, accuracy]({_link(path.with_suffix('.png'))})\n")
+    return "\n".join([table(runs), "", *notes, "", *figures]) if runs else ""
+
+
+def _entropy_note(path: Path, record: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    seeds = len({run["seed"] for run in runs})
     spread = "one seed" if seeds == 1 else f"{seeds} seeds, mean (min to max)"
+    names = ", ".join(dict.fromkeys(run["setting"] for run in runs))
     where = record["environment"]
-    note = (
-        f"SmolLM2-135M on one-digit products, {len(record['runs'][0]['entropy'])} steps, {spread}; "
+    return (
+        f"{names}: SmolLM2-135M on one-digit products, {len(runs[0]['entropy'])} steps, {spread}; "
         f"{where['cpu']}, torch {where['torch']} ([raw]({_link(path)}))."
     )
-    figure = _link(path.with_suffix(".png"))
-    return f"{table(record['runs'])}\n\n{note}\n\n![entropy, temperature, accuracy]({figure})\n"
 
 
 def _link(path: Path) -> str:
