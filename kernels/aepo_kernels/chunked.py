@@ -46,59 +46,29 @@ def token_loss(
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     with torch.no_grad(), torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
         head, tokens = head_of(problem), tokens_of(problem)
+        tokens, num_active = _active_first(problem, tokens)
         total = Gradients(*inputs, needs, head.dtype)
         loss = torch.zeros((), dtype=head.dtype, device=problem.hidden.device)
         metrics: dict[str, Tensor] = {}
-        done: list[tuple[Tokens, RowStats]] = []
+        parts: list[RowStats] = []
         active_rows = 0
-        for chunk, has_gradient in _plan(problem, tokens):
+        for index in _chunks_apart(problem, num_active, len(tokens.targets)):
+            chunk = tokens.at(index)
             products = head.products(chunk)
             stats = head.stats(chunk, products)
             slices = [take(tensor, chunk.positions) for tensor in token_tensors]
             chunk_loss, chunk_metrics, coefs = _evaluate(
-                loss_fn, stats, slices, any(needs) and has_gradient
+                loss_fn, stats, slices, any(needs) and index.start < num_active
             )
             loss += chunk_loss
             for name, value in chunk_metrics.items():
                 metrics[name] = metrics[name] + value if name in metrics else value
             active_rows += _add_active(head, chunk, products, stats, coefs, total)
-            done.append((chunk, stats))
-        first, entropy, _, second = _outputs(problem, *_join(done, head, tokens))
+            parts.append(stats)
+        first, entropy, _, second = _outputs(problem, tokens, _join(parts, head, tokens))
     if any(needs):
         loss = _AttachGradients.apply(*inputs, loss, total)
     return TokenLossOutput(loss, metrics, first, entropy, second, NAME, active_rows)  # type: ignore[arg-type]
-
-
-def forward(problem: Problem) -> tuple[Tokens, RowStats]:
-    """The row statistics of every token that counts, in fp32, and those tokens."""
-    with torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
-        head, tokens = head_of(problem), tokens_of(problem)
-        done = []
-        for index in chunks_of(problem, len(tokens.targets)):
-            chunk = tokens.at(index)
-            done.append((chunk, head.stats(chunk, head.products(chunk))))
-        return _join(done, head, tokens)
-
-
-def backward(
-    problem: Problem,
-    tokens: Tokens,
-    stats: RowStats,
-    coefs: RowCoefs,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias from the coefficients of `tokens`; recomputes logits."""
-    with torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
-        head = head_of(problem)
-        total = Gradients(problem.hidden, problem.weight, problem.bias, needs, head.dtype)
-        active = _active_rows(coefs, tokens)
-        if active is not None:
-            tokens, stats, coefs = tokens.at(active), stats.select(active), coefs.select(active)
-            for index in chunks_of(problem, len(tokens.targets)):
-                chunk = tokens.at(index)
-                products = head.products(chunk)
-                head.add_gradients(chunk, products, stats.select(index), coefs.select(index), total)
-        return total.finish()
 
 
 class _Logprob(torch.autograd.Function):
@@ -109,7 +79,13 @@ class _Logprob(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        tokens, stats = forward(problem)
+        with torch.autocast(hidden.device.type, enabled=False), exact_sums():
+            head, tokens = head_of(problem), tokens_of(problem)
+            parts = []
+            for index in chunks_of(problem, len(tokens.targets)):
+                chunk = tokens.at(index)
+                parts.append(head.stats(chunk, head.products(chunk)))
+            stats = _join(parts, head, tokens)
         # The inputs go through save_for_backward alone, so that saved-tensor hooks and the check
         # against in-place changes see them.
         ctx.save_for_backward(hidden, weight, bias)
@@ -123,9 +99,26 @@ class _Logprob(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         problem = replace(ctx.problem, hidden=hidden, weight=weight, bias=bias)
-        kept = [None if grad is None else take(grad, ctx.tokens.positions) for grad in grads]
-        needs = ctx.needs_input_grad[:3]
-        return *backward(problem, ctx.tokens, ctx.stats, RowCoefs(*kept), needs), None
+        tokens: Tokens = ctx.tokens
+        with torch.autocast(hidden.device.type, enabled=False), exact_sums():
+            head = head_of(problem)
+            total = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], head.dtype)
+            kept = [None if grad is None else take(grad, tokens.positions) for grad in grads]
+            coefs = RowCoefs(*kept)
+            active = _active_rows(coefs, tokens)
+            if active is not None:
+                tokens, coefs = tokens.at(active), coefs.select(active)
+                stats = ctx.stats.select(active)
+                for index in chunks_of(problem, len(tokens.targets)):
+                    chunk = tokens.at(index)
+                    head.add_gradients(
+                        chunk,
+                        head.products(chunk),
+                        stats.select(index),
+                        coefs.select(index),
+                        total,
+                    )
+            return *total.finish(), None
 
 
 class _AttachGradients(torch.autograd.Function):
@@ -174,22 +167,24 @@ def _evaluate(
     return loss.detach(), metrics, RowCoefs(found[0], found[1], None, found[2])
 
 
-def _plan(problem: Problem, tokens: Tokens) -> Iterator[tuple[Tokens, bool]]:
-    """Chunks of tokens, and whether the loss has a gradient there."""
-    parts = [(tokens, True)]
-    if problem.active is not None:
-        inside = torch.zeros(len(problem.targets), dtype=torch.bool, device=tokens.targets.device)
-        inside[problem.active] = True
-        if isinstance(tokens.positions, Tensor):  # some are ignored: their number is known by now
-            inside = inside[tokens.positions]
-            first, rest = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
-        else:
-            order = (~inside).to(torch.uint8).argsort(stable=True)
-            first, rest = order[: len(problem.active)], order[len(problem.active) :]
-        parts = [(tokens.at(first), True), (tokens.at(rest), False)]
-    for part, has_gradient in parts:
-        for index in chunks_of(problem, len(part.targets)):
-            yield part.at(index), has_gradient
+def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
+    """Tokens in the order active, others, and the number of active ones."""
+    if problem.active is None:
+        return tokens, len(tokens.targets)
+    others = torch.ones(len(problem.targets), dtype=torch.bool, device=tokens.targets.device)
+    others[problem.active] = False
+    num_active = len(problem.active)
+    if isinstance(tokens.positions, Tensor):  # some are ignored, and finding them has waited
+        others = others[tokens.positions]
+        num_active = int((~others).sum())
+    return tokens.at(others.to(torch.uint8).argsort(stable=True)), num_active
+
+
+def _chunks_apart(problem: Problem, num_active: int, num_tokens: int) -> Iterator[slice]:
+    """Chunks that hold either active tokens or others."""
+    yield from chunks_of(problem, num_active)
+    for index in chunks_of(problem, num_tokens - num_active):
+        yield slice(index.start + num_active, index.stop + num_active)
 
 
 def _add_active(
@@ -214,8 +209,8 @@ def _add_active(
 def _active_rows(coefs: RowCoefs, tokens: Tokens) -> Tensor | slice | None:
     """Rows with a coefficient that is not zero, or None if there are none.
 
-    On CUDA that is every row: finding out would wait for the device. There the caller says which
-    tokens are active, if he knows.
+    On CUDA that is every row: finding out would wait for the device, so there the caller says
+    which tokens are active.
     """
     known = [coef for coef in coefs if coef is not None]
     if not known:
@@ -228,17 +223,14 @@ def _active_rows(coefs: RowCoefs, tokens: Tokens) -> Tensor | slice | None:
     return slice(None) if len(active) == len(tokens.targets) else active
 
 
-def _join(
-    done: list[tuple[Tokens, RowStats]], head: Head, tokens: Tokens
-) -> tuple[Tokens, RowStats]:
-    """Chunks put together, in their order."""
-    if not done:
-        empty = torch.zeros(0, dtype=head.dtype, device=head.hidden.device)
-        second = None if tokens.second_inv_temperature is None else empty
-        return tokens, RowStats(empty, empty, empty, empty, second, second)
-    columns = zip(*(stats for _, stats in done), strict=True)
-    joined = [None if column[0] is None else torch.cat(column) for column in columns]
-    return Tokens.join([chunk for chunk, _ in done]), RowStats(*joined)  # type: ignore[arg-type]
+def _join(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:
+    if parts:
+        columns = zip(*parts, strict=True)
+        joined = [None if column[0] is None else torch.cat(column) for column in columns]
+        return RowStats(*joined)  # type: ignore[arg-type]
+    empty = torch.zeros(0, dtype=head.dtype, device=head.hidden.device)
+    second = None if tokens.second_inv_temperature is None else empty
+    return RowStats(empty, empty, empty, empty, second, second)
 
 
 def _outputs(problem: Problem, tokens: Tokens, stats: RowStats) -> tuple[Tensor | None, ...]:

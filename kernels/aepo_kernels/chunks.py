@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,27 +46,12 @@ class Tokens:
             _pick(self.second_inv_temperature, index),
         )
 
-    @staticmethod
-    def join(parts: Sequence[Tokens]) -> Tokens:
-        """Tokens put together again; those of slices are taken to be consecutive."""
-        first = parts[0].positions
-        if isinstance(first, Tensor):
-            positions = _cat([part.positions for part in parts])
-        else:
-            positions = slice(first.start, parts[-1].positions.stop)  # type: ignore[union-attr]
-        return Tokens(
-            positions,
-            torch.cat([part.targets for part in parts]),
-            _cat([part.inv_temperature for part in parts]),
-            _cat([part.second_inv_temperature for part in parts]),
-        )
-
 
 @dataclass(frozen=True)
 class Head:
     """The head as GEMMs and rows read it: weight [V, H] in hidden's dtype, bias in `dtype`.
 
-    rows: the module with `row_stats` and `row_grad`. logits_dtype: of the first GEMM's output.
+    logits_dtype: of the first GEMM's output.
     """
 
     hidden: Tensor
@@ -75,7 +59,6 @@ class Head:
     logit_map: LogitMap
     dtype: torch.dtype
     logits_dtype: torch.dtype
-    rows: ModuleType
 
     def products(self, tokens: Tokens) -> Tensor:
         """GEMM 1: the raw logits of some tokens, [C, V]."""
@@ -83,7 +66,7 @@ class Head:
 
     def stats(self, tokens: Tokens, products: Tensor) -> RowStats:
         """Statistics of a chunk's rows."""
-        return self.rows.row_stats(
+        return rows.row_stats(
             products,
             tokens.targets,
             tokens.inv_temperature,
@@ -98,7 +81,7 @@ class Head:
         """GEMMs 2 and 3; `products` may be overwritten."""
         in_place = products.dtype == self.hidden.dtype
         dlogits = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
-        self.rows.row_grad(
+        rows.row_grad(
             products,
             tokens.targets,
             tokens.inv_temperature,
@@ -122,7 +105,6 @@ def head_of(problem: Problem) -> Head:
         LogitMap(bias, problem.softcap, float(problem.logit_scale)),
         dtype,
         problem.logits_dtype or hidden.dtype,
-        rows,
     )
 
 
@@ -168,7 +150,3 @@ def _inverse(value: float | Tensor | None, dtype: torch.dtype) -> float | Tensor
 
 def _pick(value: Any, index: Tensor | slice) -> Any:
     return value[index] if isinstance(value, Tensor) else value
-
-
-def _cat(values: Sequence[Any]) -> Any:
-    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -254,8 +255,10 @@ def test_the_integral_removes_a_steady_error_and_does_not_wind_up() -> None:
 
 
 @pytest.mark.parametrize("controller", ["proportional", "switch"])
-def test_an_entropy_that_is_not_finite_is_no_measurement(controller: str) -> None:
-    cfg = AepoConfig(controller=controller, integral_gain=0.1)  # type: ignore[arg-type]
+def test_an_entropy_that_is_not_finite_is_no_measurement(
+    controller: Literal["proportional", "switch"],
+) -> None:
+    cfg = AepoConfig(controller=controller, integral_gain=0.1)
     told, untold = EntropyController(cfg), EntropyController(cfg)
     for entropy in (NAN, 0.9, NAN, 0.45, float("inf")):
         told.update(entropy)
