@@ -1,15 +1,21 @@
-"""Fixtures shared by the trainer's tests."""
+"""What all tests share: Triton's interpreter where there is no GPU, and a tiny model."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.tiny_model import build_tiny_model
+if not torch.cuda.is_available():
+    # Read when triton itself is imported, so it has to be there before whatever imports triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with tokenizer in the Hugging Face layout."""
+    from tests.tiny_model import build_tiny_model  # imports triton by way of transformers
+
     return build_tiny_model(tmp_path_factory.mktemp("tiny_model"))

@@ -62,11 +62,11 @@ def linear_logprob(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
+        backend=resolve_backend(backend, hidden),
         logits_dtype=logits_dtype,
     )
-    name = resolve_backend(backend)
     check_problem(problem)
-    return reference.logprob(problem) if name == "reference" else chunked.logprob(problem)
+    return (reference if problem.backend == "reference" else chunked).logprob(problem)
 
 
 def linear_token_loss(
@@ -113,12 +113,12 @@ def linear_token_loss(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
+        backend=resolve_backend(backend, hidden),
         logits_dtype=logits_dtype,
         active=active,
     )
-    name = resolve_backend(backend)
     check_problem(problem)
     check_active(problem)
     check_token_tensors(problem, token_tensors)
-    run = reference.token_loss if name == "reference" else chunked.token_loss
-    return run(problem, token_loss, token_tensors)
+    run = reference if problem.backend == "reference" else chunked
+    return run.token_loss(problem, token_loss, token_tensors)

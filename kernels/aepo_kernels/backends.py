@@ -1,20 +1,46 @@
-"""Which backends exist, which can run here, and the rule behind backend="auto"."""
+"""Which backends exist, which can run where, and the rule behind backend="auto"."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+from types import ModuleType
+
+import torch
+
+from aepo_kernels import rows
 
 BACKEND_VARIABLE = "AEPO_KERNELS_BACKEND"
-_BACKENDS = ("reference", "chunked")
+_BACKENDS = ("reference", "chunked", "fused")
 
 
-def backend_status() -> dict[str, str | None]:
-    """Report every backend of this version: name -> None where it can run, else the reason."""
-    return dict.fromkeys(_BACKENDS)
+def backend_status(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Report every backend of this version: name -> None where it can run, else the reason.
+
+    device: None is the first GPU where there is one, else the CPU.
+    """
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    return {name: unavailable_reason(name, kind) for name in _BACKENDS}
 
 
-def resolve_backend(backend: str) -> str:
-    """Turn the `backend` argument into a backend's name.
+def unavailable_reason(
+    backend: str, device_type: str, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why a backend cannot run on "cpu" or "cuda" with hidden states of a dtype; None if it can."""
+    if backend == "reference" or (backend == "chunked" and device_type == "cpu"):
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "its kernels need triton, which is not installed: pip install triton"
+    if backend == "fused" and device_type != "cuda" and not _interpreted():
+        return "its kernels need a GPU"
+    if backend == "fused" and dtype == torch.float64:
+        return "its kernels compute in float32, and hidden is float64"
+    return None
+
+
+def resolve_backend(backend: str, hidden: torch.Tensor) -> str:
+    """Turn the `backend` argument into the name of a backend for these hidden states.
 
     "auto" is the value of AEPO_KERNELS_BACKEND where that variable is set, and otherwise always
     "chunked", on CPU and on CUDA. A named backend runs or raises ValueError; it is never replaced.
@@ -23,14 +49,27 @@ def resolve_backend(backend: str) -> str:
     if backend == "auto":
         source = BACKEND_VARIABLE
         backend = os.environ.get(BACKEND_VARIABLE) or "chunked"
-    status = backend_status()
-    if backend not in status:
+    if backend not in _BACKENDS:
         raise ValueError(
-            f"{source} = {backend!r}: no such backend; use one of {', '.join(status)}"
+            f"{source} = {backend!r}: no such backend; use one of {', '.join(_BACKENDS)}"
             + (" or auto" if source == "backend" else "")
         )
-    if status[backend] is not None:
-        raise ValueError(
-            f"{source} = {backend!r}: cannot run here ({status[backend]}); use another backend"
-        )
+    reason = unavailable_reason(backend, hidden.device.type, hidden.dtype)
+    if reason is not None:
+        raise ValueError(f"{source} = {backend!r}: cannot run here ({reason}); use another backend")
     return backend
+
+
+def row_operations(products: torch.Tensor) -> ModuleType:
+    """The module with `row_stats` and `row_grad` for these logits: Triton's on a GPU.
+
+    Triton's compute in float32, so float64 takes torch's, which serve the CPU too.
+    """
+    if products.is_cuda and products.dtype != torch.float64:
+        return importlib.import_module("aepo_kernels.triton_rows")
+    return rows
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels in Python (TRITON_INTERPRET=1), on tensors of the CPU."""
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)

@@ -1,8 +1,9 @@
-"""The chunked backend: logits of a few tokens at a time, so that [N, V] never exists.
+"""Logits of a few tokens at a time, so that [N, V] never exists: backends chunked and fused.
 
 Per chunk: one GEMM for the logits, fused row statistics, and, where gradients are wanted, the
 logits' gradient in place and two more GEMMs. `linear_token_loss` knows the loss's derivatives
-within the chunk (3 GEMMs); `linear_logprob` learns them in backward and recomputes (4 GEMMs).
+within the chunk (3 GEMMs); `linear_logprob` learns them in backward and recomputes (4 GEMMs). The
+fused backend never has logits in its forward pass, and so recomputes for both.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aepo_kernels.chunks import Head, Tokens, chunks_of, head_of, tokens_of
+from aepo_kernels.chunks import (
+    Head,
+    Tokens,
+    chunk_size,
+    forward_chunk_size,
+    head_of,
+    slices,
+    tokens_of,
+)
 from aepo_kernels.gemm import exact_sums
 from aepo_kernels.gradients import Gradients
 from aepo_kernels.problem import (
@@ -28,14 +37,13 @@ from aepo_kernels.problem import (
 )
 from aepo_kernels.rows import RowCoefs, RowStats
 
-NAME = "chunked"
 _NOTHING = RowCoefs(None, None, None, None)
 
 
 def logprob(problem: Problem) -> LogprobOutput:
     """`linear_logprob`, recomputing logits in backward."""
     rows = _Logprob.apply(problem.hidden, problem.weight, problem.bias, problem)
-    return LogprobOutput(*rows, NAME)  # type: ignore[misc]
+    return LogprobOutput(*rows, problem.backend)  # type: ignore[misc]
 
 
 def token_loss(
@@ -47,28 +55,28 @@ def token_loss(
     with torch.no_grad(), torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
         head, tokens = head_of(problem), tokens_of(problem)
         tokens, num_active = _active_first(problem, tokens)
-        total = Gradients(*inputs, needs, head.dtype)
+        one_chunk = num_active <= chunk_size(problem)
+        total = Gradients(*inputs, needs, head.dtype, one_chunk=one_chunk)
         loss = torch.zeros((), dtype=head.dtype, device=problem.hidden.device)
         metrics: dict[str, Tensor] = {}
         parts: list[RowStats] = []
         active_rows = 0
         for index in _chunks_apart(problem, num_active, len(tokens.targets)):
             chunk = tokens.at(index)
-            products = head.products(chunk)
-            stats = head.stats(chunk, products)
-            slices = [take(tensor, chunk.positions) for tensor in token_tensors]
+            products, stats = head.forward(chunk)
+            columns = [take(tensor, chunk.positions) for tensor in token_tensors]
             chunk_loss, chunk_metrics, coefs = _evaluate(
-                loss_fn, stats, slices, any(needs) and index.start < num_active
+                loss_fn, stats, columns, any(needs) and index.start < num_active
             )
             loss += chunk_loss
             for name, value in chunk_metrics.items():
                 metrics[name] = metrics[name] + value if name in metrics else value
-            active_rows += _add_active(head, chunk, products, stats, coefs, total)
+            active_rows += _add_active(problem, head, chunk, products, stats, coefs, total)
             parts.append(stats)
         first, entropy, _, second = _outputs(problem, tokens, _join(parts, head, tokens))
     if any(needs):
         loss = _AttachGradients.apply(*inputs, loss, total)
-    return TokenLossOutput(loss, metrics, first, entropy, second, NAME, active_rows)  # type: ignore[arg-type]
+    return TokenLossOutput(loss, metrics, first, entropy, second, problem.backend, active_rows)  # type: ignore[arg-type]
 
 
 class _Logprob(torch.autograd.Function):
@@ -82,9 +90,8 @@ class _Logprob(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False), exact_sums():
             head, tokens = head_of(problem), tokens_of(problem)
             parts = []
-            for index in chunks_of(problem, len(tokens.targets)):
-                chunk = tokens.at(index)
-                parts.append(head.stats(chunk, head.products(chunk)))
+            for index in slices(len(tokens.targets), forward_chunk_size(problem)):
+                parts.append(head.forward(tokens.at(index))[1])
             stats = _join(parts, head, tokens)
         # The inputs go through save_for_backward alone, so that saved-tensor hooks and the check
         # against in-place changes see them.
@@ -102,22 +109,22 @@ class _Logprob(torch.autograd.Function):
         tokens: Tokens = ctx.tokens
         with torch.autocast(hidden.device.type, enabled=False), exact_sums():
             head = head_of(problem)
-            total = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], head.dtype)
             kept = [None if grad is None else take(grad, tokens.positions) for grad in grads]
             coefs = RowCoefs(*kept)
             active = _active_rows(coefs, tokens)
+            one_chunk = len(tokens.targets) <= chunk_size(problem)
+            inputs = hidden, weight, bias
+            needs = ctx.needs_input_grad[:3]
+            total = Gradients(*inputs, needs, head.dtype, one_chunk=one_chunk)
             if active is not None:
-                tokens, coefs = tokens.at(active), coefs.select(active)
-                stats = ctx.stats.select(active)
-                for index in chunks_of(problem, len(tokens.targets)):
-                    chunk = tokens.at(index)
-                    head.add_gradients(
-                        chunk,
-                        head.products(chunk),
-                        stats.select(index),
-                        coefs.select(index),
-                        total,
-                    )
+                _recompute(
+                    problem,
+                    head,
+                    tokens.at(active),
+                    ctx.stats.select(active),
+                    coefs.select(active),
+                    total,
+                )
             return *total.finish(), None
 
 
@@ -182,15 +189,17 @@ def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
 
 def _chunks_apart(problem: Problem, num_active: int, num_tokens: int) -> Iterator[slice]:
     """Chunks that hold either active tokens or others."""
-    yield from chunks_of(problem, num_active)
-    for index in chunks_of(problem, num_tokens - num_active):
+    size = forward_chunk_size(problem)
+    yield from slices(num_active, size)
+    for index in slices(num_tokens - num_active, size):
         yield slice(index.start + num_active, index.stop + num_active)
 
 
 def _add_active(
+    problem: Problem,
     head: Head,
     tokens: Tokens,
-    products: Tensor,
+    products: Tensor | None,
     stats: RowStats,
     coefs: RowCoefs,
     total: Gradients,
@@ -200,10 +209,31 @@ def _add_active(
     if active is None:
         return 0
     if isinstance(active, Tensor):
-        products = products.index_select(0, active)
+        products = None if products is None else products.index_select(0, active)
         tokens, stats, coefs = tokens.at(active), stats.select(active), coefs.select(active)
-    head.add_gradients(tokens, products, stats, coefs, total)
+    if products is None:
+        _recompute(problem, head, tokens, stats, coefs, total)
+    else:
+        head.add_gradients(tokens, products, stats, coefs, total)
     return len(tokens.targets)
+
+
+def _recompute(
+    problem: Problem,
+    head: Head,
+    tokens: Tokens,
+    stats: RowStats,
+    coefs: RowCoefs,
+    total: Gradients,
+) -> None:
+    """Add the gradients of tokens whose logits are gone."""
+    for index in slices(len(tokens.targets), chunk_size(problem)):
+        chunk = tokens.at(index)
+        products = head.products(chunk)
+        # A fused forward rounds its logits differently, or not at all: with its normaliser, the
+        # probabilities of these would not add up to one.
+        part = head.stats(chunk, products) if head.fused else stats.select(index)
+        head.add_gradients(chunk, products, part, coefs.select(index), total)
 
 
 def _active_rows(coefs: RowCoefs, tokens: Tokens) -> Tensor | slice | None:

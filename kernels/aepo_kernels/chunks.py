@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aepo_kernels import rows
+from aepo_kernels.backends import row_operations
 from aepo_kernels.gemm import matmul
 from aepo_kernels.gradients import Gradients
 from aepo_kernels.problem import Problem, take
@@ -19,6 +19,9 @@ from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
 # results do not depend on its batch; larger chunks update the weight's fp32 gradient less often.
 _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 2**27, 1024
 _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
+# "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
+# in its backward.
+_FUSED_FORWARD_TOKENS, _FUSED_CHUNK_BYTES = 4096, 2**28
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Tokens:
 class Head:
     """The head as GEMMs and rows read it: weight [V, H] in hidden's dtype, bias in `dtype`.
 
-    logits_dtype: of the first GEMM's output.
+    logits_dtype: of the first GEMM's output. fused: the forward pass does not write logits.
     """
 
     hidden: Tensor
@@ -59,14 +62,18 @@ class Head:
     logit_map: LogitMap
     dtype: torch.dtype
     logits_dtype: torch.dtype
+    fused: bool
 
-    def products(self, tokens: Tokens) -> Tensor:
-        """GEMM 1: the raw logits of some tokens, [C, V]."""
-        return matmul(take(self.hidden, tokens.positions), self.weight.T, self.logits_dtype)
+    def forward(self, tokens: Tokens) -> tuple[Tensor | None, RowStats]:
+        """Raw logits of some tokens, [C, V], unless the forward is fused; and their statistics."""
+        if self.fused:
+            return None, self._fused_stats(tokens)
+        products = self.products(tokens)
+        return products, self.stats(tokens, products)
 
     def stats(self, tokens: Tokens, products: Tensor) -> RowStats:
-        """Statistics of a chunk's rows."""
-        return rows.row_stats(
+        """Statistics of the rows of raw logits."""
+        return row_operations(products).row_stats(
             products,
             tokens.targets,
             tokens.inv_temperature,
@@ -75,13 +82,17 @@ class Head:
             self.dtype,
         )
 
+    def products(self, tokens: Tokens) -> Tensor:
+        """GEMM 1: the raw logits of some tokens, [C, V]."""
+        return matmul(take(self.hidden, tokens.positions), self.weight.T, self.logits_dtype)
+
     def add_gradients(
         self, tokens: Tokens, products: Tensor, stats: RowStats, coefs: RowCoefs, total: Gradients
     ) -> None:
         """GEMMs 2 and 3; `products` may be overwritten."""
         in_place = products.dtype == self.hidden.dtype
         dlogits = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
-        rows.row_grad(
+        row_operations(products).row_grad(
             products,
             tokens.targets,
             tokens.inv_temperature,
@@ -94,6 +105,18 @@ class Head:
         )
         total.add(dlogits, self.weight, take(self.hidden, tokens.positions), tokens.positions)
 
+    def _fused_stats(self, tokens: Tokens) -> RowStats:
+        from aepo_kernels.triton_fused import linear_row_stats  # the package imports without triton
+
+        return linear_row_stats(
+            take(self.hidden, tokens.positions),
+            self.weight,
+            tokens.targets,
+            tokens.inv_temperature,
+            tokens.second_inv_temperature,
+            self.logit_map,
+        )
+
 
 def head_of(problem: Problem) -> Head:
     """The head of a problem, cast once."""
@@ -105,6 +128,7 @@ def head_of(problem: Problem) -> Head:
         LogitMap(bias, problem.softcap, float(problem.logit_scale)),
         dtype,
         problem.logits_dtype or hidden.dtype,
+        problem.backend == "fused",
     )
 
 
@@ -121,7 +145,7 @@ def tokens_of(problem: Problem) -> Tokens:
 
 
 def chunk_size(problem: Problem) -> int:
-    """Tokens of a chunk: the caller's, or what the memory budget holds."""
+    """Tokens whose logits exist at once: the caller's number, or what the memory budget holds."""
     if problem.chunk_tokens is not None:
         return problem.chunk_tokens
     hidden = problem.hidden
@@ -131,13 +155,19 @@ def chunk_size(problem: Problem) -> int:
         budget, most = _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS
         if problem.logits_dtype not in (None, hidden.dtype):
             width += 4  # float32 logits stand beside their gradient in hidden's dtype
+    if problem.backend == "fused":
+        budget = _FUSED_CHUNK_BYTES
     size = budget // (problem.weight.shape[0] * width)
     return min(max(size // 64 * 64, 64), most)
 
 
-def chunks_of(problem: Problem, num_tokens: int) -> Iterator[slice]:
-    """Slices of at most `chunk_size` tokens."""
-    size = chunk_size(problem)
+def forward_chunk_size(problem: Problem) -> int:
+    """Tokens that go through the forward pass at once."""
+    return _FUSED_FORWARD_TOKENS if problem.backend == "fused" else chunk_size(problem)
+
+
+def slices(num_tokens: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` tokens."""
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
 

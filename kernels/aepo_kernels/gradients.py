@@ -11,8 +11,9 @@ from aepo_kernels.gemm import add_outer
 class Gradients:
     """Gradients of hidden [N, H], weight [V, H] and bias [V], summed over chunks.
 
-    Those of weight and bias are kept in `dtype` (fp32) however many chunks there are. What is not
-    needed is neither allocated nor computed.
+    Those of weight and bias are kept in `dtype` (fp32) however many chunks there are; where there
+    is at most one, the GEMM writes the weight's as it is wanted. What is not needed is neither
+    allocated nor computed.
     """
 
     def __init__(
@@ -22,10 +23,12 @@ class Gradients:
         bias: Tensor | None,
         needs: tuple[bool, ...],
         dtype: torch.dtype,
+        *,
+        one_chunk: bool,
     ) -> None:
         needs_hidden, self.needs_weight, needs_bias = needs
         self.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        self.accumulator_dtype = dtype
+        self.weight_dtype = weight.dtype if one_chunk and weight.dtype == hidden.dtype else dtype
         self.weight_shape, self.device = weight.shape, weight.device
         self.hidden = torch.zeros_like(hidden) if needs_hidden else None
         self.bias = torch.zeros_like(bias, dtype=dtype) if needs_bias and bias is not None else None
@@ -39,13 +42,13 @@ class Gradients:
             else:
                 self.hidden[at] = torch.mm(dlogits, weight)
         if self.needs_weight:
-            self.weight = add_outer(self.weight, dlogits, inputs, self.accumulator_dtype)
+            self.weight = add_outer(self.weight, dlogits, inputs, self.weight_dtype)
 
     def finish(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """The gradients times `factor`, in their inputs' dtypes; in place where those are equal."""
         if self.needs_weight and self.weight is None:
             self.weight = torch.zeros(
-                self.weight_shape, dtype=self.accumulator_dtype, device=self.device
+                self.weight_shape, dtype=self.weight_dtype, device=self.device
             )
         values = self.hidden, self.weight, self.bias
         return tuple(

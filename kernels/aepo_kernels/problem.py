@@ -57,6 +57,7 @@ class Problem:
     logit_scale: float
     ignore_index: int | None
     chunk_tokens: int | None
+    backend: str
     logits_dtype: torch.dtype | None = None
     active: Tensor | None = None
 

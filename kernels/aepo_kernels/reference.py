@@ -16,8 +16,6 @@ from aepo_kernels.problem import (
     take,
 )
 
-NAME = "reference"
-
 
 class _Rows(NamedTuple):
     logprob: Tensor
@@ -34,7 +32,7 @@ def logprob(problem: Problem) -> LogprobOutput:
         spread = [None if row is None else problem.spread(row, kept) for row in rows]
     first, entropy, lse, second = spread
     assert first is not None and entropy is not None and lse is not None
-    return LogprobOutput(first, entropy, lse, second, NAME)
+    return LogprobOutput(first, entropy, lse, second, problem.backend)
 
 
 def token_loss(
@@ -64,7 +62,7 @@ def token_loss(
     if loss.requires_grad:
         active = len(rows.logprob if problem.active is None else problem.active)
     metrics = {name: value.detach() for name, value in metrics.items()}
-    return TokenLossOutput(loss, metrics, first, entropy, second, NAME, active)
+    return TokenLossOutput(loss, metrics, first, entropy, second, problem.backend, active)
 
 
 def _rows(problem: Problem, kept: Tensor | None) -> _Rows:

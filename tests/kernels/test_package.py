@@ -49,8 +49,28 @@ def arguments(**changes: Any) -> dict[str, Any]:
     return {**values, **changes}
 
 
-def test_backend_status_names_every_backend() -> None:
-    assert backend_status() == {"reference": None, "chunked": None}
+def test_backend_status_says_what_can_run_and_why_the_rest_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert backend_status("cpu") == {
+        "reference": None,
+        "chunked": None,
+        "fused": "its kernels need a GPU",
+    }
+    assert backend_status("cuda") == dict.fromkeys(["reference", "chunked", "fused"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    reason = "its kernels need triton, which is not installed: pip install triton"
+    assert backend_status("cuda") == {"reference": None, "chunked": reason, "fused": reason}
+
+
+def test_fused_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = arguments(hidden=torch.randn(6, 4).double())
+    with pytest.raises(ValueError, match="backend = 'fused': .*hidden is float64.*another"):
+        linear_logprob(**wide, backend="fused")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend = 'fused': cannot run here .*need a GPU"):
+        linear_logprob(**arguments(), backend="fused")
 
 
 def test_auto_is_chunked_unless_the_environment_says_otherwise(

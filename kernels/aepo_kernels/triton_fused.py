@@ -1,0 +1,268 @@
+# The bodies of kernels are Triton, whose launches and operators are not Python's:
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+"""Row statistics straight from hidden states, as Triton kernels: the logits never reach memory.
+
+One program multiplies a tile of tokens by a tile of the vocabulary and keeps, of each row of its
+logits, what an online softmax keeps. A second kernel combines the tiles of a row, in order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from aepo_kernels.launch import fused_launch
+from aepo_kernels.rows import LogitMap, RowStats
+from aepo_kernels.triton_rows import FLOOR, LOG2E, optional_argument, to_logits
+
+_COMBINE_ROWS, _COMBINE_TILES = 32, 32
+
+
+def linear_row_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inv_temperature: float | Tensor,
+    second_inv_temperature: float | Tensor | None,
+    logit_map: LogitMap,
+) -> RowStats:
+    """What `rows.row_stats` gives for hidden @ weight.T, in float32.
+
+    hidden: [C, H]. weight: [V, H] of the same dtype, float32 or bfloat16, any strides. A target
+    outside [0, V) gives a log-prob of NaN. Needs 16 to 20 bytes per token and tile of the
+    vocabulary.
+    """
+    num_rows, hidden_size = hidden.shape
+    vocab = weight.shape[0]
+    has_second = second_inv_temperature is not None
+    out = hidden.new_empty((6 if has_second else 4, num_rows), dtype=torch.float32)
+    if num_rows:
+        launch = fused_launch(hidden.device, hidden.dtype)
+        num_tiles = triton.cdiv(vocab, launch.block_vocab)
+        partials = out.new_empty((4 if has_second else 3, num_tiles, num_rows))
+        target_logits = out.new_full((num_rows,), float("nan"))
+        temperatures = [
+            optional_argument(inv_temperature),
+            optional_argument(second_inv_temperature),
+        ]
+        per_token = {
+            "PER_TOKEN": isinstance(inv_temperature, Tensor),
+            "SECOND_PER_TOKEN": isinstance(second_inv_temperature, Tensor),
+        }
+        tma = launch.tma and all(_fits_tma(matrix) for matrix in (hidden, weight))
+        _partials_kernel[(num_tiles * triton.cdiv(num_rows, launch.block_tokens),)](
+            _operand(hidden, launch.block_tokens, launch.block_hidden, tma),
+            *hidden.stride(),
+            _operand(weight, launch.block_vocab, launch.block_hidden, tma),
+            *weight.stride(),
+            targets.contiguous(),
+            *temperatures,
+            logit_map.bias,
+            logit_map.scale,
+            logit_map.softcap,
+            partials,
+            target_logits,
+            num_rows,
+            vocab,
+            hidden_size,
+            **per_token,
+            TMA=tma,
+            BLOCK_TOKENS=launch.block_tokens,
+            BLOCK_VOCAB=launch.block_vocab,
+            BLOCK_HIDDEN=launch.block_hidden,
+            GROUP=launch.group,
+            num_warps=launch.num_warps,
+            num_stages=launch.stages,
+        )
+        _combine_kernel[(triton.cdiv(num_rows, _COMBINE_ROWS),)](
+            partials,
+            target_logits,
+            *temperatures,
+            out,
+            num_rows,
+            num_tiles,
+            **per_token,
+            ROWS=_COMBINE_ROWS,
+            TILES=_COMBINE_TILES,
+            num_warps=4,
+        )
+    second = (out[4], out[5]) if has_second else (None, None)
+    return RowStats(out[0], out[1], out[2], out[3], *second)
+
+
+def _fits_tma(matrix: Tensor) -> bool:
+    """Whether the copy engine can read it: rows of whole 16-byte units, one after another."""
+    width = matrix.element_size()
+    return (
+        matrix.stride(1) == 1 and matrix.stride(0) * width % 16 == 0 and matrix.data_ptr() % 16 == 0
+    )
+
+
+def _operand(matrix: Tensor, rows: int, columns: int, tma: bool) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, [rows, columns]) if tma else matrix
+
+
+@triton.jit
+def _partials_kernel(
+    hidden,
+    token_stride,
+    hidden_stride,
+    weight,
+    vocab_stride,
+    weight_stride,
+    targets,
+    inv_temperature,
+    second_inv_temperature,
+    bias,
+    scale,
+    softcap,
+    partials,
+    target_logits,
+    num_rows,
+    vocab,
+    hidden_size,
+    PER_TOKEN: tl.constexpr,
+    SECOND_PER_TOKEN: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # Programs that run together share tiles of both operands: GROUP tiles of tokens by as many of
+    # the vocabulary as there are programs left.
+    num_blocks = tl.cdiv(num_rows, BLOCK_TOKENS)
+    num_tiles = tl.cdiv(vocab, BLOCK_VOCAB)
+    per_group = GROUP * num_tiles
+    first_block = (tl.program_id(0) // per_group) * GROUP
+    group_size = tl.minimum(num_blocks - first_block, GROUP)
+    block = first_block + (tl.program_id(0) % per_group) % group_size
+    tile = (tl.program_id(0) % per_group) // group_size
+
+    rows = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    columns = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
+    products = tl.zeros([BLOCK_TOKENS, BLOCK_VOCAB], tl.float32)
+    if TMA:
+        for start in range(0, hidden_size, BLOCK_HIDDEN):
+            left = hidden.load([block * BLOCK_TOKENS, start])
+            right = weight.load([tile * BLOCK_VOCAB, start])
+            products = tl.dot(left, right.T, products, input_precision="ieee")
+    else:
+        # Rows and columns past the end repeat the last one, which needs no mask.
+        within = tl.arange(0, BLOCK_HIDDEN)
+        row_starts = tl.minimum(rows, num_rows - 1).to(tl.int64) * token_stride
+        column_starts = tl.minimum(columns, vocab - 1).to(tl.int64) * vocab_stride
+        hidden_pointers = hidden + row_starts[:, None] + within[None, :] * hidden_stride
+        weight_pointers = weight + column_starts[None, :] + within[:, None] * weight_stride
+        for start in range(0, hidden_size, BLOCK_HIDDEN):
+            inside = within < hidden_size - start
+            left = tl.load(hidden_pointers, mask=inside[None, :], other=0.0)
+            right = tl.load(weight_pointers, mask=inside[:, None], other=0.0)
+            products = tl.dot(left, right, products, input_precision="ieee")
+            hidden_pointers += BLOCK_HIDDEN * hidden_stride
+            weight_pointers += BLOCK_HIDDEN * weight_stride
+
+    shift = None
+    if bias is not None:
+        shift = tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :]
+    logits, _ = to_logits(products, shift, scale, softcap)
+    real = rows < num_rows
+    target = tl.load(targets + rows, mask=real, other=-1)
+    on_target = columns[None, :] == target[:, None]
+    owned = (target >= tile * BLOCK_VOCAB) & (target < tl.minimum((tile + 1) * BLOCK_VOCAB, vocab))
+    tl.store(target_logits + rows, tl.sum(tl.where(on_target, logits, 0.0), 1), mask=owned & real)
+
+    logits = tl.where((columns < vocab)[None, :] & ~(logits < FLOOR), logits, FLOOR)
+    maximum = tl.max(logits, 1)
+    centred = logits - maximum[:, None]
+    rate = _rates(inv_temperature, rows, real, PER_TOKEN)
+    weights = tl.exp2(centred * rate)
+    step = num_rows.to(tl.int64)
+    partials += tile * step + rows
+    step *= num_tiles
+    tl.store(partials, maximum, mask=real)
+    tl.store(partials + step, tl.sum(weights, 1), mask=real)
+    tl.store(partials + 2 * step, tl.sum(weights * centred, 1), mask=real)
+    if second_inv_temperature is not None:
+        second_rate = _rates(second_inv_temperature, rows, real, SECOND_PER_TOKEN)
+        tl.store(partials + 3 * step, tl.sum(tl.exp2(centred * second_rate), 1), mask=real)
+
+
+@triton.jit
+def _rates(inv_temperature, rows, real, PER_TOKEN: tl.constexpr):
+    if PER_TOKEN:
+        return (tl.load(inv_temperature + rows, mask=real, other=1.0) * LOG2E)[:, None]
+    else:
+        return inv_temperature * LOG2E
+
+
+@triton.jit
+def _combine_kernel(
+    partials,
+    target_logits,
+    inv_temperature,
+    second_inv_temperature,
+    out,
+    num_rows,
+    num_tiles,
+    PER_TOKEN: tl.constexpr,
+    SECOND_PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = rows < num_rows
+    width = num_rows.to(tl.int64)
+    step = width * num_tiles
+    maximum = tl.full([ROWS], FLOOR, tl.float32)
+    for start in range(0, num_tiles, TILES):
+        tiles = start + tl.arange(0, TILES)
+        inside = (tiles < num_tiles)[:, None] & real[None, :]
+        at = partials + tiles[:, None] * width + rows[None, :]
+        maximum = tl.maximum(maximum, tl.max(tl.load(at, mask=inside, other=FLOOR), 0))
+
+    inverse = _inverses(inv_temperature, rows, real, PER_TOKEN)
+    rate = inverse * LOG2E
+    second_rate = 0.0
+    if second_inv_temperature is not None:
+        second_inverse = _inverses(second_inv_temperature, rows, real, SECOND_PER_TOKEN)
+        second_rate = second_inverse * LOG2E
+    total = tl.zeros([ROWS], tl.float32)
+    moment = tl.zeros([ROWS], tl.float32)
+    second_total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, num_tiles, TILES):
+        tiles = start + tl.arange(0, TILES)
+        inside = (tiles < num_tiles)[:, None] & real[None, :]
+        at = partials + tiles[:, None] * width + rows[None, :]
+        rise = tl.load(at, mask=inside, other=FLOOR) - maximum[None, :]
+        part = tl.load(at + step, mask=inside, other=0.0)
+        part_moment = tl.load(at + 2 * step, mask=inside, other=0.0)
+        decay = tl.exp2(rise * rate)
+        total += tl.sum(part * decay, 0)
+        moment += tl.sum((part_moment + rise * part) * decay, 0)
+        if second_inv_temperature is not None:
+            second = tl.load(at + 3 * step, mask=inside, other=0.0)
+            second_total += tl.sum(second * tl.exp2(rise * second_rate), 0)
+
+    log_sum = tl.log(tl.where(maximum > FLOOR, total, float("nan")))  # no finite logit: no law
+    centred = tl.load(target_logits + rows, mask=real, other=0.0) - maximum
+    out += rows
+    tl.store(out, centred * inverse - log_sum, mask=real)
+    tl.store(out + width, log_sum - moment * inverse / total, mask=real)
+    tl.store(out + 2 * width, maximum, mask=real)
+    tl.store(out + 3 * width, log_sum, mask=real)
+    if second_inv_temperature is not None:
+        second_log_sum = tl.log(second_total)
+        tl.store(out + 4 * width, centred * second_inverse - second_log_sum, mask=real)
+        tl.store(out + 5 * width, second_log_sum, mask=real)
+
+
+@triton.jit
+def _inverses(inv_temperature, rows, real, PER_TOKEN: tl.constexpr):
+    if PER_TOKEN:
+        return tl.load(inv_temperature + rows, mask=real, other=1.0)
+    else:
+        return inv_temperature

@@ -1,0 +1,126 @@
+"""Both functions with Triton's kernels underneath: `chunked` as on a GPU, and `fused`.
+
+In float32: Triton's interpreter multiplies bfloat16 tiles wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from aepo_kernels import chunks, launch, linear_logprob
+from tests.kernels import test_logprob, test_token_loss
+from tests.kernels.oracle import IGNORED, OPTIONS, Case, make_case, output_weights
+from tests.kernels.test_token_loss import grpo_like, make_columns, policy_gradient
+
+triton_rows = pytest.importorskip("aepo_kernels.triton_rows", reason="needs triton")
+triton_fused = pytest.importorskip("aepo_kernels.triton_fused", reason="needs triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu covers it there")
+
+BACKENDS = ["chunked", "fused"]
+
+
+@pytest.fixture(autouse=True)
+def _triton_rows_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    calls = []
+
+    def row_operations(products: torch.Tensor) -> object:
+        calls.append(products.shape)
+        return triton_rows
+
+    monkeypatch.setattr(chunks, "row_operations", row_operations)
+    yield
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_logprob_matches_float64(option: str, backend: str) -> None:
+    case = make_case(40, 24, 300, option=option)
+    test_logprob.check(case, output_weights(40), backend=backend, chunk_tokens=16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 8, 30), (1, 20, 65), (67, 33, 1001)], ids=str)
+def test_logprob_at_ragged_shapes(shape: tuple[int, int, int], backend: str) -> None:
+    case = make_case(*shape, option="all")
+    test_logprob.check(case, output_weights(shape[0]), backend=backend, chunk_tokens=None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("option", ["plain", "second", "all", "shift_up", "shift_down"])
+def test_token_loss_matches_float64(option: str, backend: str) -> None:
+    test_token_loss.test_matches_float64((127, 64, 1000), option, torch.float32, backend)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_no_token_that_counts_gives_a_connected_zero(num_tokens: int) -> None:
+    test_token_loss.test_no_token_that_counts_gives_a_connected_zero(num_tokens, "fused")
+
+
+def test_fused_reads_transposed_and_sliced_operands_as_they_are() -> None:
+    case = make_case(30, 24, 200)
+    wide = torch.full((30, 40), float("nan"))
+    wide[:, 3:27] = case.hidden
+    sliced = replace(case, hidden=wide[:, 3:27], weight=case.weight.T.contiguous().T)
+    expected = run(case)
+    assert all(torch.equal(a, b) for a, b in zip(run(sliced), expected, strict=True))
+
+
+def run(case: Case) -> list[torch.Tensor]:
+    output = linear_logprob(case.hidden, case.weight, case.targets, backend="fused")
+    return [output.logprob, output.entropy, output.lse]
+
+
+@pytest.mark.parametrize("hidden_size", [32, 20])
+def test_the_copy_engine_loads_the_same_tiles(
+    hidden_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(70, hidden_size, 333)
+    expected = run(case)
+    table = {80: launch.FUSED_FLOAT32_LAUNCH[80]._replace(tma=True)}
+    monkeypatch.setattr(launch, "FUSED_FLOAT32_LAUNCH", table)
+    descriptors = []
+    original = triton_fused.TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        triton_fused.TensorDescriptor,
+        "from_tensor",
+        lambda *args: descriptors.append(args[1]) or original(*args),
+    )
+    for ours, theirs in zip(run(case), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert [list(block) for block in descriptors] == [[64, 16], [64, 16]]
+
+
+def test_fused_leaves_out_rows_without_a_coefficient() -> None:
+    case = make_case(60, 16, 200, option="ignored")
+    advantage = torch.randn(60)
+    advantage[::2] = 0.0
+    whole, fused = case.fresh(), case.fresh()
+    test_token_loss.run(whole, policy_gradient, advantage).loss.backward()
+    output = test_token_loss.run(fused, policy_gradient, advantage, backend="fused")
+    output.loss.backward()
+    assert output.active_rows == ((advantage != 0) & (case.targets != IGNORED)).sum()
+    for one, other in zip(whole.tensors(), fused.tensors(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_fused_never_has_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    products = chunks.Head.products
+
+    def watched(self: chunks.Head, tokens: chunks.Tokens) -> torch.Tensor:
+        sizes.append(len(tokens.targets))
+        return products(self, tokens)
+
+    monkeypatch.setattr(chunks.Head, "products", watched)
+    case = make_case(60, 16, 200)
+    columns = make_columns(case)
+    with torch.no_grad():
+        test_token_loss.run(case, grpo_like, *columns, backend="fused", chunk_tokens=25)
+    assert sizes == []
+    leaves = case.fresh()
+    test_token_loss.run(leaves, grpo_like, *columns, backend="fused", chunk_tokens=25)
+    assert sum(sizes) <= 60 and max(sizes) <= 25
