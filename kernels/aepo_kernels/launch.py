@@ -34,14 +34,14 @@ class FusedLaunch(NamedTuple):
 # By compute capability; a chip that is not listed takes the nearest one below. None of these has
 # been timed yet. Chosen by what they compile to: 16-byte loads, registers for at least four
 # programs on a multiprocessor, and about 32 KB on their way to it.
-STATS_LAUNCH = {80: RowLaunch(2048, 8, stages=3)}
+STATS_LAUNCH = {80: RowLaunch(2048, 8, stages=3), 100: RowLaunch(2048, 8, stages=4)}
 GRAD_LAUNCH = {80: RowLaunch(2048, 4)}
 # The largest tiles whose epilogue spills no register, with every option on.
 FUSED_LAUNCH = {
     80: FusedLaunch(128, 128, 32, num_warps=8, stages=4),
     90: FusedLaunch(128, 128, 64, num_warps=8, stages=3, tma=True),
     100: FusedLaunch(128, 128, 64, num_warps=8, stages=4, tma=True),
-    120: FusedLaunch(128, 128, 64, num_warps=8, stages=3, tma=True),
+    120: FusedLaunch(128, 128, 64, num_warps=8, stages=3),
 }
 # float32 products are plain multiply-adds, whose tiles have to be small.
 FUSED_FLOAT32_LAUNCH = {80: FusedLaunch(64, 64, 16, num_warps=4, stages=3)}

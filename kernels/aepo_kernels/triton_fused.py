@@ -53,7 +53,7 @@ def linear_row_stats(
             "SECOND_PER_TOKEN": isinstance(second_inv_temperature, Tensor),
         }
         tma = launch.tma and all(_fits_tma(matrix) for matrix in (hidden, weight))
-        _partials_kernel[(num_tiles * triton.cdiv(num_rows, launch.block_tokens),)](
+        partials_kernel[(num_tiles * triton.cdiv(num_rows, launch.block_tokens),)](
             _operand(hidden, launch.block_tokens, launch.block_hidden, tma),
             *hidden.stride(),
             _operand(weight, launch.block_vocab, launch.block_hidden, tma),
@@ -77,7 +77,7 @@ def linear_row_stats(
             num_warps=launch.num_warps,
             num_stages=launch.stages,
         )
-        _combine_kernel[(triton.cdiv(num_rows, _COMBINE_ROWS),)](
+        combine_kernel[(triton.cdiv(num_rows, _COMBINE_ROWS),)](
             partials,
             target_logits,
             *temperatures,
@@ -106,7 +106,7 @@ def _operand(matrix: Tensor, rows: int, columns: int, tma: bool) -> Tensor | Ten
 
 
 @triton.jit
-def _partials_kernel(
+def partials_kernel(
     hidden,
     token_stride,
     hidden_stride,
@@ -200,7 +200,7 @@ def _rates(inv_temperature, rows, real, PER_TOKEN: tl.constexpr):
 
 
 @triton.jit
-def _combine_kernel(
+def combine_kernel(
     partials,
     target_logits,
     inv_temperature,

@@ -39,7 +39,7 @@ def row_stats(
     out = products.new_empty((6 if has_second else 4, num_rows), dtype=dtype)
     if num_rows:
         launch = stats_launch(products.device)
-        _stats_kernel[(num_rows,)](
+        stats_kernel[(num_rows,)](
             _rows_of(products),
             products.stride(0),
             targets.contiguous(),
@@ -87,7 +87,7 @@ def row_grad(
     partial = None if bias_grad is None else out.new_empty((num_groups, vocab), dtype=torch.float32)
     if coefs.second_logprob is None:
         second_inv_temperature = None
-    _grad_kernel[(num_groups * triton.cdiv(vocab, launch.block),)](
+    grad_kernel[(num_groups * triton.cdiv(vocab, launch.block),)](
         _rows_of(products),
         products.stride(0),
         targets.contiguous(),
@@ -159,7 +159,7 @@ def inverse_of(inv_temperature, row, PER_TOKEN: tl.constexpr):
 
 
 @triton.jit
-def _stats_kernel(
+def stats_kernel(
     products,
     row_stride,
     targets,
@@ -233,7 +233,7 @@ def _stats_kernel(
 
 
 @triton.jit
-def _grad_kernel(
+def grad_kernel(
     products,
     row_stride,
     targets,
