@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m bench entropy` and `compiled`; `tables` writes the tables of the README."""
+"""Benchmarks: `python -m bench entropy`, `compiled`; `tables` writes the README's tables."""
 
 from __future__ import annotations
 

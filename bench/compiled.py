@@ -189,6 +189,7 @@ def _fused_cases(
 def compile_case(case: Case) -> dict[str, Any]:
     """Compile one kernel and read what it needs from the binary."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -209,7 +210,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     compiled = triton.compile(source, target=target, options=case.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         Path(binary.name).write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", binary.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", binary.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
