@@ -7,15 +7,9 @@ from torch import Tensor
 
 from aepo_kernels import chunked, reference
 from aepo_kernels.backends import resolve_backend
-from aepo_kernels.problem import (
-    LogprobOutput,
-    Problem,
-    TokenLoss,
-    TokenLossOutput,
-    check_active,
-    check_problem,
-    check_token_tensors,
-)
+from aepo_kernels.checks import check_active, check_problem, check_row_sampling, check_token_tensors
+from aepo_kernels.options import RowSampling, VocabShard
+from aepo_kernels.problem import LogprobOutput, Problem, TokenLoss, TokenLossOutput
 
 
 def linear_logprob(
@@ -29,6 +23,11 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
+    shard: VocabShard | None = None,
+    weight_grad: Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_tokens: int | None = None,
@@ -42,9 +41,14 @@ def linear_logprob(
     hidden: [N, H] float32, bfloat16 or float64. weight: [V, H], any of these; GEMMs run in
     hidden's dtype. targets: [N] int64. Temperatures: positive float or [N]. bias: [V].
     ignore_index: target of tokens to leave out; their outputs are 0. None says that there are
-    none, and then nothing waits for a GPU. logits_dtype: of the first GEMM's output; None is
-    hidden's, float32 costs memory and time on a GPU and rounds less. backend: "auto" is the
-    environment variable AEPO_KERNELS_BACKEND, or else "chunked". chunk_tokens: tokens whose logits
+    none, and then nothing waits for a GPU. lora_a [R, H] and lora_b [V, R] stand for a weight of
+    weight + lora_scale * lora_b @ lora_a, which never exists. shard: this rank's part of a
+    vocabulary that is split over ranks; weight, bias, lora_b and weight_grad hold its rows, and the
+    results are those of the whole. weight_grad: [V, H] in float32 (float64 for float64 hidden), to
+    which the weight's gradient is added; autograd gets none then. logits_dtype: of the first GEMM's
+    output; None is hidden's, float32 costs memory and time on a GPU and rounds less. backend:
+    "auto" is the environment variable AEPO_KERNELS_BACKEND, or else "chunked". "fused" never has
+    logits in its forward pass and takes 4 GEMMs with gradient. chunk_tokens: tokens whose logits
     exist at once; None derives it from a memory budget.
 
     Returns [N] tensors, float32 (float64 for float64 hidden). Each output's gradient reaches
@@ -63,6 +67,11 @@ def linear_logprob(
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
         backend=resolve_backend(backend, hidden),
+        lora_a=lora_a,
+        lora_b=lora_b,
+        lora_scale=lora_scale,
+        shard=shard,
+        weight_grad=weight_grad,
         logits_dtype=logits_dtype,
     )
     check_problem(problem)
@@ -81,7 +90,13 @@ def linear_token_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
+    shard: VocabShard | None = None,
+    weight_grad: Tensor | None = None,
     active: Tensor | None = None,
+    row_sampling: RowSampling | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_tokens: int | None = None,
@@ -94,6 +109,9 @@ def linear_token_loss(
     gradient of all three vectors; tokens that get none from it are left out of the gradient GEMMs.
     On a GPU that takes `active`, [A] int64, the positions of tokens whose loss may have a gradient:
     finding them would wait for the device. The loss's gradient is ignored elsewhere.
+    row_sampling: leave out rows at random and without bias; adds the metrics row_sampling/rows and
+    row_sampling/variance (of the logits' gradient, as sampling adds to it) and waits for a GPU.
+    weight_grad is added to here, so the loss's own backward must come with a factor of 1.
     token_tensors: [N, ...]; the slices are their rows. Neither they nor anything else that the
     loss reads get a gradient. Other arguments: see `linear_logprob`.
 
@@ -114,11 +132,18 @@ def linear_token_loss(
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
         backend=resolve_backend(backend, hidden),
+        lora_a=lora_a,
+        lora_b=lora_b,
+        lora_scale=lora_scale,
+        shard=shard,
+        weight_grad=weight_grad,
         logits_dtype=logits_dtype,
         active=active,
+        row_sampling=row_sampling,
     )
     check_problem(problem)
     check_active(problem)
+    check_row_sampling(problem)
     check_token_tensors(problem, token_tensors)
     run = reference if problem.backend == "reference" else chunked
     return run.token_loss(problem, token_loss, token_tensors)

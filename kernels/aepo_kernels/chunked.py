@@ -9,23 +9,15 @@ fused backend never has logits in its forward pass, and so recomputes for both.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aepo_kernels.chunks import (
-    Head,
-    Tokens,
-    chunk_size,
-    forward_chunk_size,
-    head_of,
-    slices,
-    tokens_of,
-)
+from aepo_kernels.chunks import Head, Tokens, forward_chunk_size, head_of, slices, tokens_of
 from aepo_kernels.gemm import exact_sums
+from aepo_kernels.gradient_pass import GradientPass
 from aepo_kernels.gradients import Gradients
 from aepo_kernels.problem import (
     LogprobOutput,
@@ -42,7 +34,7 @@ _NOTHING = RowCoefs(None, None, None, None)
 
 def logprob(problem: Problem) -> LogprobOutput:
     """`linear_logprob`, recomputing logits in backward."""
-    rows = _Logprob.apply(problem.hidden, problem.weight, problem.bias, problem)
+    rows = _Logprob.apply(problem, *problem.inputs)
     return LogprobOutput(*rows, problem.backend)  # type: ignore[misc]
 
 
@@ -50,44 +42,53 @@ def token_loss(
     problem: Problem, loss_fn: TokenLoss, token_tensors: tuple[Tensor, ...]
 ) -> TokenLossOutput:
     """`linear_token_loss`, with gradients computed here and only scaled in backward."""
-    inputs = problem.hidden, problem.weight, problem.bias
+    inputs = problem.inputs
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     with torch.no_grad(), torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
         head, tokens = head_of(problem), tokens_of(problem)
         tokens, num_active = _active_first(problem, tokens)
-        one_chunk = num_active <= chunk_size(problem)
-        total = Gradients(*inputs, needs, head.dtype, one_chunk=one_chunk)
+        gradients = GradientPass(problem, head, needs, num_active)
         loss = torch.zeros((), dtype=head.dtype, device=problem.hidden.device)
         metrics: dict[str, Tensor] = {}
         parts: list[RowStats] = []
-        active_rows = 0
         for index in _chunks_apart(problem, num_active, len(tokens.targets)):
             chunk = tokens.at(index)
             products, stats = head.forward(chunk)
             columns = [take(tensor, chunk.positions) for tensor in token_tensors]
-            chunk_loss, chunk_metrics, coefs = _evaluate(
-                loss_fn, stats, columns, any(needs) and index.start < num_active
-            )
+            wants_grad = any(needs) and index.start < num_active
+            chunk_loss, chunk_metrics, coefs = _evaluate(loss_fn, stats, columns, wants_grad)
             loss += chunk_loss
             for name, value in chunk_metrics.items():
                 metrics[name] = metrics[name] + value if name in metrics else value
-            active_rows += _add_active(problem, head, chunk, products, stats, coefs, total)
+            if wants_grad:
+                gradients.add(chunk, products, stats, coefs)
             parts.append(stats)
+        if any(needs):
+            gradients.total.finish()
+            if problem.row_sampling is not None:
+                metrics["row_sampling/rows"] = loss.new_tensor(gradients.rows)
+                metrics["row_sampling/variance"] = gradients.variance
         first, entropy, _, second = _outputs(problem, tokens, _join(parts, head, tokens))
     if any(needs):
-        loss = _AttachGradients.apply(*inputs, loss, total)
-    return TokenLossOutput(loss, metrics, first, entropy, second, problem.backend, active_rows)  # type: ignore[arg-type]
+        loss = _AttachGradients.apply(loss, gradients.total, *inputs)
+    return TokenLossOutput(
+        loss,  # type: ignore[arg-type]
+        metrics,
+        first,  # type: ignore[arg-type]
+        entropy,  # type: ignore[arg-type]
+        second,
+        problem.backend,
+        gradients.rows,
+    )
 
 
 class _Logprob(torch.autograd.Function):
     """Forward keeps [N] statistics; backward recomputes the logits of the rows that need it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, problem: Problem, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        with torch.autocast(hidden.device.type, enabled=False), exact_sums():
+        with torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
             head, tokens = head_of(problem), tokens_of(problem)
             parts = []
             for index in slices(len(tokens.targets), forward_chunk_size(problem)):
@@ -95,51 +96,31 @@ class _Logprob(torch.autograd.Function):
             stats = _join(parts, head, tokens)
         # The inputs go through save_for_backward alone, so that saved-tensor hooks and the check
         # against in-place changes see them.
-        ctx.save_for_backward(hidden, weight, bias)
-        nothing = hidden.new_empty(0)
-        ctx.problem = replace(problem, hidden=nothing, weight=nothing, bias=None)
+        ctx.save_for_backward(*inputs)
+        nothing = problem.hidden.new_empty(0)
+        ctx.problem = problem.with_inputs([nothing, nothing, None, None, None])
         ctx.tokens, ctx.stats = tokens, stats
         return _outputs(problem, tokens, stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        problem = replace(ctx.problem, hidden=hidden, weight=weight, bias=bias)
+        problem: Problem = ctx.problem.with_inputs(ctx.saved_tensors)
         tokens: Tokens = ctx.tokens
-        with torch.autocast(hidden.device.type, enabled=False), exact_sums():
-            head = head_of(problem)
+        with torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
+            needs = ctx.needs_input_grad[1:]
+            gradients = GradientPass(problem, head_of(problem), needs, len(tokens.targets))
             kept = [None if grad is None else take(grad, tokens.positions) for grad in grads]
-            coefs = RowCoefs(*kept)
-            active = _active_rows(coefs, tokens)
-            one_chunk = len(tokens.targets) <= chunk_size(problem)
-            inputs = hidden, weight, bias
-            needs = ctx.needs_input_grad[:3]
-            total = Gradients(*inputs, needs, head.dtype, one_chunk=one_chunk)
-            if active is not None:
-                _recompute(
-                    problem,
-                    head,
-                    tokens.at(active),
-                    ctx.stats.select(active),
-                    coefs.select(active),
-                    total,
-                )
-            return *total.finish(), None
+            gradients.add(tokens, None, ctx.stats, RowCoefs(*kept))
+            gradients.total.finish()
+            return None, *gradients.total.results()
 
 
 class _AttachGradients(torch.autograd.Function):
     """The loss, with gradients that are already known."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        loss: Tensor,
-        total: Gradients,
-    ) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, total: Gradients, *inputs: Tensor | None) -> Tensor:
         ctx.total = total
         return loss.clone()
 
@@ -152,7 +133,13 @@ class _AttachGradients(torch.autograd.Function):
                 "place by the first; call linear_token_loss again, or add losses before backward"
             )
         total, ctx.total = ctx.total, None
-        return *total.finish(grad), None, None
+        if total.in_place:
+            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+                grad == 1,
+                "linear_token_loss: weight_grad already holds the gradient of the loss itself, but "
+                "backward came with a factor; put the factor inside token_loss",
+            )
+        return None, None, *total.results(grad)
 
 
 def _evaluate(
@@ -193,64 +180,6 @@ def _chunks_apart(problem: Problem, num_active: int, num_tokens: int) -> Iterato
     yield from slices(num_active, size)
     for index in slices(num_tokens - num_active, size):
         yield slice(index.start + num_active, index.stop + num_active)
-
-
-def _add_active(
-    problem: Problem,
-    head: Head,
-    tokens: Tokens,
-    products: Tensor | None,
-    stats: RowStats,
-    coefs: RowCoefs,
-    total: Gradients,
-) -> int:
-    """Add a chunk's gradients, of its active rows only; returns their number."""
-    active = _active_rows(coefs, tokens)
-    if active is None:
-        return 0
-    if isinstance(active, Tensor):
-        products = None if products is None else products.index_select(0, active)
-        tokens, stats, coefs = tokens.at(active), stats.select(active), coefs.select(active)
-    if products is None:
-        _recompute(problem, head, tokens, stats, coefs, total)
-    else:
-        head.add_gradients(tokens, products, stats, coefs, total)
-    return len(tokens.targets)
-
-
-def _recompute(
-    problem: Problem,
-    head: Head,
-    tokens: Tokens,
-    stats: RowStats,
-    coefs: RowCoefs,
-    total: Gradients,
-) -> None:
-    """Add the gradients of tokens whose logits are gone."""
-    for index in slices(len(tokens.targets), chunk_size(problem)):
-        chunk = tokens.at(index)
-        products = head.products(chunk)
-        # A fused forward rounds its logits differently, or not at all: with its normaliser, the
-        # probabilities of these would not add up to one.
-        part = head.stats(chunk, products) if head.fused else stats.select(index)
-        head.add_gradients(chunk, products, part, coefs.select(index), total)
-
-
-def _active_rows(coefs: RowCoefs, tokens: Tokens) -> Tensor | slice | None:
-    """Rows with a coefficient that is not zero, or None if there are none.
-
-    On CUDA that is every row: finding out would wait for the device, so there the caller says
-    which tokens are active.
-    """
-    known = [coef for coef in coefs if coef is not None]
-    if not known:
-        return None
-    if known[0].device.type != "cpu":
-        return slice(None)
-    active = torch.stack([coef != 0 for coef in known]).any(0).nonzero().squeeze(1)
-    if not len(active):
-        return None
-    return slice(None) if len(active) == len(tokens.targets) else active
 
 
 def _join(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:

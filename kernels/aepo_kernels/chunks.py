@@ -1,4 +1,4 @@
-"""Chunks of tokens and the head they go through: the three GEMMs and what happens between them."""
+"""Chunks of tokens and the head they go through: GEMM 1 and the row operations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from aepo_kernels.backends import row_operations
-from aepo_kernels.gemm import matmul
-from aepo_kernels.gradients import Gradients
+from aepo_kernels.gemm import add_product, matmul
+from aepo_kernels.options import VocabShard
 from aepo_kernels.problem import Problem, take
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
+from aepo_kernels.sharding import combine, local_targets
 
 # Bytes of a chunk's logits, and its most tokens. The size never depends on N, so that a token's
 # results do not depend on its batch; larger chunks update the weight's fp32 gradient less often.
@@ -52,7 +53,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Head:
-    """The head as GEMMs and rows read it: weight [V, H] in hidden's dtype, bias in `dtype`.
+    """The head as GEMMs and rows read it: weight, lora (A, B) in hidden's dtype, bias in `dtype`.
 
     logits_dtype: of the first GEMM's output. fused: the forward pass does not write logits.
     """
@@ -63,6 +64,9 @@ class Head:
     dtype: torch.dtype
     logits_dtype: torch.dtype
     fused: bool
+    lora: tuple[Tensor, Tensor] | None
+    lora_scale: float
+    shard: VocabShard | None
 
     def forward(self, tokens: Tokens) -> tuple[Tensor | None, RowStats]:
         """Raw logits of some tokens, [C, V], unless the forward is fused; and their statistics."""
@@ -72,26 +76,35 @@ class Head:
         return products, self.stats(tokens, products)
 
     def stats(self, tokens: Tokens, products: Tensor) -> RowStats:
-        """Statistics of the rows of raw logits."""
-        return row_operations(products).row_stats(
-            products,
-            tokens.targets,
-            tokens.inv_temperature,
-            tokens.second_inv_temperature,
-            self.logit_map,
-            self.dtype,
+        """Statistics of the rows of raw logits; of whole rows where the vocabulary is sharded."""
+        temperatures = tokens.inv_temperature, tokens.second_inv_temperature
+        stats = row_operations(products).row_stats(
+            products, tokens.targets, *temperatures, self.logit_map, self.dtype
         )
+        if self.shard is None:
+            return stats
+        return combine(stats, tokens.targets, *temperatures, self.shard)
 
     def products(self, tokens: Tokens) -> Tensor:
         """GEMM 1: the raw logits of some tokens, [C, V]."""
-        return matmul(take(self.hidden, tokens.positions), self.weight.T, self.logits_dtype)
+        inputs = take(self.hidden, tokens.positions)
+        products = matmul(inputs, self.weight.T, self.logits_dtype)
+        if self.lora is not None:
+            down, up = self.lora
+            add_product(products, (inputs @ down.T).mul_(self.lora_scale), up.T)
+        return products
 
-    def add_gradients(
-        self, tokens: Tokens, products: Tensor, stats: RowStats, coefs: RowCoefs, total: Gradients
-    ) -> None:
-        """GEMMs 2 and 3; `products` may be overwritten."""
+    def dlogits(
+        self,
+        tokens: Tokens,
+        products: Tensor,
+        stats: RowStats,
+        coefs: RowCoefs,
+        bias_grad: Tensor | None,
+    ) -> Tensor:
+        """The loss's gradient by the raw logits, in hidden's dtype; may overwrite `products`."""
         in_place = products.dtype == self.hidden.dtype
-        dlogits = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
+        out = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
         row_operations(products).row_grad(
             products,
             tokens.targets,
@@ -100,10 +113,10 @@ class Head:
             self.logit_map,
             stats,
             coefs,
-            out=dlogits,
-            bias_grad=total.bias,
+            out=out,
+            bias_grad=bias_grad,
         )
-        total.add(dlogits, self.weight, take(self.hidden, tokens.positions), tokens.positions)
+        return out
 
     def _fused_stats(self, tokens: Tokens) -> RowStats:
         from aepo_kernels.triton_fused import linear_row_stats  # the package imports without triton
@@ -122,6 +135,10 @@ def head_of(problem: Problem) -> Head:
     """The head of a problem, cast once."""
     hidden, dtype = problem.hidden.detach(), problem.stats_dtype
     bias = None if problem.bias is None else problem.bias.detach().to(dtype)
+    lora = None
+    if problem.lora_a is not None and problem.lora_b is not None:
+        down, up = (x.detach().to(hidden.dtype) for x in (problem.lora_a, problem.lora_b))
+        lora = down, up
     return Head(
         hidden,
         problem.weight.detach().to(hidden.dtype),
@@ -129,6 +146,9 @@ def head_of(problem: Problem) -> Head:
         dtype,
         problem.logits_dtype or hidden.dtype,
         problem.backend == "fused",
+        lora,
+        float(problem.lora_scale),
+        problem.shard,
     )
 
 
@@ -139,7 +159,10 @@ def tokens_of(problem: Problem) -> Tokens:
         for value in (problem.temperature, problem.second_temperature)
     )
     assert first is not None
-    everything = Tokens(slice(0, len(problem.targets)), problem.targets, first, second)
+    targets = problem.targets
+    if problem.shard is not None:
+        targets = local_targets(targets, problem.shard, problem.weight.shape[0])
+    everything = Tokens(slice(0, len(targets)), targets, first, second)
     kept = problem.kept()
     return everything if kept is None else everything.at(kept)
 
@@ -157,7 +180,7 @@ def chunk_size(problem: Problem) -> int:
             width += 4  # float32 logits stand beside their gradient in hidden's dtype
     if problem.backend == "fused":
         budget = _FUSED_CHUNK_BYTES
-    size = budget // (problem.weight.shape[0] * width)
+    size = budget // (problem.chunk_vocab * width)
     return min(max(size // 64 * 64, 64), most)
 
 

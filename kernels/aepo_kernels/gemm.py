@@ -19,16 +19,18 @@ def matmul(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Ten
     return torch.mm(left, right, out_dtype=dtype)
 
 
-def add_outer(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + left.T @ right, in place where there is a total; accumulated in `dtype`."""
-    if left.dtype == dtype:
-        return torch.mm(left.T, right) if total is None else total.addmm_(left.T, right)
-    if not left.is_cuda:  # no GEMM with an output wider than its operands there
-        product = torch.mm(left.T, right)
-        return product.to(dtype) if total is None else total.add_(product)
-    if total is None:
-        return torch.mm(left.T, right, out_dtype=dtype)
-    return torch.addmm(total, left.T, right, out_dtype=dtype, out=total)
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right, in place and accumulated in total's dtype."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right)
+    if total.is_cuda:
+        return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    return total.add_(torch.mm(left, right))  # no GEMM there writes wider than its operands
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in `dtype`, rounded to the operands' dtype first where there is no GPU."""
+    return matmul(left, right, dtype if left.is_cuda else None).to(dtype)
 
 
 @contextmanager

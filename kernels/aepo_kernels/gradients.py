@@ -1,63 +1,107 @@
-"""Accumulators of the head's gradients over chunks."""
+"""Accumulators of the head's gradients over chunks: GEMMs 2 and 3."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from aepo_kernels.gemm import add_outer
+from aepo_kernels.gemm import add_product, product
+from aepo_kernels.problem import Problem
 
 
 class Gradients:
-    """Gradients of hidden [N, H], weight [V, H] and bias [V], summed over chunks.
+    """Gradients of a problem's inputs, summed over chunks.
 
-    Those of weight and bias are kept in `dtype` (fp32) however many chunks there are; where there
-    is at most one, the GEMM writes the weight's as it is wanted. What is not needed is neither
-    allocated nor computed.
+    Those of all but hidden are kept in fp32 (float64 for float64 hidden) however many chunks there
+    are; where there is at most one, the GEMM writes the weight's as it is wanted. What is not
+    needed is neither allocated nor computed.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        needs: tuple[bool, ...],
-        dtype: torch.dtype,
-        *,
-        one_chunk: bool,
-    ) -> None:
-        needs_hidden, self.needs_weight, needs_bias = needs
-        self.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        self.weight_dtype = weight.dtype if one_chunk and weight.dtype == hidden.dtype else dtype
+    def __init__(self, problem: Problem, needs: tuple[bool, ...], *, one_chunk: bool) -> None:
+        hidden, weight, bias, lora_a, lora_b = problem.inputs
+        assert hidden is not None and weight is not None
+        wide = problem.stats_dtype
+        self.dtypes = tuple(None if x is None else x.dtype for x in problem.inputs)
         self.weight_shape, self.device = weight.shape, weight.device
-        self.hidden = torch.zeros_like(hidden) if needs_hidden else None
-        self.bias = torch.zeros_like(bias, dtype=dtype) if needs_bias and bias is not None else None
-        self.weight: Tensor | None = None  # made by the first chunk, which then need not add
+        self.shard, self.lora_scale, self.needs_weight = problem.shard, problem.lora_scale, needs[1]
+        # Over a sharded vocabulary, each rank has a part of the sum.
+        partial = wide if problem.shard is not None else hidden.dtype
+        self.hidden = torch.zeros_like(hidden, dtype=partial) if needs[0] else None
+        self.in_place = problem.weight_grad is not None
+        self.weight = problem.weight_grad  # or else made by the first chunk, which need not add
+        self.weight_dtype = wide
+        if one_chunk and weight.dtype == hidden.dtype and self.weight is None:
+            self.weight_dtype = hidden.dtype
+        self.bias, self.lora_a, self.lora_b = (
+            torch.zeros_like(value, dtype=wide) if need and value is not None else None
+            for value, need in zip((bias, lora_a, lora_b), needs[2:], strict=True)
+        )
 
-    def add(self, dlogits: Tensor, weight: Tensor, inputs: Tensor, at: Tensor | slice) -> None:
-        """Add a chunk: dlogits [C, V] and inputs [C, H] in one dtype, at rows `at` of hidden."""
+    def add(
+        self,
+        dlogits: Tensor,
+        weight: Tensor,
+        lora: tuple[Tensor, Tensor] | None,
+        inputs: Tensor,
+        at: Tensor | slice,
+    ) -> None:
+        """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora: (A, B)."""
+        through = None
+        if lora is not None and (self.hidden is not None or self.lora_a is not None):
+            through = (dlogits @ lora[1]).mul_(self.lora_scale)  # [C, R]
         if self.hidden is not None:
-            if isinstance(at, slice):
-                torch.mm(dlogits, weight, out=self.hidden[at])
-            else:
-                self.hidden[at] = torch.mm(dlogits, weight)
-        if self.needs_weight:
-            self.weight = add_outer(self.weight, dlogits, inputs, self.weight_dtype)
+            self._add_hidden(dlogits, weight, None if lora is None else lora[0], through, at)
+        if self.weight is not None:
+            add_product(self.weight, dlogits.T, inputs)
+        elif self.needs_weight:
+            self.weight = product(dlogits.T, inputs, self.weight_dtype)
+        if self.lora_a is not None and through is not None:
+            add_product(self.lora_a, through.T, inputs)
+        if self.lora_b is not None and lora is not None:
+            add_product(self.lora_b, dlogits.T, (inputs @ lora[0].T).mul_(self.lora_scale))
 
-    def finish(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """The gradients times `factor`, in their inputs' dtypes; in place where those are equal."""
+    def _add_hidden(
+        self,
+        dlogits: Tensor,
+        weight: Tensor,
+        lora_a: Tensor | None,
+        through: Tensor | None,
+        at: Tensor | slice,
+    ) -> None:
+        assert self.hidden is not None
+        if isinstance(at, slice) and self.hidden.dtype == dlogits.dtype and lora_a is None:
+            torch.mm(dlogits, weight, out=self.hidden[at])
+            return
+        rows = product(dlogits, weight, self.hidden.dtype)
+        if lora_a is not None and through is not None:
+            add_product(rows, through, lora_a)
+        self.hidden[at] = rows
+
+    def finish(self) -> None:
+        """Add up the ranks' parts, and stand zeros in for what no chunk has made."""
         if self.needs_weight and self.weight is None:
-            self.weight = torch.zeros(
-                self.weight_shape, dtype=self.weight_dtype, device=self.device
-            )
-        values = self.hidden, self.weight, self.bias
+            zeros = torch.zeros(self.weight_shape, dtype=self.weight_dtype, device=self.device)
+            self.weight = zeros
+        if self.shard is not None:
+            for part in (self.hidden, self.lora_a):  # the others belong to this rank's rows
+                if part is not None:
+                    dist.all_reduce(part, group=self.shard.group)
+
+    def results(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Gradients times `factor`, in their inputs' dtypes; in place where those are equal.
+
+        None stands for what is not needed, and for a weight's that went to `weight_grad`.
+        """
+        weight = None if self.in_place else self.weight
+        values = self.hidden, weight, self.bias, self.lora_a, self.lora_b
         return tuple(
-            None if value is None else _scaled(value, factor, dtype)
+            None if value is None or dtype is None else _scaled(value, factor, dtype)
             for value, dtype in zip(values, self.dtypes, strict=True)
         )
 
 
-def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if factor is None:
         return value.to(dtype)
     if value.dtype == dtype:

@@ -42,7 +42,7 @@ def token_loss(
     with torch.autocast(problem.hidden.device.type, enabled=False):
         kept = problem.kept()
         rows = _rows(problem, kept)
-        inputs = [x for x in (problem.hidden, problem.weight, problem.bias) if x is not None]
+        inputs = [x for x in problem.inputs if x is not None]
         # Sums over nothing: zero, and connected to every input.
         loss = torch.stack([x[:0].sum().to(problem.stats_dtype) for x in inputs]).sum()
         metrics: dict[str, Tensor] = {}
@@ -67,7 +67,11 @@ def token_loss(
 
 def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
     dtype = problem.stats_dtype
-    logits = take(problem.hidden, kept).to(dtype) @ problem.weight.to(dtype).T  # [M, V]
+    inputs = take(problem.hidden, kept).to(dtype)
+    logits = inputs @ problem.weight.to(dtype).T  # [M, V]
+    if problem.lora_a is not None and problem.lora_b is not None:
+        low_rank = inputs @ problem.lora_a.to(dtype).T @ problem.lora_b.to(dtype).T
+        logits = logits + problem.lora_scale * low_rank
     if problem.bias is not None:
         logits = logits + problem.bias.to(dtype)
     logits = logits * problem.logit_scale

@@ -75,7 +75,7 @@ def row_stats(
         _to_logits(products[rows], logit_map, logits)
         max_logit = logits.amax(1, keepdim=True)
         centred = logits.sub_(max_logit)
-        target = centred.gather(1, targets[rows, None])  # before the floor: may be -inf
+        target = _at_targets(centred, targets[rows])  # before the floor: may be -inf
         centred.clamp_(min=_FLOOR)
         second: list[Tensor] = []
         if second_inv_temperature is not None:
@@ -131,7 +131,7 @@ def row_grad(
             by_target = coef.second_logprob[:, None] * inverse * logit_map.scale
             second = torch.mul(centred, inverse, out=work[1]).exp_()
             second.mul_(-by_target * block.second_log_sum.neg().exp()[:, None])
-            second.scatter_add_(1, targets[rows, None], by_target)
+            _add_at_targets(second, targets[rows], by_target)
         inverse = _column(inv_temperature, rows)
         grad = _first_grad(
             _scale_(centred, inverse), work[0], targets[rows], block, coef, inverse, logit_map.scale
@@ -167,7 +167,19 @@ def _first_grad(
         tempered.mul_(-coef.entropy[:, None] * factor).add_(constant[:, None] * factor)
         grad = weights.mul_(tempered)
     target_grad = by_target[:, None] * inverse * scale
-    return grad.scatter_add_(1, targets[:, None], target_grad.to(grad.dtype))
+    return _add_at_targets(grad, targets, target_grad.to(grad.dtype))
+
+
+# A target of -1 is another rank's: its row has no logit of the target, and no gradient through it.
+
+
+def _at_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(1, targets[:, None].clamp(min=0))
+
+
+def _add_at_targets(grad: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+    column = targets[:, None]
+    return grad.scatter_add_(1, column.clamp(min=0), values.masked_fill(column < 0, 0.0))
 
 
 def _blocks(

@@ -1,0 +1,213 @@
+"""Checks of the arguments, before any work: ValueError naming argument, value, reason and fix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aepo_kernels.problem import Problem
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def check_problem(problem: Problem) -> None:
+    """Raise ValueError naming argument, value, reason and fix; never waits for a GPU."""
+    hidden, weight, targets = problem.hidden, problem.weight, problem.targets
+    if hidden.ndim != 2:
+        _fail("hidden", tuple(hidden.shape), "must be [N, H]", "flatten batch and time first")
+    num_tokens, hidden_size = hidden.shape
+    if weight.ndim != 2 or weight.shape[1] != hidden_size or weight.shape[0] == 0:
+        _fail(
+            "weight",
+            tuple(weight.shape),
+            f"must be [V, {hidden_size}]",
+            "pass lm_head.weight as is",
+        )
+    if tuple(targets.shape) != (num_tokens,):
+        _fail("targets", tuple(targets.shape), f"must be [{num_tokens}]", "one id per hidden row")
+    if targets.dtype != torch.int64:
+        _fail("targets", targets.dtype, "must be int64", "call .long()")
+    bias = problem.bias
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        _fail(
+            "bias", tuple(bias.shape), f"must be [{weight.shape[0]}]", "one value per row of weight"
+        )
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            reason = (
+                "float16 gradients underflow here"
+                if tensor.dtype == torch.float16
+                else ("unsupported dtype")
+            )
+            _fail(name, tensor.dtype, reason, "use bfloat16 or float32")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            _fail(name, tensor.device, f"hidden is on {hidden.device}", "move both to one device")
+    _check_temperature("temperature", problem.temperature, hidden)
+    if problem.second_temperature is not None:
+        _check_temperature("second_temperature", problem.second_temperature, hidden)
+    if problem.softcap is not None and not 0 < problem.softcap < math.inf:
+        _fail("softcap", problem.softcap, "must be positive and finite", "use None for no cap")
+    if not math.isfinite(problem.logit_scale):
+        _fail("logit_scale", problem.logit_scale, "must be finite", "use 1.0 for no scale")
+    _check_logits_dtype(problem)
+    _check_lora(problem)
+    _check_shard(problem)
+    _check_weight_grad(problem)
+    if problem.chunk_tokens is not None and problem.chunk_tokens < 1:
+        _fail(
+            "chunk_tokens", problem.chunk_tokens, "must be at least 1", "use None for the default"
+        )
+    if targets.device.type == "cpu":
+        _check_targets(problem)
+
+
+def check_token_tensors(problem: Problem, tensors: tuple[Tensor, ...]) -> None:
+    """Raise ValueError for token tensors that do not have one detached row per token."""
+    num_tokens = len(problem.targets)
+    for index, tensor in enumerate(tensors):
+        name = f"token_tensors[{index}]"
+        if tensor.ndim == 0 or len(tensor) != num_tokens:
+            _fail(name, tuple(tensor.shape), f"must have {num_tokens} rows", "one per hidden row")
+        if tensor.requires_grad:
+            _fail(name, "requires_grad", "it would get no gradient", "pass tensor.detach()")
+        if tensor.device != problem.hidden.device:
+            _fail(name, tensor.device, f"hidden is on {problem.hidden.device}", "move it there")
+
+
+def _check_targets(problem: Problem) -> None:
+    # On CUDA this would wait for the device; there torch's own gather traps a bad index.
+    targets = problem.targets
+    vocab = problem.weight.shape[0] if problem.shard is None else problem.shard.vocab
+    bad = (targets < 0) | (targets >= vocab)
+    if problem.ignore_index is not None:
+        bad &= targets != problem.ignore_index
+    if bad.any():
+        value = int(targets[bad][0])
+        reason = f"outside [0, {vocab}) and not ignore_index = {problem.ignore_index}"
+        _fail("targets", value, reason, "check the tokenizer against the head's vocabulary")
+
+
+def check_active(problem: Problem) -> None:
+    """Raise ValueError unless `active` holds positions of tokens, each once."""
+    active = problem.active
+    if active is None:
+        return
+    num_tokens = len(problem.targets)
+    fix = "pass positions of tokens as int64 [A], each once"
+    if active.ndim != 1 or active.dtype != torch.int64:
+        _fail("active", (tuple(active.shape), active.dtype), "is no list of positions", fix)
+    if active.device != problem.hidden.device:
+        _fail("active", active.device, f"hidden is on {problem.hidden.device}", "move it there")
+    if active.device.type == "cpu" and len(active):
+        if not 0 <= int(active.min()) <= int(active.max()) < num_tokens:
+            _fail("active", active.tolist()[:8], f"outside [0, {num_tokens})", fix)
+        if len(active.unique()) != len(active):
+            _fail("active", active.tolist()[:8], "a position stands there twice", fix)
+
+
+def _check_logits_dtype(problem: Problem) -> None:
+    dtype, hidden = problem.logits_dtype, problem.hidden
+    if dtype is None or dtype == hidden.dtype:
+        return
+    if dtype != torch.float32 or hidden.dtype != torch.bfloat16:
+        _fail(
+            "logits_dtype", dtype, f"hidden is {hidden.dtype}", "use None, or float32 on bfloat16"
+        )
+    if not hidden.is_cuda:
+        reason = f"{hidden.device} has no GEMM from bfloat16 to float32"
+        _fail("logits_dtype", dtype, reason, "use None, or float32 hidden and weight")
+
+
+def _check_lora(problem: Problem) -> None:
+    lora_a, lora_b, hidden = problem.lora_a, problem.lora_b, problem.hidden
+    if lora_a is None and lora_b is None:
+        return
+    fix = "pass lora_a [R, H] and lora_b [V, R] together"
+    if lora_a is None or lora_b is None:
+        _fail("lora_a" if lora_a is None else "lora_b", None, "the other one is given", fix)
+        return
+    rank = lora_a.shape[0]
+    for name, tensor, shape in (
+        ("lora_a", lora_a, (rank, hidden.shape[1])),
+        ("lora_b", lora_b, (problem.weight.shape[0], rank)),
+    ):
+        if tuple(tensor.shape) != shape:
+            _fail(name, tuple(tensor.shape), f"must be {list(shape)}", fix)
+        if tensor.dtype not in _DTYPES:
+            _fail(name, tensor.dtype, "unsupported dtype", "use bfloat16 or float32")
+        if tensor.device != hidden.device:
+            _fail(name, tensor.device, f"hidden is on {hidden.device}", "move it there")
+    if not math.isfinite(problem.lora_scale):
+        _fail("lora_scale", problem.lora_scale, "must be finite", "use alpha / rank")
+    if problem.backend == "fused":
+        _fail("backend", "fused", "has no low-rank part of the head", "use chunked")
+
+
+def _check_shard(problem: Problem) -> None:
+    shard = problem.shard
+    if shard is None:
+        return
+    if problem.backend != "chunked":
+        _fail("backend", problem.backend, "knows no sharded vocabulary", "use chunked")
+    if not dist.is_available() or not dist.is_initialized():
+        reason = "torch.distributed is not initialised"
+        _fail("shard", shard, reason, "call torch.distributed.init_process_group first")
+    end = shard.start + problem.weight.shape[0]
+    if not 0 <= shard.start < end <= shard.vocab:
+        reason = f"rows {shard.start} to {end} are not in a vocabulary of {shard.vocab}"
+        _fail("shard", shard, reason, "pass the first id of this rank's rows and the whole size")
+
+
+def _check_weight_grad(problem: Problem) -> None:
+    grad, weight = problem.weight_grad, problem.weight
+    if grad is None:
+        return
+    if problem.backend == "reference":
+        _fail("weight_grad", "given", "reference returns its gradients", "use chunked")
+    if grad.shape != weight.shape or grad.dtype != problem.stats_dtype:
+        what = f"{tuple(grad.shape)}, {grad.dtype}"
+        reason = f"must be {list(weight.shape)}, {problem.stats_dtype}"
+        _fail("weight_grad", what, reason, "allocate it once with torch.zeros")
+    if grad.device != weight.device:
+        _fail("weight_grad", grad.device, f"weight is on {weight.device}", "move it there")
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        _fail("weight", "frozen", "has no gradient to add to weight_grad", "drop weight_grad")
+
+
+def check_row_sampling(problem: Problem) -> None:
+    """Raise ValueError unless rows can be sampled as asked."""
+    how = problem.row_sampling
+    if how is None:
+        return
+    if not 0 < how.threshold < math.inf:
+        _fail("row_sampling.threshold", how.threshold, "must be positive", "use None for none")
+    if problem.backend == "reference":
+        _fail("row_sampling", how, "reference takes every row", "use chunked")
+    if problem.shard is not None:
+        _fail("row_sampling", how, "ranks of a shard would draw different rows", "drop one")
+
+
+def _check_temperature(name: str, value: float | Tensor, hidden: Tensor) -> None:
+    fix = "pass a positive float or a tensor with one per token"
+    if not isinstance(value, Tensor):
+        if not 0 < value < math.inf:
+            _fail(name, value, "must be positive and finite", fix)
+        return
+    if tuple(value.shape) != (len(hidden),):
+        _fail(name, tuple(value.shape), f"must be a float or [{len(hidden)}]", fix)
+    if not value.is_floating_point():
+        _fail(name, value.dtype, "must be floating point", "call .float()")
+    if value.requires_grad:
+        _fail(name, "requires_grad", "temperatures get no gradient", "pass tensor.detach()")
+    if value.device != hidden.device:
+        _fail(name, value.device, f"hidden is on {hidden.device}", "move it there")
+    if value.device.type == "cpu" and not bool(((value > 0) & value.isfinite()).all()):
+        _fail(name, value[~((value > 0) & value.isfinite())][0].item(), "must be positive", fix)
+
+
+def _fail(name: str, value: object, reason: str, fix: str) -> None:
+    raise ValueError(f"{name} = {value}: {reason}; {fix}")

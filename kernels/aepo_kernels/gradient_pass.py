@@ -1,0 +1,91 @@
+"""From the loss's derivatives by rows to the gradients of the inputs, a chunk at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aepo_kernels.chunks import Head, Tokens, chunk_size, slices
+from aepo_kernels.gradients import Gradients
+from aepo_kernels.problem import Problem, take
+from aepo_kernels.rows import RowCoefs, RowStats
+from aepo_kernels.sampling import sample_rows, variance_of
+
+
+class GradientPass:
+    """Takes rows with their coefficients and adds up gradients in `total`.
+
+    most_rows: an upper bound of the rows to come. `rows` is the number of those that took part in
+    GEMMs, `variance` what sampling them added.
+    """
+
+    def __init__(
+        self, problem: Problem, head: Head, needs: tuple[bool, ...], most_rows: int
+    ) -> None:
+        self.problem, self.head = problem, head
+        self.total = Gradients(problem, needs, one_chunk=most_rows <= chunk_size(problem))
+        self.rows = 0
+        self.variance = torch.zeros((), dtype=head.dtype, device=head.hidden.device)
+
+    def add(
+        self, tokens: Tokens, products: Tensor | None, stats: RowStats, coefs: RowCoefs
+    ) -> None:
+        """Add rows, those with a coefficient alone; products are their raw logits, if still there.
+
+        The logits may be overwritten.
+        """
+        keep_prob = None
+        sampling = self.problem.row_sampling
+        if sampling is not None:
+            coefs, keep_prob = sample_rows(stats, coefs, sampling)
+        active = _active_rows(coefs, tokens, look=sampling is not None)
+        if active is None:
+            return
+        if isinstance(active, Tensor):
+            products = None if products is None else products.index_select(0, active)
+            tokens, stats, coefs = tokens.at(active), stats.select(active), coefs.select(active)
+            keep_prob = None if keep_prob is None else keep_prob[active]
+        if products is not None:
+            self._add_chunk(tokens, products, stats, coefs, keep_prob)
+            return
+        for index in slices(len(tokens.targets), chunk_size(self.problem)):
+            chunk = tokens.at(index)
+            products = self.head.products(chunk)
+            # A fused forward rounds its logits differently, or not at all: with its normaliser, the
+            # probabilities of these would not add up to one.
+            fused = self.head.fused
+            part = self.head.stats(chunk, products) if fused else stats.select(index)
+            some = None if keep_prob is None else keep_prob[index]
+            self._add_chunk(chunk, products, part, coefs.select(index), some)
+
+    def _add_chunk(
+        self,
+        tokens: Tokens,
+        products: Tensor,
+        stats: RowStats,
+        coefs: RowCoefs,
+        keep_prob: Tensor | None,
+    ) -> None:
+        dlogits = self.head.dlogits(tokens, products, stats, coefs, self.total.bias)
+        inputs = take(self.head.hidden, tokens.positions)
+        self.total.add(dlogits, self.head.weight, self.head.lora, inputs, tokens.positions)
+        self.rows += len(tokens.targets)
+        if keep_prob is not None:
+            self.variance += variance_of(dlogits, keep_prob)
+
+
+def _active_rows(coefs: RowCoefs, tokens: Tokens, *, look: bool) -> Tensor | slice | None:
+    """Rows with a coefficient that is not zero, or None if there are none.
+
+    On CUDA that is every row unless one is to `look`: finding out waits for the device, so there
+    the caller says which tokens are active.
+    """
+    known = [coef for coef in coefs if coef is not None]
+    if not known or not len(tokens.targets):
+        return None
+    if known[0].device.type != "cpu" and not look:
+        return slice(None)
+    active = torch.stack([coef != 0 for coef in known]).any(0).nonzero().squeeze(1)
+    if not len(active):
+        return None
+    return slice(None) if len(active) == len(tokens.targets) else active
