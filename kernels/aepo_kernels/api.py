@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aepo_kernels import chunked, reference
+from aepo_kernels import chunked, ops, reference
 from aepo_kernels.backends import resolve_backend
 from aepo_kernels.checks import check_active, check_problem, check_row_sampling, check_token_tensors
 from aepo_kernels.options import RowSampling, VocabShard
@@ -53,8 +53,34 @@ def linear_logprob(
 
     Returns [N] tensors, float32 (float64 for float64 hidden). Each output's gradient reaches
     hidden, weight and bias; "chunked" recomputes the logits for it (4 GEMMs in all), or skips
-    what needs no gradient. Raises ValueError for bad arguments.
+    what needs no gradient. Raises ValueError for bad arguments. torch.compile takes it whole
+    (fullgraph) unless there is a shard or a weight_grad.
     """
+    if torch.compiler.is_compiling() and shard is None and weight_grad is None:
+        per_token, number = _split(temperature)
+        second_per_token, second_number = _split(second_temperature)
+        results = ops.linear_logprob(
+            hidden,
+            weight,
+            bias,
+            lora_a,
+            lora_b,
+            targets,
+            per_token,
+            1.0 if number is None else number,
+            second_per_token,
+            second_number,
+            softcap,
+            logit_scale,
+            lora_scale,
+            ignore_index,
+            logits_dtype,
+            backend,
+            chunk_tokens,
+        )
+        second = None if second_temperature is None else results[3]
+        name = _backend_name(backend, hidden.device.type, hidden.dtype)
+        return LogprobOutput(results[0], results[1], results[2], second, name)
     problem = Problem(
         hidden,
         weight,
@@ -66,7 +92,7 @@ def linear_logprob(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
-        backend=resolve_backend(backend, hidden),
+        backend=resolve_backend(backend, hidden.device.type, hidden.dtype),
         lora_a=lora_a,
         lora_b=lora_b,
         lora_scale=lora_scale,
@@ -131,7 +157,7 @@ def linear_token_loss(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
-        backend=resolve_backend(backend, hidden),
+        backend=resolve_backend(backend, hidden.device.type, hidden.dtype),
         lora_a=lora_a,
         lora_b=lora_b,
         lora_scale=lora_scale,
@@ -147,3 +173,12 @@ def linear_token_loss(
     check_token_tensors(problem, token_tensors)
     run = reference if problem.backend == "reference" else chunked
     return run.token_loss(problem, token_loss, token_tensors)
+
+
+def _split(temperature: float | Tensor | None) -> tuple[Tensor | None, float | None]:
+    return (temperature, None) if isinstance(temperature, Tensor) else (None, temperature)
+
+
+@torch.compiler.assume_constant_result
+def _backend_name(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    return resolve_backend(backend, device_type, dtype)

@@ -39,8 +39,8 @@ def unavailable_reason(
     return None
 
 
-def resolve_backend(backend: str, hidden: torch.Tensor) -> str:
-    """Turn the `backend` argument into the name of a backend for these hidden states.
+def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """Turn the `backend` argument into the name of a backend for hidden states of this kind.
 
     "auto" is the value of AEPO_KERNELS_BACKEND where that variable is set, and otherwise always
     "chunked", on CPU and on CUDA. A named backend runs or raises ValueError; it is never replaced.
@@ -54,7 +54,7 @@ def resolve_backend(backend: str, hidden: torch.Tensor) -> str:
             f"{source} = {backend!r}: no such backend; use one of {', '.join(_BACKENDS)}"
             + (" or auto" if source == "backend" else "")
         )
-    reason = unavailable_reason(backend, hidden.device.type, hidden.dtype)
+    reason = unavailable_reason(backend, device_type, dtype)
     if reason is not None:
         raise ValueError(f"{source} = {backend!r}: cannot run here ({reason}); use another backend")
     return backend

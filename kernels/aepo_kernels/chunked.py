@@ -8,7 +8,7 @@ fused backend never has logits in its forward pass, and so recomputes for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def token_loss(
             if problem.row_sampling is not None:
                 metrics["row_sampling/rows"] = loss.new_tensor(gradients.rows)
                 metrics["row_sampling/variance"] = gradients.variance
-        first, entropy, _, second = _outputs(problem, tokens, _join(parts, head, tokens))
+        first, entropy, _, second = outputs(problem, tokens, _join(parts, head, tokens))
     if any(needs):
         loss = _AttachGradients.apply(loss, gradients.total, *inputs)
     return TokenLossOutput(
@@ -82,38 +82,52 @@ def token_loss(
     )
 
 
+def forward(problem: Problem) -> tuple[Tokens, RowStats]:
+    """The tokens that count and the statistics of their rows."""
+    with torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
+        head, tokens = head_of(problem), tokens_of(problem)
+        parts = [
+            head.forward(tokens.at(index))[1]
+            for index in slices(len(tokens.targets), forward_chunk_size(problem))
+        ]
+        return tokens, _join(parts, head, tokens)
+
+
+def backward(
+    problem: Problem,
+    tokens: Tokens,
+    stats: RowStats,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the problem's inputs from those of the four outputs, [N] each."""
+    with torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
+        gradients = GradientPass(problem, head_of(problem), tuple(needs), len(tokens.targets))
+        kept = [None if grad is None else take(grad, tokens.positions) for grad in grads]
+        gradients.add(tokens, None, stats, RowCoefs(*kept))
+        gradients.total.finish()
+        return gradients.total.results()
+
+
 class _Logprob(torch.autograd.Function):
     """Forward keeps [N] statistics; backward recomputes the logits of the rows that need it."""
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        with torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
-            head, tokens = head_of(problem), tokens_of(problem)
-            parts = []
-            for index in slices(len(tokens.targets), forward_chunk_size(problem)):
-                parts.append(head.forward(tokens.at(index))[1])
-            stats = _join(parts, head, tokens)
+        ctx.tokens, ctx.stats = forward(problem)
         # The inputs go through save_for_backward alone, so that saved-tensor hooks and the check
         # against in-place changes see them.
         ctx.save_for_backward(*inputs)
         nothing = problem.hidden.new_empty(0)
         ctx.problem = problem.with_inputs([nothing, nothing, None, None, None])
-        ctx.tokens, ctx.stats = tokens, stats
-        return _outputs(problem, tokens, stats)
+        return outputs(problem, ctx.tokens, ctx.stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.problem.with_inputs(ctx.saved_tensors)
-        tokens: Tokens = ctx.tokens
-        with torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
-            needs = ctx.needs_input_grad[1:]
-            gradients = GradientPass(problem, head_of(problem), needs, len(tokens.targets))
-            kept = [None if grad is None else take(grad, tokens.positions) for grad in grads]
-            gradients.add(tokens, None, ctx.stats, RowCoefs(*kept))
-            gradients.total.finish()
-            return None, *gradients.total.results()
+        return None, *backward(problem, ctx.tokens, ctx.stats, grads, ctx.needs_input_grad[1:])
 
 
 class _AttachGradients(torch.autograd.Function):
@@ -192,7 +206,8 @@ def _join(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:
     return RowStats(empty, empty, empty, empty, second, second)
 
 
-def _outputs(problem: Problem, tokens: Tokens, stats: RowStats) -> tuple[Tensor | None, ...]:
+def outputs(problem: Problem, tokens: Tokens, stats: RowStats) -> tuple[Tensor | None, ...]:
+    """Log-prob, entropy, lse and second log-prob, [N], 0 at ignored positions."""
     lse = stats.max_logit * tokens.inv_temperature + stats.log_sum
     values = stats.logprob, stats.entropy, lse, stats.second_logprob
     return tuple(None if x is None else problem.spread(x, tokens.positions) for x in values)

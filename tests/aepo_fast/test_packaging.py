@@ -21,8 +21,9 @@ from aepo_fast import __main__ as entry
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# Imported only where the user asked for it, after saying which extra it takes.
-BY_CHOICE = {"tensorboard", "liger_kernel"}
+# Imported only where the user asked for it, after saying which extra it takes; or for a GPU, where
+# torch brings its triton.
+BY_CHOICE = {"tensorboard", "liger_kernel", "triton"}
 
 
 def names(requirements: list[str]) -> set[str]:
