@@ -114,8 +114,8 @@ def cases(chip: int) -> Iterator[Case]:
     from aepo_kernels import launch
     from aepo_kernels.launch import nearest
 
-    per_token = {"PER_TOKEN": True, "SECOND_PER_TOKEN": True}
-    scalar = {"PER_TOKEN": False, "SECOND_PER_TOKEN": False}
+    per_token = {"PER_TOKEN": True, "SECOND_PER_TOKEN": True, "SQUARES": True}
+    scalar = {"PER_TOKEN": False, "SECOND_PER_TOKEN": False, "SQUARES": False}
     pointers = {"inv_temperature": "*fp32", "second_inv_temperature": "*fp32"}
     for dtype in ("bf16", "fp32"):
         stats, grad = nearest(launch.STATS_LAUNCH, chip), nearest(launch.GRAD_LAUNCH, chip)
@@ -137,6 +137,9 @@ def cases(chip: int) -> Iterator[Case]:
         yield Case("row_grad", chip, "all, ragged", dtype, warps, **everything, ragged=True)
         table = launch.FUSED_FLOAT32_LAUNCH if dtype == "fp32" else launch.FUSED_LAUNCH
         yield from _fused_cases(chip, dtype, nearest(table, chip), scalar, per_token, pointers)
+        types = {"values": f"*{dtype}", "size": "i64"}
+        block = {"BLOCK": 2048}
+        yield Case("scale", chip, "in place", dtype, {"num_warps": 4}, block, types=types)
     combine = {"ROWS": 32, "TILES": 32}
     warps = {"num_warps": 4}
     yield Case("fused_combine", chip, "plain", "fp32", warps, scalar | combine, _NO_SECOND)
@@ -195,7 +198,8 @@ def compile_case(case: Case) -> dict[str, Any]:
 
     kernel = _kernel(case.kernel)
     names = kernel.arg_names
-    constants = dict.fromkeys((n for n in case.left_out if n in names), None) | case.constants
+    wanted = dict.fromkeys(case.left_out) | case.constants
+    constants = {name: value for name, value in wanted.items() if name in names}
     signature = {n: "constexpr" if n in constants else _type(n, case) for n in names}
     aligned = (
         [] if case.ragged else [n for n in names if signature[n].startswith("*") or n in _SHAPE]
@@ -232,13 +236,14 @@ def compile_case(case: Case) -> dict[str, Any]:
 
 
 def _kernel(name: str) -> Any:
-    from aepo_kernels import triton_fused, triton_rows
+    from aepo_kernels import triton_fused, triton_rows, triton_scale
 
     return {
         "row_stats": triton_rows.stats_kernel,
         "row_grad": triton_rows.grad_kernel,
         "fused_partials": triton_fused.partials_kernel,
         "fused_combine": triton_fused.combine_kernel,
+        "scale": triton_scale.scale_kernel,
     }[name]
 
 
@@ -248,7 +253,7 @@ def _type(name: str, case: Case) -> str:
         return case.types[name]
     if name in _COMMON:
         return _COMMON[name]
-    if name in ("num_rows", "num_tiles") or name in _SHAPE:
+    if name in ("num_rows", "num_tiles", "stride") or name in _SHAPE:
         return "i32"
     in_dtype = ("products", "hidden", "weight") + (("out",) if case.kernel == "row_grad" else ())
     return f"*{case.dtype}" if name in in_dtype else "*fp32"

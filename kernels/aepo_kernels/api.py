@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aepo_kernels import chunked, ops, reference
+from aepo_kernels import chunked, reference
 from aepo_kernels.backends import resolve_backend
 from aepo_kernels.checks import check_active, check_problem, check_row_sampling, check_token_tensors
 from aepo_kernels.options import RowSampling, VocabShard
@@ -28,6 +28,8 @@ def linear_logprob(
     lora_scale: float = 1.0,
     shard: VocabShard | None = None,
     weight_grad: Tensor | None = None,
+    weight_slice: int | None = None,
+    sum_squares: bool = False,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_tokens: int | None = None,
@@ -45,18 +47,24 @@ def linear_logprob(
     weight + lora_scale * lora_b @ lora_a, which never exists. shard: this rank's part of a
     vocabulary that is split over ranks; weight, bias, lora_b and weight_grad hold its rows, and the
     results are those of the whole. weight_grad: [V, H] in float32 (float64 for float64 hidden), to
-    which the weight's gradient is added; autograd gets none then. logits_dtype: of the first GEMM's
-    output; None is hidden's, float32 costs memory and time on a GPU and rounds less. backend:
-    "auto" is the environment variable AEPO_KERNELS_BACKEND, or else "chunked". "fused" never has
-    logits in its forward pass and takes 4 GEMMs with gradient. chunk_tokens: tokens whose logits
-    exist at once; None derives it from a memory budget.
+    which the weight's gradient is added; autograd gets none then. weight_slice: rows of weight
+    whose logits are recomputed at once, for all tokens, in the gradient pass; the weight's gradient
+    is then written once, in its own dtype, and no float32 copy of it exists (4 GEMMs in all).
+    sum_squares: give the sum of squared probabilities too, without gradient. logits_dtype: of the
+    first GEMM's output; None is hidden's, float32 costs memory and time on a GPU and rounds less.
+    backend: "auto" is the environment variable AEPO_KERNELS_BACKEND, or else "chunked". "fused"
+    never has logits in its forward pass and takes 4 GEMMs with gradient. chunk_tokens: tokens whose
+    logits exist at once; None derives it from a memory budget.
 
     Returns [N] tensors, float32 (float64 for float64 hidden). Each output's gradient reaches
     hidden, weight and bias; "chunked" recomputes the logits for it (4 GEMMs in all), or skips
     what needs no gradient. Raises ValueError for bad arguments. torch.compile takes it whole
-    (fullgraph) unless there is a shard or a weight_grad.
+    (fullgraph) unless there is a shard, weight_grad, weight_slice or sum_squares.
     """
-    if torch.compiler.is_compiling() and shard is None and weight_grad is None:
+    apart = (shard, weight_grad, weight_slice, sum_squares or None)
+    if torch.compiler.is_compiling() and all(option is None for option in apart):
+        from aepo_kernels import ops  # registering operators imports much of torch
+
         per_token, number = _split(temperature)
         second_per_token, second_number = _split(second_temperature)
         results = ops.linear_logprob(
@@ -79,8 +87,8 @@ def linear_logprob(
             chunk_tokens,
         )
         second = None if second_temperature is None else results[3]
-        name = _backend_name(backend, hidden.device.type, hidden.dtype)
-        return LogprobOutput(results[0], results[1], results[2], second, name)
+        name = ops.backend_name(backend, hidden.device.type, hidden.dtype)
+        return LogprobOutput(results[0], results[1], results[2], second, None, name)
     problem = Problem(
         hidden,
         weight,
@@ -98,6 +106,8 @@ def linear_logprob(
         lora_scale=lora_scale,
         shard=shard,
         weight_grad=weight_grad,
+        weight_slice=weight_slice,
+        sum_squares=sum_squares,
         logits_dtype=logits_dtype,
     )
     check_problem(problem)
@@ -121,6 +131,7 @@ def linear_token_loss(
     lora_scale: float = 1.0,
     shard: VocabShard | None = None,
     weight_grad: Tensor | None = None,
+    weight_slice: int | None = None,
     active: Tensor | None = None,
     row_sampling: RowSampling | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -163,6 +174,7 @@ def linear_token_loss(
         lora_scale=lora_scale,
         shard=shard,
         weight_grad=weight_grad,
+        weight_slice=weight_slice,
         logits_dtype=logits_dtype,
         active=active,
         row_sampling=row_sampling,
@@ -177,8 +189,3 @@ def linear_token_loss(
 
 def _split(temperature: float | Tensor | None) -> tuple[Tensor | None, float | None]:
     return (temperature, None) if isinstance(temperature, Tensor) else (None, temperature)
-
-
-@torch.compiler.assume_constant_result
-def _backend_name(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    return resolve_backend(backend, device_type, dtype)

@@ -57,6 +57,7 @@ def check_problem(problem: Problem) -> None:
     _check_lora(problem)
     _check_shard(problem)
     _check_weight_grad(problem)
+    _check_weight_slice(problem)
     if problem.chunk_tokens is not None and problem.chunk_tokens < 1:
         _fail(
             "chunk_tokens", problem.chunk_tokens, "must be at least 1", "use None for the default"
@@ -176,6 +177,22 @@ def _check_weight_grad(problem: Problem) -> None:
         _fail("weight_grad", grad.device, f"weight is on {weight.device}", "move it there")
     if torch.is_grad_enabled() and not weight.requires_grad:
         _fail("weight", "frozen", "has no gradient to add to weight_grad", "drop weight_grad")
+
+
+def _check_weight_slice(problem: Problem) -> None:
+    size = problem.weight_slice
+    if size is None:
+        return
+    if size < 1:
+        _fail("weight_slice", size, "must be at least 1", "use None for chunks of tokens")
+    if problem.backend != "chunked":
+        _fail("weight_slice", size, f"{problem.backend} has no slices", "use chunked")
+    for name, value in (
+        ("weight_grad", problem.weight_grad),
+        ("row_sampling", problem.row_sampling),
+    ):
+        if value is not None:
+            _fail("weight_slice", size, f"goes by whole rows no more, as {name} does", "drop one")
 
 
 def check_row_sampling(problem: Problem) -> None:

@@ -34,8 +34,8 @@ _NOTHING = RowCoefs(None, None, None, None)
 
 def logprob(problem: Problem) -> LogprobOutput:
     """`linear_logprob`, recomputing logits in backward."""
-    rows = _Logprob.apply(problem, *problem.inputs)
-    return LogprobOutput(*rows, problem.backend)  # type: ignore[misc]
+    *values, squares = _Logprob.apply(problem, *problem.inputs)  # type: ignore[misc]
+    return LogprobOutput(*values, squares, problem.backend)  # type: ignore[call-arg]
 
 
 def token_loss(
@@ -64,7 +64,7 @@ def token_loss(
                 gradients.add(chunk, products, stats, coefs)
             parts.append(stats)
         if any(needs):
-            gradients.total.finish()
+            gradients.finish()
             if problem.row_sampling is not None:
                 metrics["row_sampling/rows"] = loss.new_tensor(gradients.rows)
                 metrics["row_sampling/variance"] = gradients.variance
@@ -105,8 +105,7 @@ def backward(
         gradients = GradientPass(problem, head_of(problem), tuple(needs), len(tokens.targets))
         kept = [None if grad is None else take(grad, tokens.positions) for grad in grads]
         gradients.add(tokens, None, stats, RowCoefs(*kept))
-        gradients.total.finish()
-        return gradients.total.results()
+        return gradients.finish().results()
 
 
 class _Logprob(torch.autograd.Function):
@@ -121,13 +120,18 @@ class _Logprob(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         nothing = problem.hidden.new_empty(0)
         ctx.problem = problem.with_inputs([nothing, nothing, None, None, None])
-        return outputs(problem, ctx.tokens, ctx.stats)
+        values = outputs(problem, ctx.tokens, ctx.stats)
+        squares = ctx.stats.sum_squares
+        if squares is not None:
+            squares = problem.spread(squares, ctx.tokens.positions)
+            ctx.mark_non_differentiable(squares)
+        return *values, squares
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.problem.with_inputs(ctx.saved_tensors)
-        return None, *backward(problem, ctx.tokens, ctx.stats, grads, ctx.needs_input_grad[1:])
+        return None, *backward(problem, ctx.tokens, ctx.stats, grads[:4], ctx.needs_input_grad[1:])
 
 
 class _AttachGradients(torch.autograd.Function):
@@ -203,7 +207,8 @@ def _join(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:
         return RowStats(*joined)  # type: ignore[arg-type]
     empty = torch.zeros(0, dtype=head.dtype, device=head.hidden.device)
     second = None if tokens.second_inv_temperature is None else empty
-    return RowStats(empty, empty, empty, empty, second, second)
+    squares = empty if head.squares else None
+    return RowStats(empty, empty, empty, empty, second, second, squares)
 
 
 def outputs(problem: Problem, tokens: Tokens, stats: RowStats) -> tuple[Tensor | None, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,23 @@ class Tokens:
         )
 
 
+def join_tokens(parts: Sequence[Tokens]) -> Tokens:
+    """Several sets of tokens as one."""
+    device = parts[0].targets.device
+    positions = [
+        part.positions
+        if isinstance(part.positions, Tensor)
+        else torch.arange(part.positions.start, part.positions.stop, device=device)
+        for part in parts
+    ]
+    return Tokens(
+        torch.cat(positions),
+        torch.cat([part.targets for part in parts]),
+        _cat([part.inv_temperature for part in parts]),
+        _cat([part.second_inv_temperature for part in parts]),
+    )
+
+
 @dataclass(frozen=True)
 class Head:
     """The head as GEMMs and rows read it: weight, lora (A, B) in hidden's dtype, bias in `dtype`.
@@ -67,6 +84,7 @@ class Head:
     lora: tuple[Tensor, Tensor] | None
     lora_scale: float
     shard: VocabShard | None
+    squares: bool
 
     def forward(self, tokens: Tokens) -> tuple[Tensor | None, RowStats]:
         """Raw logits of some tokens, [C, V], unless the forward is fused; and their statistics."""
@@ -79,11 +97,26 @@ class Head:
         """Statistics of the rows of raw logits; of whole rows where the vocabulary is sharded."""
         temperatures = tokens.inv_temperature, tokens.second_inv_temperature
         stats = row_operations(products).row_stats(
-            products, tokens.targets, *temperatures, self.logit_map, self.dtype
+            products,
+            tokens.targets,
+            *temperatures,
+            self.logit_map,
+            self.dtype,
+            squares=self.squares,
         )
         if self.shard is None:
             return stats
         return combine(stats, tokens.targets, *temperatures, self.shard)
+
+    def at(self, rows: slice) -> Head:
+        """The head of some rows of the vocabulary."""
+        bias, lora = self.logit_map.bias, self.lora
+        return replace(
+            self,
+            weight=self.weight[rows],
+            logit_map=replace(self.logit_map, bias=None if bias is None else bias[rows]),
+            lora=None if lora is None else (lora[0], lora[1][rows]),
+        )
 
     def products(self, tokens: Tokens) -> Tensor:
         """GEMM 1: the raw logits of some tokens, [C, V]."""
@@ -128,6 +161,7 @@ class Head:
             tokens.inv_temperature,
             tokens.second_inv_temperature,
             self.logit_map,
+            squares=self.squares,
         )
 
 
@@ -149,6 +183,7 @@ def head_of(problem: Problem) -> Head:
         lora,
         float(problem.lora_scale),
         problem.shard,
+        problem.sum_squares,
     )
 
 
@@ -199,6 +234,10 @@ def _inverse(value: float | Tensor | None, dtype: torch.dtype) -> float | Tensor
     if isinstance(value, Tensor):
         return value.to(dtype).reciprocal()
     return None if value is None else 1.0 / value
+
+
+def _cat(values: list[Any]) -> Any:
+    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
 
 
 def _pick(value: Any, index: Tensor | slice) -> Any:

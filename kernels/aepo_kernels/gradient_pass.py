@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from aepo_kernels.chunks import Head, Tokens, chunk_size, slices
+from aepo_kernels.chunks import Head, Tokens, chunk_size, join_tokens, slices
 from aepo_kernels.gradients import Gradients
 from aepo_kernels.problem import Problem, take
 from aepo_kernels.rows import RowCoefs, RowStats
@@ -26,6 +29,7 @@ class GradientPass:
         self.total = Gradients(problem, needs, one_chunk=most_rows <= chunk_size(problem))
         self.rows = 0
         self.variance = torch.zeros((), dtype=head.dtype, device=head.hidden.device)
+        self.later: list[tuple[Tokens, RowStats, RowCoefs]] = []
 
     def add(
         self, tokens: Tokens, products: Tensor | None, stats: RowStats, coefs: RowCoefs
@@ -45,6 +49,10 @@ class GradientPass:
             products = None if products is None else products.index_select(0, active)
             tokens, stats, coefs = tokens.at(active), stats.select(active), coefs.select(active)
             keep_prob = None if keep_prob is None else keep_prob[active]
+        self.rows += len(tokens.targets)
+        if self.problem.weight_slice is not None:
+            self.later.append((tokens, stats, coefs))
+            return
         if products is not None:
             self._add_chunk(tokens, products, stats, coefs, keep_prob)
             return
@@ -58,6 +66,30 @@ class GradientPass:
             some = None if keep_prob is None else keep_prob[index]
             self._add_chunk(chunk, products, part, coefs.select(index), some)
 
+    def finish(self) -> Gradients:
+        """The gradients, once all rows are in."""
+        if self.problem.weight_slice is not None and self.later:
+            self._add_slices(self.problem.weight_slice)
+        self.total.finish()
+        return self.total
+
+    def _add_slices(self, size: int) -> None:
+        """Take all rows a slice of the vocabulary at a time: each of dweight's is written once."""
+        tokens, stats, coefs = _join(self.later)
+        inputs = take(self.head.hidden, tokens.positions)
+        hidden = None
+        if self.total.hidden is not None:
+            hidden = torch.zeros_like(inputs, dtype=self.head.dtype)
+        for rows in slices(self.head.weight.shape[0], size):
+            head, bias = self.head.at(rows), self.total.bias
+            inside = (tokens.targets >= rows.start) & (tokens.targets < rows.stop)
+            local = replace(tokens, targets=torch.where(inside, tokens.targets - rows.start, -1))
+            bias_grad = None if bias is None else bias[rows]
+            dlogits = head.dlogits(local, head.products(local), stats, coefs, bias_grad)
+            self.total.add_slice(dlogits, head.weight, head.lora, inputs, hidden, rows)
+        if self.total.hidden is not None and hidden is not None:
+            self.total.hidden[tokens.positions] = hidden.to(self.total.hidden.dtype)
+
     def _add_chunk(
         self,
         tokens: Tokens,
@@ -69,7 +101,6 @@ class GradientPass:
         dlogits = self.head.dlogits(tokens, products, stats, coefs, self.total.bias)
         inputs = take(self.head.hidden, tokens.positions)
         self.total.add(dlogits, self.head.weight, self.head.lora, inputs, tokens.positions)
-        self.rows += len(tokens.targets)
         if keep_prob is not None:
             self.variance += variance_of(dlogits, keep_prob)
 
@@ -89,3 +120,21 @@ def _active_rows(coefs: RowCoefs, tokens: Tokens, *, look: bool) -> Tensor | sli
     if not len(active):
         return None
     return slice(None) if len(active) == len(tokens.targets) else active
+
+
+def _join(parts: list[tuple[Tokens, RowStats, RowCoefs]]) -> tuple[Tokens, RowStats, RowCoefs]:
+    tokens, stats, coefs = zip(*parts, strict=True)
+    num_rows = [len(part.targets) for part in tokens]
+    columns = [_cat(column, num_rows) for column in zip(*stats, strict=True)]
+    joined = [_cat(column, num_rows) for column in zip(*coefs, strict=True)]
+    return join_tokens(tokens), RowStats(*columns), RowCoefs(*joined)  # type: ignore[arg-type]
+
+
+def _cat(column: Sequence[Tensor | None], num_rows: list[int]) -> Tensor | None:
+    """One column of several parts; a part without it has zeros."""
+    known = [x for x in column if x is not None]
+    if not known:
+        return None
+    return torch.cat(
+        [known[0].new_zeros(n) if x is None else x for x, n in zip(column, num_rows, strict=True)]
+    )

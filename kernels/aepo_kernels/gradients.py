@@ -61,6 +61,36 @@ class Gradients:
         if self.lora_b is not None and lora is not None:
             add_product(self.lora_b, dlogits.T, (inputs @ lora[0].T).mul_(self.lora_scale))
 
+    def add_slice(
+        self,
+        dlogits: Tensor,
+        weight: Tensor,
+        lora: tuple[Tensor, Tensor] | None,
+        inputs: Tensor,
+        hidden: Tensor | None,
+        rows: slice,
+    ) -> None:
+        """Add a slice of the vocabulary, once, for all tokens: dlogits [M, rows], inputs [M, H].
+
+        The gradient of inputs is added to `hidden`.
+        """
+        if hidden is not None:
+            add_product(hidden, dlogits, weight)
+        if self.needs_weight:
+            if self.weight is None:
+                self.weight = self._weight_of_zeros(self.dtypes[1])
+            self.weight[rows] = product(dlogits.T, inputs, self.weight.dtype)
+        if lora is None:
+            return
+        through = (dlogits @ lora[1]).mul_(self.lora_scale)
+        if hidden is not None:
+            add_product(hidden, through, lora[0])
+        if self.lora_a is not None:
+            add_product(self.lora_a, through.T, inputs)
+        if self.lora_b is not None:
+            scaled = (inputs @ lora[0].T).mul_(self.lora_scale)
+            self.lora_b[rows] = product(dlogits.T, scaled, self.lora_b.dtype)
+
     def _add_hidden(
         self,
         dlogits: Tensor,
@@ -78,11 +108,13 @@ class Gradients:
             add_product(rows, through, lora_a)
         self.hidden[at] = rows
 
+    def _weight_of_zeros(self, dtype: torch.dtype | None) -> Tensor:
+        return torch.zeros(self.weight_shape, dtype=dtype, device=self.device)
+
     def finish(self) -> None:
         """Add up the ranks' parts, and stand zeros in for what no chunk has made."""
         if self.needs_weight and self.weight is None:
-            zeros = torch.zeros(self.weight_shape, dtype=self.weight_dtype, device=self.device)
-            self.weight = zeros
+            self.weight = self._weight_of_zeros(self.weight_dtype)
         if self.shard is not None:
             for part in (self.hidden, self.lora_a):  # the others belong to this rank's rows
                 if part is not None:
@@ -104,6 +136,10 @@ class Gradients:
 def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if factor is None:
         return value.to(dtype)
-    if value.dtype == dtype:
-        return value.mul_(factor)
-    return torch.mul(value, factor, out=torch.empty_like(value, dtype=dtype))
+    if value.dtype != dtype:
+        return torch.mul(value, factor, out=torch.empty_like(value, dtype=dtype))
+    if value.is_cuda and value.dtype != torch.float64:
+        from aepo_kernels.triton_scale import scale_  # the package imports without triton
+
+        return scale_(value, factor)
+    return value.mul_(factor)

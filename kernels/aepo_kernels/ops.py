@@ -132,6 +132,12 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
 linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.compiler.assume_constant_result
+def backend_name(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs, as a constant of the graph."""
+    return resolve_backend(backend, device_type, dtype)
+
+
 # Arguments are tensors but for these positions.
 _NUMBERS = (7, 9, 10, 11, 12, 13, 14, 15, 16)
 

@@ -22,6 +22,7 @@ class LogprobOutput(NamedTuple):
     entropy: Tensor
     lse: Tensor
     second_logprob: Tensor | None
+    sum_squares: Tensor | None
     backend: str
 
 
@@ -69,6 +70,8 @@ class Problem:
     weight_grad: Tensor | None = None
     shard: VocabShard | None = None
     row_sampling: RowSampling | None = None
+    sum_squares: bool = False
+    weight_slice: int | None = None
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:

@@ -22,6 +22,7 @@ class _Rows(NamedTuple):
     entropy: Tensor
     lse: Tensor
     second_logprob: Tensor | None
+    sum_squares: Tensor | None
 
 
 def logprob(problem: Problem) -> LogprobOutput:
@@ -30,9 +31,7 @@ def logprob(problem: Problem) -> LogprobOutput:
         kept = problem.kept()
         rows = _rows(problem, kept)
         spread = [None if row is None else problem.spread(row, kept) for row in rows]
-    first, entropy, lse, second = spread
-    assert first is not None and entropy is not None and lse is not None
-    return LogprobOutput(first, entropy, lse, second, problem.backend)
+    return LogprobOutput(*spread, problem.backend)  # type: ignore[arg-type]
 
 
 def token_loss(
@@ -91,6 +90,7 @@ def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
         entropy=-(finite.exp() * finite).sum(1),
         lse=torch.logsumexp(tempered, dim=1),
         second_logprob=second,
+        sum_squares=logp.detach().exp().square().sum(1) if problem.sum_squares else None,
     )
 
 

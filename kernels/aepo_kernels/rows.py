@@ -34,6 +34,7 @@ class RowStats(NamedTuple):
     """Statistics of tempered rows, each [C]; `max_logit` is of the logits before temperature.
 
     log_sum = log sum_j exp((logit_j - max_logit) / T), so lse = max_logit / T + log_sum.
+    sum_squares = sum_j p_j^2, where asked for.
     """
 
     logprob: Tensor
@@ -42,6 +43,7 @@ class RowStats(NamedTuple):
     log_sum: Tensor
     second_logprob: Tensor | None
     second_log_sum: Tensor | None
+    sum_squares: Tensor | None = None
 
     def select(self, rows: Tensor | slice) -> RowStats:
         """The statistics of some rows."""
@@ -68,16 +70,18 @@ def row_stats(
     second_inv_temperature: float | Tensor | None,
     logit_map: LogitMap,
     dtype: torch.dtype,
+    *,
+    squares: bool = False,
 ) -> RowStats:
     """Log-prob, entropy and normalisers of each row, computed in `dtype`; products stay as is."""
-    columns: list[list[Tensor]] = []
+    columns: list[list[Tensor | None]] = []
     for rows, logits, work in _blocks(products, dtype, 2):
         _to_logits(products[rows], logit_map, logits)
         max_logit = logits.amax(1, keepdim=True)
         centred = logits.sub_(max_logit)
         target = _at_targets(centred, targets[rows])  # before the floor: may be -inf
         centred.clamp_(min=_FLOOR)
-        second: list[Tensor] = []
+        second: list[Tensor | None] = [None, None]
         if second_inv_temperature is not None:
             inverse = _column(second_inv_temperature, rows)
             log_sum = torch.mul(centred, inverse, out=work).exp_().sum(1).log_()
@@ -87,13 +91,15 @@ def row_stats(
         weights = torch.exp(tempered, out=work)
         total = weights.sum(1)
         log_sum = total.log()
+        sum_squares = weights.square().sum(1).div_(total.square()) if squares else None
         # H = log_sum - E[tempered]
         entropy = log_sum - weights.mul_(tempered).sum(1).div_(total)
         logprob = (target * inverse).squeeze(1) - log_sum
-        columns.append([logprob, entropy, max_logit.squeeze(1), log_sum, *second])
-    joined: list[Tensor | None] = [torch.cat(parts) for parts in zip(*columns, strict=True)]
-    if second_inv_temperature is None:
-        joined += [None, None]
+        columns.append([logprob, entropy, max_logit.squeeze(1), log_sum, *second, sum_squares])
+    joined = [
+        None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
+        for parts in zip(*columns, strict=True)
+    ]
     return RowStats(*joined)  # type: ignore[arg-type]
 
 

@@ -41,11 +41,15 @@ def combine(
         logits.append(stats.second_logprob + below[1])
     mass = torch.stack(below).exp()
     moment = mass[0] * (stats.entropy - below[0])
-    sums = torch.cat([mass, torch.where(owned, torch.stack(logits), 0.0), moment[None]])
+    parts = [mass, torch.where(owned, torch.stack(logits), 0.0), moment[None]]
+    if stats.sum_squares is not None:
+        parts.append((mass[0].square() * stats.sum_squares)[None])
+    sums = torch.cat(parts)
     dist.all_reduce(sums, group=shard.group)
-    mass, logits, moment = sums.split([len(below), len(below), 1])
+    mass, logits, moment, *square = sums.split([len(part) for part in parts])
     log_sums = mass.log()
     logprobs = logits - log_sums
     entropy = moment[0] / mass[0] + log_sums[0]
     second = (None, None) if len(below) == 1 else (logprobs[1], log_sums[1])
-    return RowStats(logprobs[0], entropy, top, log_sums[0], *second)
+    squares = square[0][0] / mass[0].square() if square else None
+    return RowStats(logprobs[0], entropy, top, log_sums[0], *second, squares)

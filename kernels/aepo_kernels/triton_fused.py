@@ -1,5 +1,6 @@
 # The bodies of kernels are Triton, whose launches and operators are not Python's:
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 """Row statistics straight from hidden states, as Triton kernels: the logits never reach memory.
 
 One program multiplies a tile of tokens by a tile of the vocabulary and keeps, of each row of its
@@ -8,7 +9,6 @@ logits, what an online softmax keeps. A second kernel combines the tiles of a ro
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +16,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from aepo_kernels.launch import fused_launch
 from aepo_kernels.rows import LogitMap, RowStats
-from aepo_kernels.triton_rows import FLOOR, LOG2E, optional_argument, to_logits
+from aepo_kernels.triton_rows import (
+    FLOOR,
+    LOG2E,
+    new_stats,
+    optional_argument,
+    stats_of,
+    to_logits,
+)
 
 _COMBINE_ROWS, _COMBINE_TILES = 32, 32
 
@@ -28,29 +35,32 @@ def linear_row_stats(
     inv_temperature: float | Tensor,
     second_inv_temperature: float | Tensor | None,
     logit_map: LogitMap,
+    *,
+    squares: bool = False,
 ) -> RowStats:
     """What `rows.row_stats` gives for hidden @ weight.T, in float32.
 
     hidden: [C, H]. weight: [V, H] of the same dtype, float32 or bfloat16, any strides. A target
-    outside [0, V) gives a log-prob of NaN. Needs 16 to 20 bytes per token and tile of the
+    outside [0, V) gives a log-prob of NaN. Needs 12 to 20 bytes per token and tile of the
     vocabulary.
     """
     num_rows, hidden_size = hidden.shape
     vocab = weight.shape[0]
     has_second = second_inv_temperature is not None
-    out = hidden.new_empty((6 if has_second else 4, num_rows), dtype=torch.float32)
+    out = new_stats(hidden, num_rows, has_second, squares)
     if num_rows:
         launch = fused_launch(hidden.device, hidden.dtype)
         num_tiles = triton.cdiv(vocab, launch.block_vocab)
-        partials = out.new_empty((4 if has_second else 3, num_tiles, num_rows))
+        partials = out.new_empty((3 + has_second + squares, num_tiles, num_rows))
         target_logits = out.new_full((num_rows,), float("nan"))
         temperatures = [
             optional_argument(inv_temperature),
             optional_argument(second_inv_temperature),
         ]
-        per_token = {
+        flags = {
             "PER_TOKEN": isinstance(inv_temperature, Tensor),
             "SECOND_PER_TOKEN": isinstance(second_inv_temperature, Tensor),
+            "SQUARES": squares,
         }
         tma = launch.tma and all(_fits_tma(matrix) for matrix in (hidden, weight))
         partials_kernel[(num_tiles * triton.cdiv(num_rows, launch.block_tokens),)](
@@ -68,7 +78,7 @@ def linear_row_stats(
             num_rows,
             vocab,
             hidden_size,
-            **per_token,
+            **flags,
             TMA=tma,
             BLOCK_TOKENS=launch.block_tokens,
             BLOCK_VOCAB=launch.block_vocab,
@@ -84,13 +94,12 @@ def linear_row_stats(
             out,
             num_rows,
             num_tiles,
-            **per_token,
+            **flags,
             ROWS=_COMBINE_ROWS,
             TILES=_COMBINE_TILES,
             num_warps=4,
         )
-    second = (out[4], out[5]) if has_second else (None, None)
-    return RowStats(out[0], out[1], out[2], out[3], *second)
+    return stats_of(out, has_second, squares)
 
 
 def _fits_tma(matrix: Tensor) -> bool:
@@ -126,6 +135,7 @@ def partials_kernel(
     hidden_size,
     PER_TOKEN: tl.constexpr,
     SECOND_PER_TOKEN: tl.constexpr,
+    SQUARES: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr,
@@ -186,6 +196,9 @@ def partials_kernel(
     tl.store(partials, maximum, mask=real)
     tl.store(partials + step, tl.sum(weights, 1), mask=real)
     tl.store(partials + 2 * step, tl.sum(weights * centred, 1), mask=real)
+    if SQUARES:
+        last = 3 if second_inv_temperature is None else 4
+        tl.store(partials + last * step, tl.sum(weights * weights, 1), mask=real)
     if second_inv_temperature is not None:
         second_rate = _rates(second_inv_temperature, rows, real, SECOND_PER_TOKEN)
         tl.store(partials + 3 * step, tl.sum(tl.exp2(centred * second_rate), 1), mask=real)
@@ -210,6 +223,7 @@ def combine_kernel(
     num_tiles,
     PER_TOKEN: tl.constexpr,
     SECOND_PER_TOKEN: tl.constexpr,
+    SQUARES: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -233,6 +247,7 @@ def combine_kernel(
     total = tl.zeros([ROWS], tl.float32)
     moment = tl.zeros([ROWS], tl.float32)
     second_total = tl.zeros([ROWS], tl.float32)
+    square = tl.zeros([ROWS], tl.float32)
     for start in range(0, num_tiles, TILES):
         tiles = start + tl.arange(0, TILES)
         inside = (tiles < num_tiles)[:, None] & real[None, :]
@@ -246,6 +261,10 @@ def combine_kernel(
         if second_inv_temperature is not None:
             second = tl.load(at + 3 * step, mask=inside, other=0.0)
             second_total += tl.sum(second * tl.exp2(rise * second_rate), 0)
+        if SQUARES:
+            last = 3 if second_inv_temperature is None else 4
+            part = tl.load(at + last * step, mask=inside, other=0.0)
+            square += tl.sum(part * (decay * decay), 0)
 
     log_sum = tl.log(tl.where(maximum > FLOOR, total, float("nan")))  # no finite logit: no law
     centred = tl.load(target_logits + rows, mask=real, other=0.0) - maximum
@@ -254,6 +273,9 @@ def combine_kernel(
     tl.store(out + width, log_sum - moment * inverse / total, mask=real)
     tl.store(out + 2 * width, maximum, mask=real)
     tl.store(out + 3 * width, log_sum, mask=real)
+    if SQUARES:
+        last = 4 if second_inv_temperature is None else 6
+        tl.store(out + last * width, square / (total * total), mask=real)
     if second_inv_temperature is not None:
         second_log_sum = tl.log(second_total)
         tl.store(out + 4 * width, centred * second_inverse - second_log_sum, mask=real)

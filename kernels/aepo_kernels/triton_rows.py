@@ -1,5 +1,6 @@
 # The bodies of kernels are Triton, whose launches and operators are not Python's:
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 """Row operations on a chunk of logits as Triton kernels; the interface is that of `rows`.
 
 Everything is float32 inside. A row's statistics take one read of it: a running maximum, to which
@@ -28,6 +29,8 @@ def row_stats(
     second_inv_temperature: float | Tensor | None,
     logit_map: LogitMap,
     dtype: torch.dtype,
+    *,
+    squares: bool = False,
 ) -> RowStats:
     """Log-prob, entropy and normalisers of each row; `dtype` is float32.
 
@@ -35,8 +38,7 @@ def row_stats(
     """
     assert dtype == torch.float32, dtype
     num_rows, vocab = products.shape
-    has_second = second_inv_temperature is not None
-    out = products.new_empty((6 if has_second else 4, num_rows), dtype=dtype)
+    out = new_stats(products, num_rows, second_inv_temperature is not None, squares)
     if num_rows:
         launch = stats_launch(products.device)
         stats_kernel[(num_rows,)](
@@ -53,12 +55,23 @@ def row_stats(
             vocab,
             PER_TOKEN=isinstance(inv_temperature, Tensor),
             SECOND_PER_TOKEN=isinstance(second_inv_temperature, Tensor),
+            SQUARES=squares,
             BLOCK=launch.block,
             STAGES=launch.stages,
             num_warps=launch.num_warps,
         )
+    return stats_of(out, second_inv_temperature is not None, squares)
+
+
+def new_stats(like: Tensor, num_rows: int, has_second: bool, squares: bool) -> Tensor:
+    """Memory for the statistics of rows, one statistic after another."""
+    return like.new_empty((4 + 2 * has_second + squares, num_rows), dtype=torch.float32)
+
+
+def stats_of(out: Tensor, has_second: bool, squares: bool) -> RowStats:
+    """What a kernel has written, by name."""
     second = (out[4], out[5]) if has_second else (None, None)
-    return RowStats(out[0], out[1], out[2], out[3], *second)
+    return RowStats(out[0], out[1], out[2], out[3], *second, out[-1] if squares else None)
 
 
 def row_grad(
@@ -173,6 +186,7 @@ def stats_kernel(
     vocab,
     PER_TOKEN: tl.constexpr,
     SECOND_PER_TOKEN: tl.constexpr,
+    SQUARES: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -189,6 +203,7 @@ def stats_kernel(
     total = tl.zeros([BLOCK], tl.float32)  # of e = exp((logit - maximum) / T)
     moment = tl.zeros([BLOCK], tl.float32)  # of e * (logit - maximum)
     second_total = tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)  # of e^2
     for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocab
@@ -205,6 +220,8 @@ def stats_kernel(
         weights = tl.exp2(centred * rate)
         moment = (moment + rise * total) * decay + weights * centred
         total = total * decay + weights
+        if SQUARES:
+            square = square * (decay * decay) + weights * weights
         if second_inv_temperature is not None:
             second_total *= tl.exp2(rise * second_rate)
             second_total += tl.exp2(centred * second_rate)
@@ -226,6 +243,9 @@ def stats_kernel(
     tl.store(out + step, log_sum - tl.sum(moment, 0) * inverse / mass)
     tl.store(out + 2 * step, maximum)
     tl.store(out + 3 * step, log_sum)
+    if SQUARES:
+        last = 4 if second_inv_temperature is None else 6
+        tl.store(out + last * step, tl.sum(square, 0) / (mass * mass))
     if second_inv_temperature is not None:
         second_log_sum = tl.log(tl.sum(second_total, 0))
         tl.store(out + 4 * step, centred * second_inverse - second_log_sum)

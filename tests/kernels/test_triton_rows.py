@@ -165,7 +165,7 @@ def test_a_target_outside_the_vocabulary_is_nan_and_not_a_stray_read() -> None:
 def test_no_rows() -> None:
     case = make(0, 100, "all")
     stats = triton_rows.row_stats(**case, dtype=torch.float32)
-    assert [len(x) for x in stats] == [0] * 6
+    assert [len(x) for x in stats[:6]] == [0] * 6
     bias_grad = torch.zeros(100, device=DEVICE)
     out = torch.empty(0, 100, device=DEVICE)
     triton_rows.row_grad(
@@ -179,5 +179,5 @@ def test_bfloat16_logits_are_read_as_they_are() -> None:
     case["products"] = case["products"].bfloat16()
     truth = rows.row_stats(**wide(case), dtype=torch.float64)
     actual = triton_rows.row_stats(**case, dtype=torch.float32)
-    for ours, exact in zip(actual, truth, strict=True):
+    for ours, exact in zip(actual[:6], truth[:6], strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=3e-6)

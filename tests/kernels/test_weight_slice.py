@@ -1,0 +1,95 @@
+"""Gradients a slice of the vocabulary at a time: the same as a chunk of tokens at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from aepo_kernels import RowSampling, linear_logprob
+from tests.kernels.oracle import (
+    OPTIONS,
+    assert_as_accurate,
+    make_case,
+    materialised,
+    output_weights,
+    weighted_gradients,
+)
+from tests.kernels.test_lora import SCALE, factors
+from tests.kernels.test_token_loss import (
+    by_autograd,
+    grpo_like,
+    make_columns,
+    policy_gradient,
+    run,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_token_loss_matches_float64(option: str, dtype: torch.dtype) -> None:
+    case = make_case(127, 64, 1000, dtype=dtype, option=option, seed=3)
+    columns = make_columns(case)
+    exact, _, truth = by_autograd(case.fresh(torch.float64), grpo_like, *columns)
+    base_loss, _, base = by_autograd(case.fresh(), grpo_like, *columns)
+    leaves = case.fresh()
+    output = run(leaves, grpo_like, *columns, weight_slice=300)
+    assert_as_accurate(output.loss, base_loss, exact, "loss")
+    grads = torch.autograd.grad(output.loss, leaves.tensors())
+    for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
+        assert ours.dtype == dtype
+        assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
+
+
+@pytest.mark.parametrize("weight_slice", [1, 64, 300, 5000])
+def test_logprob_matches_float64(weight_slice: int) -> None:
+    case = make_case(40, 16, 300, option="all")
+    weights = output_weights(40)
+    exact, base, ours = case.fresh(torch.float64), case.fresh(), case.fresh()
+    truth = weighted_gradients(exact, materialised(exact), weights)
+    theirs = weighted_gradients(base, materialised(base), weights)
+    output = linear_logprob(
+        ours.hidden, ours.weight, ours.targets, **ours.keywords(), weight_slice=weight_slice
+    )
+    grads = weighted_gradients(ours, output[:4], weights)
+    for one, other, wanted in zip(grads, theirs, truth, strict=True):
+        assert_as_accurate(one, other, wanted, "gradient")
+
+
+def test_low_rank_heads_and_rows_without_a_coefficient() -> None:
+    case = make_case(60, 16, 200, option="ignored")
+    advantage = torch.randn(60)
+    advantage[::2] = 0.0
+    results = []
+    for names in ({"weight_slice": 70}, {}):
+        leaves, (lora_a, lora_b) = case.fresh(), factors(case, 3, torch.float32)
+        low: dict[str, Any] = {"lora_a": lora_a, "lora_b": lora_b, "lora_scale": SCALE}
+        output = run(leaves, policy_gradient, advantage, **low, **names)
+        inputs = [leaves.hidden, leaves.weight, lora_a, lora_b]
+        results.append([output.active_rows, *torch.autograd.grad(output.loss, inputs)])
+    assert results[0][0] == results[1][0] > 0
+    for ours, theirs in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_no_row_with_a_gradient_gives_zeros() -> None:
+    leaves = make_case(20, 8, 30).fresh()
+    run(leaves, policy_gradient, torch.zeros(20), weight_slice=7).loss.backward()
+    assert leaves.weight.grad is not None and (leaves.weight.grad == 0).all()
+    assert leaves.hidden.grad is not None and (leaves.hidden.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ({"weight_slice": 0}, "weight_slice = 0: must be at least 1"),
+        ({"weight_slice": 5, "backend": "reference"}, "reference has no slices"),
+        ({"weight_slice": 5, "row_sampling": RowSampling(0.1)}, "row_sampling does; drop one"),
+        ({"weight_slice": 5, "weight_grad": torch.zeros(30, 8)}, "weight_grad does; drop one"),
+    ],
+)
+def test_what_goes_by_whole_rows_is_refused(names: dict[str, Any], reason: str) -> None:
+    leaves = make_case(20, 8, 30).fresh()
+    with pytest.raises(ValueError, match=reason):
+        run(leaves, policy_gradient, torch.randn(20), **names)
