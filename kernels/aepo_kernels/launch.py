@@ -34,7 +34,7 @@ class FusedLaunch(NamedTuple):
 # By compute capability; a chip that is not listed takes the nearest one below. None of these has
 # been timed yet. Chosen by what they compile to: 16-byte loads, registers for at least four
 # programs on a multiprocessor, and about 32 KB on their way to it.
-STATS_LAUNCH = {80: RowLaunch(2048, 8, stages=4)}
+STATS_LAUNCH = {80: RowLaunch(1024, 4, stages=4)}
 GRAD_LAUNCH = {80: RowLaunch(2048, 4)}
 # The largest tiles whose epilogue spills no register, with every option on.
 FUSED_LAUNCH = {
