@@ -32,6 +32,14 @@ class Case:
     def keywords(self) -> dict[str, Any]:
         return self.options if self.bias is None else {**self.options, "bias": self.bias}
 
+    def to(self, device: torch.device | str) -> Case:
+        """The same case on another device."""
+        options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        bias = None if self.bias is None else self.bias.to(device)
+        return Case(
+            self.hidden.to(device), self.weight.to(device), self.targets.to(device), bias, options
+        )
+
     def fresh(self, dtype: torch.dtype | None = None) -> Case:
         """A copy whose tensors are leaves that require gradients, in `dtype` if given."""
 
