@@ -74,7 +74,7 @@ def truth(inputs: Inputs, mode: Mode, loss: str | None) -> Values:
                 gradient.scatter_add_(1, target, slope)
                 gradient /= inputs.temperature
                 values["dhidden"] = gradient @ weight
-                dweight += gradient.T @ hidden
+                dweight.addmm_(gradient.T, hidden)
             for name, value in values.items():
                 parts.setdefault(name, []).append(value)
     joined = {name: torch.cat(part) for name, part in parts.items()}

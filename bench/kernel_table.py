@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 UNTIMED = ("incorrect", "failed")
+# What the README and the figure show of a run.
+SUMMARY_MODES = ("forward", "training")
+SUMMARY_TOKENS = 8192
 
 
 def unavailable_list(record: dict[str, Any]) -> str:
@@ -23,10 +26,12 @@ def case_table(case: dict[str, Any]) -> str:
 
 def mode_table(mode: dict[str, Any]) -> str:
     """One mode: a row for the bare GEMMs and one per candidate, fastest first."""
+    if "floor" not in mode:
+        return f"### {mode['title']}\n\n{mode['message']}\n"
     floor = mode["floor"]
     names = ours_in(mode)
     heads = ["candidate", "ms (p20 to p80)", "/ floor", *(f"/ {name}" for name in names)]
-    heads += ["peak extra memory", "error / torch's", "says"]
+    heads += ["peak extra memory", "errors / torch's", "says"]
     rows = [
         f"### {mode['title']}",
         "",
@@ -55,7 +60,7 @@ def _row(name: str, found: dict[str, Any], ours: list[str]) -> str:
         return f"| {name} | {' | '.join(cells)} |"
     says = ", ".join(part for part in (found.get("lacks", ""), found["message"]) if part)
     if status in UNTIMED:
-        cells = [status, "-", *("-" for _ in ours), "-", worst_error(found), says]
+        cells = [status, "-", *("-" for _ in ours), "-", all_errors(found), says]
         return f"| {name} | {' | '.join(cells)} |"
     ratios = [f"{found['ratio_to_ours'][ours_name]:.2f}" for ours_name in ours]
     memory = found.get("peak_extra_bytes")
@@ -64,10 +69,19 @@ def _row(name: str, found: dict[str, Any], ours: list[str]) -> str:
         f"{found['ratio_to_floor']:.2f}",
         *ratios,
         "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB",
-        worst_error(found),
+        all_errors(found),
         says,
     ]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def all_errors(found: dict[str, Any]) -> str:
+    """Each value's error as a multiple of the baseline's, rms or largest, whichever is worse."""
+    parts = []
+    for name, kinds in found.get("error_ratios", {}).items():
+        known = [ratio for ratio in kinds.values() if ratio is not None]
+        parts.append(f"{name} {max(known):.2g}" if known else f"{name} -")
+    return ", ".join(parts) or "-"
 
 
 def worst_error(found: dict[str, Any]) -> str:
@@ -86,3 +100,59 @@ def worst_error(found: dict[str, Any]) -> str:
 
 def _spread(times: dict[str, Any]) -> str:
     return f"{times['median_ms']:.3g} ({times['p20_ms']:.3g} to {times['p80_ms']:.3g})"
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A run in short: for two modes, time over the bare GEMMs' per candidate and shape."""
+    cases = shown_cases(record)
+    blocks = []
+    for name in SUMMARY_MODES:
+        modes = [case["modes"].get(name) for case in cases]
+        modes = [mode if mode and "floor" in mode else None for mode in modes]
+        if all(mode is None for mode in modes):
+            continue
+        titles = [f"H {case['hidden']}, V {case['vocab']}, N {case['tokens']}" for case in cases]
+        found = [mode for mode in modes if mode is not None]
+        floors = ["-" if mode is None else f"{mode['floor']['median_ms']:.3g} ms" for mode in modes]
+        rows = [
+            f"{found[0]['title'][0].upper()}{found[0]['title'][1:]}:",
+            "",
+            f"| | {' | '.join(titles)} |",
+            "|---|" + "---|" * len(titles),
+            f"| bare {found[0]['floor']['name']} | {' | '.join(floors)} |",
+        ]
+        candidates = {key: None for mode in found for key in mode["candidates"]}
+        for candidate in candidates:
+            each = [None if mode is None else mode["candidates"].get(candidate) for mode in modes]
+            if all(one is None or one["status"] == "excluded" for one in each):
+                continue
+            lacks = next((one["lacks"] for one in each if one and one.get("lacks")), "")
+            label = f"{candidate} ({lacks})" if lacks else candidate
+            rows.append(f"| {label} | {' | '.join(map(_short, each))} |")
+        blocks.append("\n".join(rows) + "\n")
+    return "\n".join(blocks)
+
+
+def _short(found: dict[str, Any] | None) -> str:
+    if found is None or found["status"] == "excluded":
+        return "-"
+    if found["status"] == "incorrect":
+        return f"incorrect: error {worst_error(found)}"
+    if "ratio_to_floor" not in found:
+        return found["status"]
+    return f"{found['ratio_to_floor']:.2f} ({found['median_ms']:.3g} ms)"
+
+
+def shown_cases(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One case per shape: SUMMARY_TOKENS tokens where they were run, or else the most."""
+    cases = [case for case in record["cases"] if case.get("modes")]
+    chosen: dict[tuple[int, int], dict[str, Any]] = {}
+    for case in cases:
+        key = case["hidden"], case["vocab"]
+        if key not in chosen or _rank(case) > _rank(chosen[key]):
+            chosen[key] = case
+    return list(chosen.values())
+
+
+def _rank(case: dict[str, Any]) -> tuple[bool, int]:
+    return case["tokens"] == SUMMARY_TOKENS, case["tokens"]

@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from bench.kernel_inputs import (
 )
 from bench.kernel_table import case_table, unavailable_list
 from bench.peers import all_peers
-from bench.peers.peer import MODES, Inputs, Mode, Peer
+from bench.peers.peer import MODES, Inputs, LeftOut, Mode, Peer
 from bench.timing import (
     Stopwatch,
     clocks,
@@ -123,17 +124,19 @@ def main(arguments: argparse.Namespace) -> None:
                 break
             case = {"tokens": num_tokens, "hidden": hidden_size, "vocab": vocab}
             record["cases"].append(case)
-            run_case(case, setup)
+            # After every mode, so that a run that is killed or whose GPU dies loses one at most.
+            for _ in run_case(case, setup):
+                path.write_text(json.dumps(record, indent=1))
             print(case_table(case), flush=True)
-            path.write_text(json.dumps(record, indent=1))
     print(f"result: {path}\nfigure: {_draw(record, path.with_suffix('.png'))}")
 
 
-def run_case(case: dict[str, Any], setup: Setup) -> None:
-    """Fill in one case: its clocks and, by mode, floor and candidates."""
-    # Compiled code of other shapes would count against dynamo's limit of variants.
-    torch.compiler.reset()
+def run_case(case: dict[str, Any], setup: Setup) -> Iterator[None]:
+    """Fill in one case, its clocks and, by mode, floor and candidates; yields after each step."""
     device = setup.stopwatch.device
+    if device.type == "cuda":
+        # Compiled code of other shapes would count against dynamo's limit of variants.
+        torch.compiler.reset()
     case["modes"] = {}
     try:
         inputs = make_inputs(
@@ -141,11 +144,20 @@ def run_case(case: dict[str, Any], setup: Setup) -> None:
         )
     except torch.OutOfMemoryError as error:
         case["message"] = describe_error(error)
+        yield
         return
     case["clocks_before"] = clocks(device)
     for mode in setup.modes:
-        case["modes"][mode.name] = run_mode(inputs_for(inputs, mode), mode, setup)
-    case["clocks_after"] = clocks(device)
+        if case["modes"] and time.monotonic() > setup.deadline:
+            break
+        try:
+            case["modes"][mode.name] = run_mode(inputs_for(inputs, mode), mode, setup)
+        except torch.OutOfMemoryError as error:  # of the gate or the bare GEMMs
+            case["modes"][mode.name] = {"title": mode.title, "message": describe_error(error)}
+            gate.clear_gradients(inputs)
+            release(device)
+        case["clocks_after"] = clocks(device)
+        yield
 
 
 def run_mode(inputs: Inputs, mode: Mode, setup: Setup) -> dict[str, Any]:
@@ -207,6 +219,8 @@ def gated(inputs: Inputs, mode: Mode, setup: Setup) -> dict[str, dict[str, Any]]
         for peer in peers:
             try:
                 found = gate.check(peer, inputs, mode, exact, reference)
+            except LeftOut as reason:
+                found = {"status": "excluded", "message": str(reason)}
             # Whatever another project's kernel raises is that candidate's result.
             except Exception as error:
                 found = {"status": "failed", "message": describe_error(error)}

@@ -14,7 +14,7 @@ from aepo_kernels import (
     linear_logprob,
     linear_token_loss,
 )
-from bench.peers.peer import Inputs, Mode, Outputs, Peer, loss_of, shared_loss
+from bench.peers.peer import Inputs, LeftOut, Mode, Outputs, Peer, loss_of, shared_loss
 
 # The reference backend makes all logits at once; beyond this it only costs memory and time.
 REFERENCE_LIMIT = 2**25
@@ -77,7 +77,7 @@ def run(backend: str, chunk_tokens: int | None, inputs: Inputs, mode: Mode) -> O
     """Log-probs and entropies, or the whole loss in training."""
     size = inputs.hidden.shape[0] * inputs.weight.shape[0]
     if backend == "reference" and size > REFERENCE_LIMIT:
-        raise RuntimeError("not timed at this size: it makes all logits at once")
+        raise LeftOut("not timed at this size: it makes all logits at once")
     if not mode.training:
         out = _logprob(backend, chunk_tokens, inputs, mode)
         return Outputs(out.logprob, out.entropy, out.second_logprob)

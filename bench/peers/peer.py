@@ -35,9 +35,18 @@ class Mode:
 
 MODES = (
     Mode("forward", "log-prob and entropy, no gradient"),
-    Mode("two_temperatures", "the same and log-prob at a second temperature", second=True),
+    Mode(
+        "two_temperatures",
+        "log-prob and entropy, and log-prob at a second temperature",
+        second=True,
+    ),
     Mode("training", "GRPO + AEPO loss, forward and backward", loss="grpo_aepo"),
-    Mode("training_sparse", "the same, 40% zero advantages", loss="grpo_aepo", sparse=True),
+    Mode(
+        "training_sparse",
+        "GRPO + AEPO loss, 40% zero advantages, forward and backward",
+        loss="grpo_aepo",
+        sparse=True,
+    ),
     Mode("ce", "cross entropy only, forward and backward", loss="ce"),
 )
 
@@ -80,7 +89,7 @@ class Peer:
 
     temperatures: 2 if one call does both, 1 if a second call does the other, 0 if it knows none.
     losses: what it can compute in training; "grpo" is a loss of its own without the AEPO term.
-    per_token: whether it returns log-probs. training_only: without gradient it is another candidate.
+    per_token: whether it returns log-probs. training_only: elsewhere it is a twin.
     """
 
     name: str
@@ -161,14 +170,18 @@ def package_version(package: str) -> str | None:
         return None
 
 
+class LeftOut(RuntimeError):
+    """Raised by a candidate where running it would make no sense; the message says why."""
+
+
 def import_problem(package: str, *modules: str) -> str | None:
     """Why a package's modules cannot be used here, or None."""
-    if package_version(package) is None:
-        return f"{package} is not installed"
     for module in modules:
         try:
             importlib.import_module(module)
         # Packages that compile at import fail in their own ways; only the reason matters here.
         except Exception as error:
+            if package_version(package) is None:
+                return f"{package} is not installed"
             return f"import of {module} failed: {type(error).__name__}: {error}"
     return None
