@@ -161,7 +161,7 @@ def run_case(case: dict[str, Any], setup: Setup) -> Iterator[None]:
 
 
 def run_mode(inputs: Inputs, mode: Mode, setup: Setup) -> dict[str, Any]:
-    """Gate, memory and times of every candidate in one mode, and the bare GEMMs beside them."""
+    """Gate, memory and times of every candidate in one mode; the bare GEMMs are of all tokens."""
     candidates = gated(inputs, mode, setup)
     device = setup.stopwatch.device
     kept = inputs.hidden.nbytes + inputs.weight.nbytes if mode.training else 0

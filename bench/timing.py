@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 CPU_FLUSH_BYTES = 64 * 2**20
+# More than any L2: overwriting it takes long enough to launch a candidate's first kernels meanwhile.
+CUDA_FLUSH_BYTES = 2**30
 
 
 class Stopwatch:
@@ -19,11 +21,8 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        size = CPU_FLUSH_BYTES
-        if device.type == "cuda":
-            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush_bytes = size
-        self.buffer = torch.empty(size, dtype=torch.int8, device=device)
+        self.flush_bytes = CUDA_FLUSH_BYTES if device.type == "cuda" else CPU_FLUSH_BYTES
+        self.buffer = torch.empty(self.flush_bytes, dtype=torch.int8, device=device)
 
     def time_ms(self, call: Callable[[], None]) -> float:
         """Milliseconds that one call takes."""

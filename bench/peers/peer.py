@@ -149,7 +149,8 @@ def loss_of(loss: str | None, logprob: Tensor, *rows: Tensor) -> Tensor | None:
     if loss is None:
         return None
     if loss == "ce":
-        return -logprob.sum()
+        # Not -logprob.sum(), whose gradient has stride 0, which some kernels do not take.
+        return (-logprob).sum()
     old_logprob, advantage, aux_weight = rows
     if loss == "grpo":
         aux_weight = torch.zeros_like(aux_weight)
