@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 CPU_FLUSH_BYTES = 64 * 2**20
-# More than any L2: overwriting it takes long enough to launch a candidate's first kernels meanwhile.
+# More than any L2, so that a candidate's first kernels are launched while this is overwritten.
 CUDA_FLUSH_BYTES = 2**30
 
 
