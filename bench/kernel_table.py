@@ -99,7 +99,11 @@ def worst_error(found: dict[str, Any]) -> str:
 
 
 def _spread(times: dict[str, Any]) -> str:
-    return f"{times['median_ms']:.3g} ({times['p20_ms']:.3g} to {times['p80_ms']:.3g})"
+    return f"{_ms(times['median_ms'])} ({_ms(times['p20_ms'])} to {_ms(times['p80_ms'])})"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -113,7 +117,9 @@ def summary(record: dict[str, Any]) -> str:
             continue
         titles = [f"H {case['hidden']}, V {case['vocab']}, N {case['tokens']}" for case in cases]
         found = [mode for mode in modes if mode is not None]
-        floors = ["-" if mode is None else f"{mode['floor']['median_ms']:.3g} ms" for mode in modes]
+        floors = [
+            "-" if mode is None else f"{_ms(mode['floor']['median_ms'])} ms" for mode in modes
+        ]
         rows = [
             f"{found[0]['title'][0].upper()}{found[0]['title'][1:]}:",
             "",
@@ -140,7 +146,7 @@ def _short(found: dict[str, Any] | None) -> str:
         return f"incorrect: error {worst_error(found)}"
     if "ratio_to_floor" not in found:
         return found["status"]
-    return f"{found['ratio_to_floor']:.2f} ({found['median_ms']:.3g} ms)"
+    return f"{found['ratio_to_floor']:.2f} ({_ms(found['median_ms'])} ms)"
 
 
 def shown_cases(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -182,7 +182,8 @@ def import_problem(package: str, *modules: str) -> str | None:
             importlib.import_module(module)
         # Packages that compile at import fail in their own ways; only the reason matters here.
         except Exception as error:
-            if package_version(package) is None:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == module.split(".")[0]
+            if missing:
                 return f"{package} is not installed"
             return f"import of {module} failed: {type(error).__name__}: {error}"
     return None
