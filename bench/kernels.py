@@ -134,7 +134,7 @@ def main(arguments: argparse.Namespace) -> None:
 def run_case(case: dict[str, Any], setup: Setup) -> Iterator[None]:
     """Fill in one case, its clocks and, by mode, floor and candidates; yields after each step."""
     device = setup.stopwatch.device
-    if device.type == "cuda":
+    if "torch._dynamo" in sys.modules:
         # Compiled code of other shapes would count against dynamo's limit of variants.
         torch.compiler.reset()
     case["modes"] = {}

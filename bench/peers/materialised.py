@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -30,8 +32,10 @@ def peers() -> list[Peer]:
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the compiled path is not timed here, or None."""
-    return None if device.type == "cuda" else "timed on CUDA only"
+    """Why the compiled path cannot run here, or None."""
+    if device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")):
+        return None
+    return "needs a C++ compiler"
 
 
 def run(compiled: bool, inputs: Inputs, mode: Mode) -> Outputs:

@@ -199,12 +199,13 @@ def test_quick_command_writes_a_record_and_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ["--shapes", "16x64", "--tokens", "32", "--rounds", "2"]
-    chosen = ["--only", "ours", "--only", "torch", "--results", str(tmp_path)]
+    # Compiling takes longer than everything else here.
+    chosen = ["--only", "ours", "--only", "torch", "--skip", "compile", "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", "kernels", "--quick", *sizes, *chosen])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     main()
     output = capsys.readouterr().out
-    assert "torch.compile: timed on CUDA only" in output and "bare 3 GEMMs" in output
+    assert "Everything is available here." in output and "bare 3 GEMMs" in output
     (path,) = (tmp_path / "cpu").glob("kernels-*.json")
     assert path.with_suffix(".png").exists()
     record = json.loads(path.read_text())
