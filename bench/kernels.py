@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import time
@@ -45,7 +46,8 @@ SHAPES = (
     (4096, 151936),
     (5120, 152064),
 )
-TOKENS: tuple[int, ...] = (4096, 8192, 16384, 32768)
+# First those that the README shows: a run may have a time limit.
+TOKENS: tuple[int, ...] = (8192, 4096, 16384, 32768)
 CPU_SHAPES, CPU_TOKENS = ((576, 49152), (896, 151936)), (512,)
 QUICK = {"cuda": ([(896, 151936)], [4096]), "cpu": ([(256, 8192)], [256])}
 FLOORS = {"1 GEMM": 1, "3 GEMMs": 3}
@@ -117,17 +119,16 @@ def main(arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"kernels-{time.strftime('%Y%m%d-%H%M%S')}.json"
     print(unavailable_list(record), flush=True)
-    for hidden_size, vocab in shapes:
-        for num_tokens in tokens:
-            if record["cases"] and time.monotonic() > setup.deadline:
-                print("stopped: --limit-minutes is over")
-                break
-            case = {"tokens": num_tokens, "hidden": hidden_size, "vocab": vocab}
-            record["cases"].append(case)
-            # After every mode, so that a run that is killed or whose GPU dies loses one at most.
-            for _ in run_case(case, setup):
-                path.write_text(json.dumps(record, indent=1))
-            print(case_table(case), flush=True)
+    for num_tokens, (hidden_size, vocab) in itertools.product(tokens, shapes):
+        if record["cases"] and time.monotonic() > setup.deadline:
+            print("stopped: --limit-minutes is over")
+            break
+        case = {"tokens": num_tokens, "hidden": hidden_size, "vocab": vocab}
+        record["cases"].append(case)
+        # After every mode, so that a run that is killed or whose GPU dies loses one at most.
+        for _ in run_case(case, setup):
+            path.write_text(json.dumps(record, indent=1))
+        print(case_table(case), flush=True)
     print(f"result: {path}\nfigure: {_draw(record, path.with_suffix('.png'))}")
 
 
@@ -194,6 +195,8 @@ def run_mode(inputs: Inputs, mode: Mode, setup: Setup) -> dict[str, Any]:
         deadline=setup.deadline,
     )
     before()
+    if floor in failures:
+        raise torch.OutOfMemoryError(failures[floor])
     for name, message in failures.items():
         candidates[name] |= {"status": "failed", "message": message}
     floor_times = summary(times.pop(floor))
@@ -299,5 +302,5 @@ def _draw(record: dict[str, Any], path: Path) -> str:
     try:
         from bench.kernel_figure import draw
     except ImportError as error:
-        return f"not drawn: {error}"
+        return f"not drawn ({error}); `python -m bench tables` draws it where that is installed"
     return str(draw(record, path))

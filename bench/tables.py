@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -17,7 +18,17 @@ README = ROOT / "README.md"
 def add_command(commands: Any) -> None:
     """Add `tables` to the benchmark's commands."""
     parser = commands.add_parser("tables", help=__doc__)
-    parser.set_defaults(run=lambda arguments: README.write_text(render(README.read_text())))
+    parser.set_defaults(run=main)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Write the README's generated blocks, and figures that are missing beside a result."""
+    from bench.kernel_figure import draw
+
+    for path in RESULTS.glob("*/kernels-*.json"):
+        if not path.with_suffix(".png").exists():
+            draw(json.loads(path.read_text()), path.with_suffix(".png"))
+    README.write_text(render(README.read_text()))
 
 
 def render(readme: str) -> str:

@@ -217,6 +217,33 @@ def test_quick_command_writes_a_record_and_a_figure(
         assert statuses <= {"ok", "excluded"}
 
 
+def test_a_time_limit_ends_the_run_after_one_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--shapes", "16x64", "16x65", "--tokens", "32", "64", "--limit-minutes", "0"]
+    chosen = ["--only", "ours", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["bench", "kernels", *sizes, *chosen])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    main()
+    assert "stopped" in capsys.readouterr().out
+    (path,) = (tmp_path / "cpu").glob("kernels-*.json")
+    (case,) = json.loads(path.read_text())["cases"]
+    (mode,) = case["modes"].values()
+    assert len(mode["floor"]["times_ms"]) == 1
+
+
+def test_no_memory_for_the_gate_is_recorded(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gate, "truth", no_memory)
+    case = {"tokens": 32, "hidden": 16, "vocab": 64}
+    assert len(list(kernels.run_case(case, setup_of(peer_named("torch eager"))))) == len(MODES)
+    assert case_table(case).count("out of memory") == len(MODES)
+
+
 def test_every_peer_says_why_it_cannot_run() -> None:
     peers = all_peers()
     assert len({peer.name for peer in peers}) == len(peers) >= 11
