@@ -1,4 +1,4 @@
-"""The command line: train, eval, plot, configs, doctor."""
+"""The command line: train, eval, plot, configs, doctor, bench."""
 
 from __future__ import annotations
 
@@ -103,3 +103,17 @@ def doctor() -> None:
     from aepo_fast.doctor import report
 
     print(report())
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def bench(context: typer.Context) -> None:
+    """Run a benchmark of the source repository: `bench kernels --quick`, `bench --help`."""
+    from aepo_fast.bench_command import run_bench
+
+    raise SystemExit(run_bench(context.args))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.entropy_figure import draw
 from bench.environment import RESULTS, ROOT, describe, device_name
 
 TARGETS = (0.5, 1.0)
@@ -71,6 +70,9 @@ def add_command(commands: Any) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Run what has not been run yet, then write the result and its figure."""
+    # Here, so that the other benchmarks run where matplotlib is missing.
+    from bench.entropy_figure import draw
+
     runs = [
         Run(setting, target, seed)
         for seed in range(arguments.seeds)

@@ -22,6 +22,14 @@ def device_name() -> str:
     return "cpu"
 
 
+def installed_version(package: str) -> str:
+    """An installed distribution's version, or that there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def describe() -> dict[str, str | int]:
     """Machine, versions, commit and date, for a result file."""
     cpu = platform.processor() or platform.machine()
@@ -39,6 +47,6 @@ def describe() -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
+        "transformers": installed_version("transformers"),
         "commit": commit.strip() + ("+changes" if dirty.strip() else ""),
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from bench import kernel_table
 from bench.entropy import table
 from bench.environment import RESULTS, ROOT
 
@@ -16,12 +18,23 @@ README = ROOT / "README.md"
 def add_command(commands: Any) -> None:
     """Add `tables` to the benchmark's commands."""
     parser = commands.add_parser("tables", help=__doc__)
-    parser.set_defaults(run=lambda arguments: README.write_text(render(README.read_text())))
+    parser.set_defaults(run=main)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Write the README's generated blocks, and figures that are missing beside a result."""
+    from bench.kernel_figure import draw
+
+    for path in RESULTS.glob("*/kernels-*.json"):
+        if not path.with_suffix(".png").exists():
+            draw(json.loads(path.read_text()), path.with_suffix(".png"))
+    README.write_text(render(README.read_text()))
 
 
 def render(readme: str) -> str:
     """The README with every generated block made anew; a block without results stays empty."""
-    for name, block in {"first-light": first_light(), "entropy": entropy()}.items():
+    blocks = {"first-light": first_light(), "entropy": entropy(), "kernels": kernels()}
+    for name, block in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         readme, count = re.subn(
             pattern, lambda match, text=block: match[1] + text + match[2], readme, flags=re.S
@@ -87,6 +100,31 @@ def _entropy_note(path: Path, record: dict[str, Any], runs: list[dict[str, Any]]
         f"{names}: SmolLM2-135M on one-digit products, {len(runs[0]['entropy'])} steps, {spread}; "
         f"{where['cpu']}, torch {where['torch']} ([raw]({_link(path)}))."
     )
+
+
+def kernels() -> str:
+    """The newest kernel benchmark of each device: summary, figure and what was left out."""
+    newest_by_device: dict[str, Path] = {}
+    for path in sorted(RESULTS.glob("*/kernels-*.json"), key=lambda path: path.name):
+        newest_by_device[path.parent.name] = path
+    parts = []
+    for path in newest_by_device.values():
+        record = json.loads(path.read_text())
+        where, settings = record["environment"], record["settings"]
+        device = where["cpu"] if where["device"] == "cpu" else where["device"]
+        parts.append(
+            f"{device}, {settings['dtype']}, torch {where['torch']}, triton {where['triton']}: "
+            f"time over the bare GEMMs' in the same run, medians of {settings['rounds']} "
+            f"interleaved rounds ([raw]({_link(path)})).\n"
+        )
+        parts.append(kernel_table.summary(record))
+        if record["unavailable"]:
+            names = "; ".join(f"{name} ({why})" for name, why in record["unavailable"].items())
+            parts.append(f"Not available there: {names}.\n")
+        figure = path.with_suffix(".png")
+        if figure.exists():
+            parts.append(f"![time over the bare GEMMs']({_link(figure)})\n")
+    return "\n".join(parts)
 
 
 def _link(path: Path) -> str:

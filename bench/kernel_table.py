@@ -1,0 +1,164 @@
+"""Tables of the kernel benchmark: one per case and mode, and a summary for the README."""
+
+from __future__ import annotations
+
+from typing import Any
+
+UNTIMED = ("incorrect", "failed")
+# What the README and the figure show of a run.
+SUMMARY_MODES = ("forward", "training")
+SUMMARY_TOKENS = 8192
+
+
+def unavailable_list(record: dict[str, Any]) -> str:
+    """What could not run on this machine and why, one line each."""
+    lines = [f"- {name}: {reason}" for name, reason in record["unavailable"].items()]
+    return "\n".join(["Not available here:", *lines]) if lines else "Everything is available here."
+
+
+def case_table(case: dict[str, Any]) -> str:
+    """A case's modes as Markdown tables."""
+    head = f"## H {case['hidden']}, V {case['vocab']}, N {case['tokens']}"
+    if not case.get("modes"):
+        return f"{head}\n\n{case.get('message', 'nothing was run')}\n"
+    return "\n".join([head, "", *(mode_table(mode) for mode in case["modes"].values())])
+
+
+def mode_table(mode: dict[str, Any]) -> str:
+    """One mode: a row for the bare GEMMs and one per candidate, fastest first."""
+    if "floor" not in mode:
+        return f"### {mode['title']}\n\n{mode['message']}\n"
+    floor = mode["floor"]
+    names = ours_in(mode)
+    heads = ["candidate", "ms (p20 to p80)", "/ floor", *(f"/ {name}" for name in names)]
+    heads += ["peak extra memory", "errors / torch's", "says"]
+    rows = [
+        f"### {mode['title']}",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+        f"| bare {floor['name']} | {_spread(floor)} | 1.00 |" + " |" * (len(names) + 3),
+    ]
+    candidates = mode["candidates"]
+    order = sorted(candidates, key=lambda name: candidates[name].get("median_ms", float("inf")))
+    rows += [_row(name, candidates[name], names) for name in order]
+    return "\n".join(rows) + "\n"
+
+
+def ours_in(mode: dict[str, Any]) -> list[str]:
+    """The candidate that the others are compared with, if it was timed: the first of ours."""
+    for name, found in mode["candidates"].items():
+        if found.get("ratio_to_ours") and name in found["ratio_to_ours"]:
+            return [name]
+    return []
+
+
+def _row(name: str, found: dict[str, Any], ours: list[str]) -> str:
+    status = found["status"]
+    if status == "excluded":
+        cells = ["-", "-", *("-" for _ in ours), "-", "-", found["message"]]
+        return f"| {name} | {' | '.join(cells)} |"
+    says = ", ".join(part for part in (found.get("lacks", ""), found["message"]) if part)
+    if status in UNTIMED:
+        cells = [status, "-", *("-" for _ in ours), "-", all_errors(found), says]
+        return f"| {name} | {' | '.join(cells)} |"
+    ratios = [f"{found['ratio_to_ours'][ours_name]:.2f}" for ours_name in ours]
+    memory = found.get("peak_extra_bytes")
+    cells = [
+        _spread(found),
+        f"{found['ratio_to_floor']:.2f}",
+        *ratios,
+        "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB",
+        all_errors(found),
+        says,
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def all_errors(found: dict[str, Any]) -> str:
+    """Each value's error as a multiple of the baseline's, rms or largest, whichever is worse."""
+    parts = []
+    for name, kinds in found.get("error_ratios", {}).items():
+        known = [ratio for ratio in kinds.values() if ratio is not None]
+        parts.append(f"{name} {max(known):.2g}" if known else f"{name} -")
+    return ", ".join(parts) or "-"
+
+
+def worst_error(found: dict[str, Any]) -> str:
+    """The largest error as a multiple of the baseline's, and of what; "-" if it never ran."""
+    ratios = [
+        (ratio, name)
+        for name, kinds in found.get("error_ratios", {}).items()
+        for ratio in kinds.values()
+        if ratio is not None
+    ]
+    if not ratios:
+        return "-"
+    ratio, name = max(ratios)
+    return f"{ratio:.2g} ({name})"
+
+
+def _spread(times: dict[str, Any]) -> str:
+    return f"{_ms(times['median_ms'])} ({_ms(times['p20_ms'])} to {_ms(times['p80_ms'])})"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A run in short: for two modes, time over the bare GEMMs' per candidate and shape."""
+    cases = shown_cases(record)
+    blocks = []
+    for name in SUMMARY_MODES:
+        modes = [case["modes"].get(name) for case in cases]
+        modes = [mode if mode and "floor" in mode else None for mode in modes]
+        if all(mode is None for mode in modes):
+            continue
+        titles = [f"H {case['hidden']}, V {case['vocab']}, N {case['tokens']}" for case in cases]
+        found = [mode for mode in modes if mode is not None]
+        floors = [
+            "-" if mode is None else f"{_ms(mode['floor']['median_ms'])} ms" for mode in modes
+        ]
+        rows = [
+            f"{found[0]['title'][0].upper()}{found[0]['title'][1:]}:",
+            "",
+            f"| | {' | '.join(titles)} |",
+            "|---|" + "---|" * len(titles),
+            f"| bare {found[0]['floor']['name']} | {' | '.join(floors)} |",
+        ]
+        candidates = {key: None for mode in found for key in mode["candidates"]}
+        for candidate in candidates:
+            each = [None if mode is None else mode["candidates"].get(candidate) for mode in modes]
+            if all(one is None or one["status"] == "excluded" for one in each):
+                continue
+            lacks = next((one["lacks"] for one in each if one and one.get("lacks")), "")
+            label = f"{candidate} ({lacks})" if lacks else candidate
+            rows.append(f"| {label} | {' | '.join(map(_short, each))} |")
+        blocks.append("\n".join(rows) + "\n")
+    return "\n".join(blocks)
+
+
+def _short(found: dict[str, Any] | None) -> str:
+    if found is None or found["status"] == "excluded":
+        return "-"
+    if found["status"] == "incorrect":
+        return f"incorrect: error {worst_error(found)}"
+    if "ratio_to_floor" not in found:
+        return found["status"]
+    return f"{found['ratio_to_floor']:.2f} ({_ms(found['median_ms'])} ms)"
+
+
+def shown_cases(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One case per shape: SUMMARY_TOKENS tokens where they were run, or else the most."""
+    cases = [case for case in record["cases"] if case.get("modes")]
+    chosen: dict[tuple[int, int], dict[str, Any]] = {}
+    for case in cases:
+        key = case["hidden"], case["vocab"]
+        if key not in chosen or _rank(case) > _rank(chosen[key]):
+            chosen[key] = case
+    return list(chosen.values())
+
+
+def _rank(case: dict[str, Any]) -> tuple[bool, int]:
+    return case["tokens"] == SUMMARY_TOKENS, case["tokens"]

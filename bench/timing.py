@@ -1,0 +1,132 @@
+"""Timing: interleaved rounds, a flushed cache before each call, CUDA events on CUDA."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU_FLUSH_BYTES = 64 * 2**20
+# More than any L2, so that a candidate's first kernels are launched while this is overwritten.
+CUDA_FLUSH_BYTES = 2**30
+
+
+class Stopwatch:
+    """Times single calls on one device, each after its caches were overwritten."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flush_bytes = CUDA_FLUSH_BYTES if device.type == "cuda" else CPU_FLUSH_BYTES
+        self.buffer = torch.empty(self.flush_bytes, dtype=torch.int8, device=device)
+
+    def time_ms(self, call: Callable[[], None]) -> float:
+        """Milliseconds that one call takes."""
+        self.buffer.zero_()
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        first = torch.cuda.Event(enable_timing=True)
+        last = torch.cuda.Event(enable_timing=True)
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
+
+
+def interleave(
+    calls: dict[str, Callable[[], None]],
+    before: Callable[[], None],
+    stopwatch: Stopwatch,
+    *,
+    rounds: int,
+    seed: int,
+    deadline: float,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Time every call once a round, in an order drawn anew; `before` runs ahead of each.
+
+    Returns milliseconds by name, and messages of calls that raised, which then drop out. After the
+    deadline (of time.monotonic) no new round starts, save the first.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    failures: dict[str, str] = {}
+    order = random.Random(seed)
+    for index in range(rounds):
+        if index and time.monotonic() > deadline:
+            break
+        names = [name for name in calls if name not in failures]
+        order.shuffle(names)
+        for name in names:
+            before()
+            try:
+                times[name].append(stopwatch.time_ms(calls[name]))
+            # Whatever another project's kernel raises is that candidate's result.
+            except Exception as error:
+                failures[name] = describe_error(error)
+                release(stopwatch.device)
+    return times, failures
+
+
+def summary(times: list[float]) -> dict[str, Any]:
+    """Median, 20th and 80th percentile of milliseconds, and the times themselves."""
+    ordered = sorted(times)
+    last = len(ordered) - 1
+    return {
+        "median_ms": statistics.median(ordered),
+        "p20_ms": ordered[round(0.2 * last)],
+        "p80_ms": ordered[round(0.8 * last)],
+        "times_ms": [round(value, 4) for value in times],
+    }
+
+
+def peak_extra_bytes(
+    call: Callable[[], None], before: Callable[[], None], kept_bytes: int, device: torch.device
+) -> int | None:
+    """Most memory that a call held besides the inputs and the `kept_bytes` of gradients it returns.
+
+    Not measured on CPU.
+    """
+    if device.type != "cuda":
+        return None
+    before()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - held - kept_bytes
+
+
+def describe_error(error: BaseException) -> str:
+    """One line about an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory back; raises if the device no longer answers."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """Clocks, temperature and power by nvidia-smi, or None where there is none."""
+    fields = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,driver_version"
+    if device.type != "cuda":
+        return None
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    values = [value.strip() for value in done.stdout.split(",")]
+    names = fields.split(",")
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else None
