@@ -62,7 +62,7 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "flash_attention_2", "varlen", "eager"] = "auto"
     gradient_checkpointing: bool = True
     liger: bool = False  # Liger-Kernel for the layers other than the head
-    head_backend: Literal["auto", "chunked", "reference"] = "auto"
+    head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
 
     def __post_init__(self) -> None:
         _require(

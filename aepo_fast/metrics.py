@@ -56,7 +56,7 @@ class MetricsLogger:
         self.console.print(self._line(finite))
         if self._writer is not None:
             for key, value in finite.items():
-                if key != "step" and value is not None:
+                if key != "step" and isinstance(value, (int, float)):
                     self._writer.add_scalar(key, value, metrics["step"])
 
     def _line(self, metrics: dict[str, Any]) -> str:

@@ -66,7 +66,13 @@ class Policy:
     in fp32.
     """
 
-    def __init__(self, model: PreTrainedModel, cfg: ModelConfig, trainer: TrainerConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cfg: ModelConfig,
+        trainer: TrainerConfig,
+        backend: str = "auto",
+    ) -> None:
         self.model = model
         self.backbone = backbone_of(model)
         self.head = head_of(model)
@@ -74,7 +80,7 @@ class Policy:
         self.dtype = getattr(torch, cfg.compute_dtype)
         self.layout: Layout = choose_layout(model, trainer.layout)
         self.max_tokens = trainer.tokens_per_microbatch
-        self.backend = cfg.head_backend
+        self.backend = backend
 
     def microbatches(self, rows: Sequence[Row], indices: Sequence[int]) -> list[MicroBatch]:
         """Lay rows[indices] out for the model."""
@@ -111,6 +117,7 @@ class Policy:
             bias=self.head.bias,
             softcap=self.head.softcap,
             logit_scale=self.head.logit_scale,
+            ignore_index=None,
             backend=self.backend,
         )
 

@@ -64,6 +64,7 @@ class _Run:
             result = self.trainer.step(advance)
         last = number == cfg.trainer.steps
         metrics: dict[str, Any] = {"step": number, **result.metrics}
+        metrics["kernel/backend"] = self.trainer.policy.backend
         try:
             if self._heldout() and (last or (cfg.eval.every and number % cfg.eval.every == 0)):
                 metrics |= self._evaluate().metrics()

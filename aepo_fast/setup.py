@@ -21,6 +21,7 @@ from aepo_fast.policy import Policy
 from aepo_fast.rewards import Reward, build_reward
 from aepo_fast.rollout.base import RolloutEngine
 from aepo_fast.rollout.hf import HfRollout
+from aepo_kernels.backends import resolve_backend
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
         reason = "more than one process is not supported yet"
         raise ConfigError("WORLD_SIZE", world_size, reason, "Start a single process")
     folder = Path(cfg.output_dir)
+    choose_backend(cfg)
     used = (folder / "metrics.jsonl").exists()
     if used and not (resume or overwrite):
         raise ConfigError(
@@ -92,19 +94,32 @@ def choose_device(requested: str) -> torch.device:
     return torch.device(requested)
 
 
+def choose_backend(cfg: Config) -> str:
+    """The backend of the head's kernels; raises ConfigError where it cannot run."""
+    device = choose_device(cfg.trainer.device)
+    dtype = getattr(torch, cfg.model.compute_dtype)
+    name = cfg.model.head_backend
+    try:
+        return resolve_backend(name, device.type, dtype)
+    except ValueError as error:
+        reason, fix = str(error).removeprefix(f"backend = {name!r}: ").split("; ", 1)
+        raise ConfigError("model.head_backend", name, reason, fix.capitalize()) from error
+
+
 def load_models(cfg: Config, inputs: Inputs) -> Models:
     """Load the policy (from the checkpoint where there is one) and what goes with it."""
     device = choose_device(cfg.trainer.device)
     source = inputs.model_folder if inputs.checkpoint is None else str(inputs.checkpoint)
     model = load_model(cfg.model, source, device)
-    policy = Policy(model, cfg.model, cfg.trainer)
+    backend = choose_backend(cfg)
+    policy = Policy(model, cfg.model, cfg.trainer, backend)
     reference = None
     if cfg.loss.kl_coef > 0:
         if inputs.checkpoint is None:
             frozen = copy.deepcopy(model)
         else:
             frozen = load_model(cfg.model, inputs.model_folder, device)
-        reference = Policy(frozen.requires_grad_(False).eval(), cfg.model, cfg.trainer)
+        reference = Policy(frozen.requires_grad_(False).eval(), cfg.model, cfg.trainer, backend)
     engine = HfRollout(
         model,
         dtype=getattr(torch, cfg.rollout.dtype),

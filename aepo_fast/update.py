@@ -102,6 +102,7 @@ def _forward_backward(
         bias=head.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        ignore_index=None,
         backend=policy.backend,
     )
     if result.loss.requires_grad:

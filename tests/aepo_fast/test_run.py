@@ -301,6 +301,25 @@ def test_more_than_one_process_is_refused(
         train(tiny_config(tiny_model_dir, tmp_path / "run"))
 
 
+def test_a_head_backend_that_cannot_run_is_refused_before_any_model_loads(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cfg = tiny_config(tiny_model_dir, tmp_path / "run")
+    fused = replace(cfg, model=replace(cfg.model, head_backend="fused"))
+    fused = replace(fused, trainer=replace(cfg.trainer, device="cpu"))
+    with pytest.raises(
+        ConfigError, match=r"= 'fused': .*need a GPU.*Use another"
+    ):
+        train(fused)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("AEPO_KERNELS_BACKEND", "fusd")
+    with pytest.raises(
+        ConfigError, match=r"= 'auto': AEPO_KERNELS_BACKEND = 'fusd': no such"
+    ):
+        train(cfg)
+
+
 def test_every_promised_metric_is_logged_and_rollouts_are_kept(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -321,6 +340,7 @@ def test_every_promised_metric_is_logged_and_rollouts_are_kept(
         perf/peak_memory_gib""".split()
     for line in lines[1:]:
         assert not set(promised) - line.keys()
+        assert line["kernel/backend"] == "chunked"
         assert all(line[name] == line[name] for name in promised)
     rollouts = [
         json.loads(x) for x in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
