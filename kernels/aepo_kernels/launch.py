@@ -36,7 +36,9 @@ class FusedLaunch(NamedTuple):
 # programs on a multiprocessor, and about 32 KB on their way to it.
 STATS_LAUNCH = {80: RowLaunch(1024, 4, stages=4)}
 GRAD_LAUNCH = {80: RowLaunch(2048, 4)}
-# The largest tiles whose epilogue spills no register, with every option on.
+# The largest tiles whose epilogue spills no register, with every option on. On sm_90 two programs fit
+# a multiprocessor, so that one's epilogue runs under the other's products; a persistent loop over
+# tiles, flattened or warp-specialised, takes twice the registers there and spills on sm_100.
 FUSED_LAUNCH = {
     80: FusedLaunch(128, 128, 32, num_warps=8, stages=4),
     90: FusedLaunch(128, 128, 64, num_warps=8, stages=3, tma=True),
