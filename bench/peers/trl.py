@@ -49,7 +49,7 @@ def _call(
         None,
         inputs.targets,
         temperature,
-        CHUNK_VOCAB,
+        min(CHUNK_VOCAB, len(inputs.weight)),
         None,
         1.0,
         ("entropy",) if wants_entropy else (),
