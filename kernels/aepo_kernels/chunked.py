@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aepo_kernels.chunks import Head, Tokens, forward_chunk_size, head_of, slices, tokens_of
-from aepo_kernels.gemm import exact_sums
+from aepo_kernels.gemm import computing_on
 from aepo_kernels.gradient_pass import GradientPass
 from aepo_kernels.gradients import Gradients
 from aepo_kernels.problem import (
@@ -44,7 +44,7 @@ def token_loss(
     """`linear_token_loss`, with gradients computed here and only scaled in backward."""
     inputs = problem.inputs
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    with torch.no_grad(), torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
+    with torch.no_grad(), computing_on(problem.hidden.device):
         head, tokens = head_of(problem), tokens_of(problem)
         tokens, num_active = _active_first(problem, tokens)
         gradients = GradientPass(problem, head, needs, num_active)
@@ -63,6 +63,7 @@ def token_loss(
             if wants_grad:
                 gradients.add(chunk, products, stats, coefs)
             parts.append(stats)
+            del products  # or the next chunk's would stand beside them
         if any(needs):
             gradients.finish()
             if problem.row_sampling is not None:
@@ -84,7 +85,7 @@ def token_loss(
 
 def forward(problem: Problem) -> tuple[Tokens, RowStats]:
     """The tokens that count and the statistics of their rows."""
-    with torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
+    with computing_on(problem.hidden.device):
         head, tokens = head_of(problem), tokens_of(problem)
         parts = [
             head.forward(tokens.at(index))[1]
@@ -101,7 +102,7 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the problem's inputs from those of the four outputs, [N] each."""
-    with torch.autocast(problem.hidden.device.type, enabled=False), exact_sums():
+    with computing_on(problem.hidden.device):
         gradients = GradientPass(problem, head_of(problem), tuple(needs), len(tokens.targets))
         kept = [None if grad is None else take(grad, tokens.positions) for grad in grads]
         gradients.add(tokens, None, stats, RowCoefs(*kept))

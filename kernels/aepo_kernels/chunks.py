@@ -169,6 +169,7 @@ def head_of(problem: Problem) -> Head:
     """The head of a problem, cast once."""
     hidden, dtype = problem.hidden.detach(), problem.stats_dtype
     bias = None if problem.bias is None else problem.bias.detach().to(dtype)
+    softcap = None if problem.softcap is None else float(problem.softcap)
     lora = None
     if problem.lora_a is not None and problem.lora_b is not None:
         down, up = (x.detach().to(hidden.dtype) for x in (problem.lora_a, problem.lora_b))
@@ -176,7 +177,7 @@ def head_of(problem: Problem) -> Head:
     return Head(
         hidden,
         problem.weight.detach().to(hidden.dtype),
-        LogitMap(bias, problem.softcap, float(problem.logit_scale)),
+        LogitMap(bias, softcap, float(problem.logit_scale)),
         dtype,
         problem.logits_dtype or hidden.dtype,
         problem.backend == "fused",

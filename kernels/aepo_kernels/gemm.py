@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -34,12 +34,18 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def exact_sums() -> Iterator[None]:
-    """Keep cuBLAS from adding the parts of a split reduction in bfloat16."""
+def computing_on(device: torch.device) -> Iterator[None]:
+    """What GEMMs and kernels need around them.
+
+    Without it, autocast would cast again what was cast on purpose, cuBLAS might add the parts of a
+    split reduction in bfloat16, and Triton would launch on the current device.
+    """
     settings = torch.backends.cuda.matmul
     before = settings.allow_bf16_reduced_precision_reduction
     settings.allow_bf16_reduced_precision_reduction = False
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        yield
+        with torch.autocast(device.type, enabled=False), on_device:
+            yield
     finally:
         settings.allow_bf16_reduced_precision_reduction = before

@@ -65,6 +65,7 @@ class GradientPass:
             part = self.head.stats(chunk, products) if fused else stats.select(index)
             some = None if keep_prob is None else keep_prob[index]
             self._add_chunk(chunk, products, part, coefs.select(index), some)
+            del products  # or the next chunk's would stand beside them
 
     def finish(self) -> Gradients:
         """The gradients, once all rows are in."""
@@ -87,6 +88,7 @@ class GradientPass:
             bias_grad = None if bias is None else bias[rows]
             dlogits = head.dlogits(local, head.products(local), stats, coefs, bias_grad)
             self.total.add_slice(dlogits, head.weight, head.lora, inputs, hidden, rows)
+            del dlogits
         if self.total.hidden is not None and hidden is not None:
             self.total.hidden[tokens.positions] = hidden.to(self.total.hidden.dtype)
 

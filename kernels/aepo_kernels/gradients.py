@@ -27,14 +27,14 @@ class Gradients:
         self.shard, self.lora_scale, self.needs_weight = problem.shard, problem.lora_scale, needs[1]
         # Over a sharded vocabulary, each rank has a part of the sum.
         partial = wide if problem.shard is not None else hidden.dtype
-        self.hidden = torch.zeros_like(hidden, dtype=partial) if needs[0] else None
+        self.hidden = _zeros(hidden, partial) if needs[0] else None
         self.in_place = problem.weight_grad is not None
         self.weight = problem.weight_grad  # or else made by the first chunk, which need not add
         self.weight_dtype = wide
         if one_chunk and weight.dtype == hidden.dtype and self.weight is None:
             self.weight_dtype = hidden.dtype
         self.bias, self.lora_a, self.lora_b = (
-            torch.zeros_like(value, dtype=wide) if need and value is not None else None
+            _zeros(value, wide) if need and value is not None else None
             for value, need in zip((bias, lora_a, lora_b), needs[2:], strict=True)
         )
 
@@ -131,6 +131,11 @@ class Gradients:
             None if value is None or dtype is None else _scaled(value, factor, dtype)
             for value, dtype in zip(values, self.dtypes, strict=True)
         )
+
+
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    # Contiguous, however `like` lies in memory.
+    return torch.zeros(like.shape, dtype=dtype, device=like.device)
 
 
 def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -32,13 +32,13 @@ class FusedLaunch(NamedTuple):
 
 
 # By compute capability; a chip that is not listed takes the nearest one below. None of these has
-# been timed yet. Chosen by what they compile to: 16-byte loads, registers for at least four
-# programs on a multiprocessor, and about 32 KB on their way to it.
+# been timed yet. Chosen by what they compile to: 16-byte loads, registers for eight and more
+# programs on a multiprocessor, several blocks of each on their way to it.
 STATS_LAUNCH = {80: RowLaunch(1024, 4, stages=4)}
 GRAD_LAUNCH = {80: RowLaunch(2048, 4)}
-# The largest tiles whose epilogue spills no register, with every option on. On sm_90 two programs fit
-# a multiprocessor, so that one's epilogue runs under the other's products; a persistent loop over
-# tiles, flattened or warp-specialised, takes twice the registers there and spills on sm_100.
+# The largest tiles whose epilogue spills no register, with every option on. On sm_90 two programs
+# fit a multiprocessor, so that one's epilogue runs under the other's products; a persistent loop
+# over tiles, flattened or warp-specialised, takes twice the registers and spills on sm_100.
 FUSED_LAUNCH = {
     80: FusedLaunch(128, 128, 32, num_warps=8, stages=4),
     90: FusedLaunch(128, 128, 64, num_warps=8, stages=3, tma=True),

@@ -308,15 +308,11 @@ def test_a_head_backend_that_cannot_run_is_refused_before_any_model_loads(
     cfg = tiny_config(tiny_model_dir, tmp_path / "run")
     fused = replace(cfg, model=replace(cfg.model, head_backend="fused"))
     fused = replace(fused, trainer=replace(cfg.trainer, device="cpu"))
-    with pytest.raises(
-        ConfigError, match=r"= 'fused': .*need a GPU.*Use another"
-    ):
+    with pytest.raises(ConfigError, match=r"= 'fused': .*need a GPU.*Use another"):
         train(fused)
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("AEPO_KERNELS_BACKEND", "fusd")
-    with pytest.raises(
-        ConfigError, match=r"= 'auto': AEPO_KERNELS_BACKEND = 'fusd': no such"
-    ):
+    with pytest.raises(ConfigError, match=r"= 'auto': AEPO_KERNELS_BACKEND = 'fusd': no such"):
         train(cfg)
 
 
