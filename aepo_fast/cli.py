@@ -27,11 +27,12 @@ def run() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
+        from aepo_fast.canary import StaleWeightsError
         from aepo_fast.checkpoint import CheckpointError
         from aepo_fast.rewards import RewardError
         from aepo_fast.trainer import TrainingError
 
-        if not isinstance(error, CheckpointError | RewardError | TrainingError):
+        if not isinstance(error, CheckpointError | RewardError | StaleWeightsError | TrainingError):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

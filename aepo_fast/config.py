@@ -152,14 +152,25 @@ class RewardConfig:
 class RolloutConfig:
     """How completions are sampled; main rows are always sampled at temperature 1, top_p 1."""
 
-    backend: Literal["hf"] = "hf"
+    backend: Literal["hf", "vllm"] = "hf"
     max_new_tokens: int = 256
     max_prompt_tokens: int = 1024
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    batch_rows: int = 256  # rows decoded together
+    batch_rows: int = 256  # rows decoded together, hf
+    gpu_memory_utilization: float = 0.3  # of the whole GPU, for weights and cache, vllm
+    cpu_kv_cache_gib: float = 1.0  # vllm without a GPU
+    enforce_eager: bool = False  # vllm without compilation and CUDA graphs
 
     def __post_init__(self) -> None:
         _positive("rollout", self, "max_new_tokens", "max_prompt_tokens", "batch_rows")
+        _positive("rollout", self, "gpu_memory_utilization", "cpu_kv_cache_gib")
+        _require(
+            self.gpu_memory_utilization <= 1,
+            "rollout.gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "is a share of the GPU's memory, at most 1",
+            "Try 0.3; the trainer needs the rest",
+        )
 
 
 @dataclass(frozen=True)

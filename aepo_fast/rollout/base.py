@@ -36,8 +36,12 @@ class Completion:
 
 
 class RolloutEngine(Protocol):
-    """Samples completions with the trainer's weights."""
+    """Samples completions with the trainer's weights.
 
+    verify: whether a canary should compare its log-probs with the trainer's after each sync.
+    """
+
+    verify: bool
     weights_version: int
 
     def generate(

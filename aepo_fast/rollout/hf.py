@@ -41,6 +41,8 @@ class HfRollout:
     eos_ids: ids that end a completion. batch_rows: rows decoded together.
     """
 
+    verify = False  # its weights are the trainer's, or copied one by one
+
     def __init__(
         self,
         model: PreTrainedModel,

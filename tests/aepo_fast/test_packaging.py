@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Imported only where the user asked for it, after saying which extra it takes; or for a GPU, where
 # torch brings its triton.
-BY_CHOICE = {"tensorboard", "liger_kernel", "triton"}
+BY_CHOICE = {"tensorboard", "liger_kernel", "triton", "vllm"}
 
 
 def names(requirements: list[str]) -> set[str]:

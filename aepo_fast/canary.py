@@ -1,0 +1,71 @@
+"""Proof that rollouts come from the weights just trained: a canary's log-probs, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from aepo_fast.batch import Row
+from aepo_fast.policy import Policy
+from aepo_fast.rollout.base import Request, RolloutEngine
+
+# What differs between two engines with the same weights varies from sample to sample; stale
+# weights differ by more than half as much again.
+_SLACK = 1.5
+_ROUNDING = 1e-4  # nats, where both compute in float32
+
+
+class StaleWeightsError(RuntimeError):
+    """The rollout engine does not sample with the trainer's weights."""
+
+
+class Canary:
+    """Compares log-probs of the rollout engine with the trainer's on a few short samples.
+
+    prompts: token ids. The first comparison, before anything was trained or transferred, says by
+    how much the engines differ by themselves; a later one must stay within 1.5 times that.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        policy: Policy,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        samples: int = 4,
+        max_new_tokens: int = 16,
+    ) -> None:
+        self.engine, self.policy, self.max_new_tokens = engine, policy, max_new_tokens
+        self.requests = [Request(prompt, samples, 1.0, seed) for seed, prompt in enumerate(prompts)]
+        self.fresh = self.difference()
+
+    @property
+    def limit(self) -> float:
+        """The largest mean difference that passes, nats."""
+        return _SLACK * self.fresh + _ROUNDING
+
+    def difference(self) -> float:
+        """Mean of |sampler's log-prob - trainer's| over the canary's tokens, nats."""
+        groups = self.engine.generate(self.requests, max_new_tokens=self.max_new_tokens)
+        rows = [
+            Row(completion, group, False, None)
+            for group, completions in enumerate(groups)
+            for completion in completions
+        ]
+        scores = self.policy.score(rows, range(len(rows)))
+        sampled = torch.tensor([x for row in rows for x in row.completion.logprobs])
+        return (scores.logprob - sampled).abs().mean().item()
+
+    def check(self) -> float:
+        """The difference now; raises StaleWeightsError where it is beyond the limit."""
+        found = self.difference()
+        if not found <= self.limit:
+            raise StaleWeightsError(
+                f"rollouts of weights version {self.engine.weights_version}: their log-probs "
+                f"differ from the trainer's by {found:.4f} nats on average, where "
+                f"{self.fresh:.4f} was measured before training and {self.limit:.4f} is allowed. "
+                "The engine samples with other weights. The last checkpoint is sound: go on with "
+                '--resume, and with rollout.backend = "hf" if it happens again'
+            )
+        return found
