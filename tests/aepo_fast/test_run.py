@@ -30,6 +30,7 @@ from aepo_fast.config import (
     LoggingConfig,
     LossConfig,
     RewardConfig,
+    RolloutConfig,
 )
 from aepo_fast.rewards import RewardError
 from aepo_fast.run import train
@@ -314,6 +315,16 @@ def test_a_head_backend_that_cannot_run_is_refused_before_any_model_loads(
     monkeypatch.setenv("AEPO_KERNELS_BACKEND", "fusd")
     with pytest.raises(ConfigError, match=r"= 'auto': AEPO_KERNELS_BACKEND = 'fusd': no such"):
         train(cfg)
+
+
+def test_vllm_that_is_not_installed_is_said_before_any_model_loads(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cfg = tiny_config(tiny_model_dir, tmp_path / "run", rollout=RolloutConfig(backend="vllm"))
+    with pytest.raises(ConfigError, match="rollout.backend = 'vllm': vLLM is not installed"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_promised_metric_is_logged_and_rollouts_are_kept(
