@@ -16,28 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-
-# Read when vLLM is imported: the engine in this process, so that weights pass by reference.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.config import WeightTransferConfig  # noqa: E402
-from vllm.distributed.weight_transfer.base import (  # noqa: E402
+from vllm import LLM, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
     WeightTransferUpdateRequest,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # noqa: E402
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm  # noqa: E402
-from vllm.model_executor.model_loader.reload import (  # noqa: E402
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
 
-from aepo_fast.config import ConfigError, RolloutConfig  # noqa: E402
-from aepo_fast.rollout.base import Completion, Request  # noqa: E402
+from aepo_fast.config import ConfigError, RolloutConfig
+from aepo_fast.rollout.base import Completion, Request
 
 _BACKEND = "aepo_fast"
 
@@ -100,6 +95,9 @@ class VllmRollout:
     ) -> None:
         self.eos_ids = list(eos_ids)
         self.weights_version = 0
+        # The engine in this process, so that weights pass by reference.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        logging.getLogger("vllm").setLevel(logging.WARNING)
         # It warns of layers that hold no weights of their own; the canary tests the rest.
         reload = "vllm.model_executor.model_loader.reload.layerwise"
         logging.getLogger(reload).setLevel(logging.ERROR)

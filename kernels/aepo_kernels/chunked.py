@@ -34,8 +34,8 @@ _NOTHING = RowCoefs(None, None, None, None)
 
 def logprob(problem: Problem) -> LogprobOutput:
     """`linear_logprob`, recomputing logits in backward."""
-    *values, squares = _Logprob.apply(problem, *problem.inputs)  # type: ignore[misc]
-    return LogprobOutput(*values, squares, problem.backend)  # type: ignore[call-arg]
+    rows = _Logprob.apply(problem, *problem.inputs)
+    return LogprobOutput(*rows, problem.backend)  # type: ignore[misc]
 
 
 def token_loss(

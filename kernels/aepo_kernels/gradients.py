@@ -47,17 +47,13 @@ class Gradients:
         at: Tensor | slice,
     ) -> None:
         """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora: (A, B)."""
-        through = None
-        if lora is not None and (self.hidden is not None or self.lora_a is not None):
-            through = (dlogits @ lora[1]).mul_(self.lora_scale)  # [C, R]
+        through = self._add_lora_a(dlogits, lora, inputs)
         if self.hidden is not None:
             self._add_hidden(dlogits, weight, None if lora is None else lora[0], through, at)
         if self.weight is not None:
             add_product(self.weight, dlogits.T, inputs)
         elif self.needs_weight:
             self.weight = product(dlogits.T, inputs, self.weight_dtype)
-        if self.lora_a is not None and through is not None:
-            add_product(self.lora_a, through.T, inputs)
         if self.lora_b is not None and lora is not None:
             add_product(self.lora_b, dlogits.T, (inputs @ lora[0].T).mul_(self.lora_scale))
 
@@ -80,16 +76,25 @@ class Gradients:
             if self.weight is None:
                 self.weight = self._weight_of_zeros(self.dtypes[1])
             self.weight[rows] = product(dlogits.T, inputs, self.weight.dtype)
-        if lora is None:
+        through = self._add_lora_a(dlogits, lora, inputs)
+        if lora is None or through is None:
             return
-        through = (dlogits @ lora[1]).mul_(self.lora_scale)
         if hidden is not None:
             add_product(hidden, through, lora[0])
-        if self.lora_a is not None:
-            add_product(self.lora_a, through.T, inputs)
         if self.lora_b is not None:
             scaled = (inputs @ lora[0].T).mul_(self.lora_scale)
             self.lora_b[rows] = product(dlogits.T, scaled, self.lora_b.dtype)
+
+    def _add_lora_a(
+        self, dlogits: Tensor, lora: tuple[Tensor, Tensor] | None, inputs: Tensor
+    ) -> Tensor | None:
+        """Add to lora_a's gradient; returns dlogits through lora_b, [C, R]."""
+        if lora is None:
+            return None
+        through = (dlogits @ lora[1]).mul_(self.lora_scale)
+        if self.lora_a is not None:
+            add_product(self.lora_a, through.T, inputs)
+        return through
 
     def _add_hidden(
         self,
