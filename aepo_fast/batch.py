@@ -36,6 +36,11 @@ class Row:
         return len(self.completion.completion_ids)
 
 
+def sampler_logprobs(rows: Sequence[Row]) -> torch.Tensor:
+    """The sampler's log-probs of all completion tokens, row after row: fp32 [total tokens]."""
+    return torch.tensor([value for row in rows for value in row.completion.logprobs])
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What one forward pass needs, and where its completion tokens are.

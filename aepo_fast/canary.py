@@ -34,7 +34,7 @@ class Canary:
         prompts: Sequence[tuple[int, ...]],
         *,
         samples: int = 4,
-        max_new_tokens: int = 16,
+        max_new_tokens: int = 8,
     ) -> None:
         self.engine, self.policy, self.max_new_tokens = engine, policy, max_new_tokens
         self.requests = [Request(prompt, samples, 1.0, seed) for seed, prompt in enumerate(prompts)]
@@ -66,6 +66,7 @@ class Canary:
                 f"differ from the trainer's by {found:.4f} nats on average, where "
                 f"{self.fresh:.4f} was measured before training and {self.limit:.4f} is allowed. "
                 "The engine samples with other weights. The last checkpoint is sound: go on with "
-                '--resume, and with rollout.backend = "hf" if it happens again'
+                "--resume; if it happens again, with rollout.share_weights = false or "
+                'rollout.backend = "hf"'
             )
         return found

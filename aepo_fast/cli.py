@@ -30,9 +30,11 @@ def run() -> None:
         from aepo_fast.canary import StaleWeightsError
         from aepo_fast.checkpoint import CheckpointError
         from aepo_fast.rewards import RewardError
+        from aepo_fast.rollout.base import RolloutError
         from aepo_fast.trainer import TrainingError
 
-        if not isinstance(error, CheckpointError | RewardError | StaleWeightsError | TrainingError):
+        expected = (CheckpointError, RewardError, RolloutError, StaleWeightsError, TrainingError)
+        if not isinstance(error, expected):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

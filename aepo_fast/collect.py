@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from aepo_fast.batch import Row
+from aepo_fast.config import Config
 from aepo_fast.data import Prompt
 from aepo_fast.losses import soft_overlong_penalty
 from aepo_fast.rewards import Reward
-from aepo_fast.rollout.base import Request, RolloutEngine
+from aepo_fast.rollout.base import Completion, Request, RolloutEngine
+from aepo_fast.scoring import GroupScorer
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Rollout:
     task_rewards: list[float | None]
     num_main_groups: int
     reward_errors: int
+    sampling_s: float  # seconds, of all but scoring
 
     @property
     def num_tokens(self) -> int:
@@ -55,61 +60,104 @@ class Rollout:
                 members[row.group].append(index)
         return members
 
+    def state_dict(self) -> dict[str, Any]:
+        """All but the prompts, as plain values."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "texts": self.texts,
+            "task_rewards": self.task_rewards,
+            "num_main_groups": self.num_main_groups,
+            "reward_errors": self.reward_errors,
+            "sampling_s": self.sampling_s,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], prompts: list[Prompt]) -> Rollout:
+        """The rollout whose `state_dict` was saved."""
+        rows = [
+            Row(**{**row, "completion": Completion(**row["completion"])}) for row in state["rows"]
+        ]
+        return cls(**{**state, "rows": rows, "prompts": prompts})
+
 
 def seed_of(*parts: int) -> int:
     """A seed that is a function of its parts, e.g. of run seed, step and request."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
+@dataclass(frozen=True)
+class RolloutPlan:
+    """What a step samples: prompts at temperature 1, auxiliary ones at AEPO's temperature.
+
+    target: the entropy aimed at, nats. sampler_state: where the stream of prompts stood before.
+    """
+
+    step: int
+    prompts: list[Prompt]
+    aux_prompts: list[Prompt]
+    temperature: float
+    target: float
+    sampler_state: dict[str, Any]
+
+    def requests(self, group_size: int, seed: int) -> list[Request]:
+        """One request per prompt, the main ones first."""
+        everyone = [*self.prompts, *self.aux_prompts]
+        step_seed = seed_of(seed, self.step)
+        return [
+            Request(
+                prompt.token_ids,
+                group_size,
+                1.0 if index < len(self.prompts) else self.temperature,
+                seed_of(step_seed, index),
+            )
+            for index, prompt in enumerate(everyone)
+        ]
+
+
 def collect(
     engine: RolloutEngine,
     reward: Reward,
-    prompts: Sequence[Prompt],
-    aux_prompts: Sequence[Prompt],
+    plan: RolloutPlan,
     decode: Callable[[Sequence[int]], str],
+    cfg: Config,
     *,
-    group_size: int,
-    aux_temperature: float,
-    max_new_tokens: int,
-    soft_overlong_tokens: int,
-    seed: int,
     on_tokens: Callable[[int], None],
     lap: Callable[[str], None],
 ) -> Rollout:
-    """Sample main prompts at temperature 1 and auxiliary ones at AEPO's in one call; score all.
+    """Sample all of a plan's prompts in one call and score them, by choice meanwhile.
 
     `lap` is told when sampling ("rollout") and scoring ("reward") are done.
     """
-    everyone = [*prompts, *aux_prompts]
-    requests = [
-        Request(
-            prompt.token_ids,
-            group_size,
-            1.0 if index < len(prompts) else aux_temperature,
-            seed_of(seed, index),
+    everyone = [*plan.prompts, *plan.aux_prompts]
+    with GroupScorer(reward, everyone, decode, overlap=cfg.reward.overlap) as scorer:
+        start = time.perf_counter()
+        groups = engine.generate(
+            plan.requests(cfg.trainer.group_size, cfg.trainer.seed),
+            max_new_tokens=cfg.rollout.max_new_tokens,
+            on_tokens=on_tokens,
+            on_group=scorer.add,
         )
-        for index, prompt in enumerate(everyone)
-    ]
-    groups = engine.generate(requests, max_new_tokens=max_new_tokens, on_tokens=on_tokens)
-    lap("rollout")
-    flat = [completion for group in groups for completion in group]
-    texts = [decode(completion.completion_ids) for completion in flat]
-    repeated = [prompt for prompt in everyone for _ in range(group_size)]
-    scored = reward.score(repeated, texts, [completion.completion_ids for completion in flat])
+        sampling_s = time.perf_counter() - start
+        lap("rollout")
+        scored = scorer.results()
     rows = []
-    for index, (completion, value) in enumerate(zip(flat, scored.rewards, strict=True)):
-        group = index // group_size
-        is_aux = group >= len(prompts)
-        if value is not None and not is_aux and soft_overlong_tokens:
-            length = len(completion.completion_ids)
-            value += soft_overlong_penalty(length, max_new_tokens, soft_overlong_tokens)
-        rows.append(Row(completion, group, is_aux, value))
+    for index, (group, scores) in enumerate(zip(groups, scored, strict=True)):
+        is_aux = index >= len(plan.prompts)
+        for completion, value in zip(group, scores.rewards, strict=True):
+            if value is not None and not is_aux and cfg.reward.soft_overlong_tokens:
+                value += soft_overlong_penalty(
+                    len(completion.completion_ids),
+                    cfg.rollout.max_new_tokens,
+                    cfg.reward.soft_overlong_tokens,
+                )
+            rows.append(Row(completion, index, is_aux, value))
     lap("reward")
     return Rollout(
         rows=rows,
         prompts=everyone,
-        texts=texts,
-        task_rewards=scored.rewards,
-        num_main_groups=len(prompts),
-        reward_errors=scored.errors,
+        texts=[text for group in scored for text in group.texts],
+        task_rewards=[value for group in scored for value in group.rewards],
+        num_main_groups=len(plan.prompts),
+        reward_errors=scorer.errors,
+        sampling_s=sampling_s,
     )

@@ -10,6 +10,7 @@ from aepo_fast.collect import seed_of
 from aepo_fast.data import Prompt
 from aepo_fast.rewards import Reward
 from aepo_fast.rollout.base import Request, RolloutEngine
+from aepo_fast.scoring import GroupScorer
 
 
 @dataclass(frozen=True)
@@ -89,25 +90,26 @@ def evaluate(
     samples: int,
     max_new_tokens: int,
     seed: int,
+    overlap: bool = True,
     on_tokens: Callable[[int], None] | None = None,
 ) -> EvalResult:
-    """Sample every prompt `samples` times at temperature 1 and score the completions."""
+    """Sample every prompt `samples` times at temperature 1 and score the completions.
+
+    overlap: score them while others are still being sampled.
+    """
     requests = [
         Request(prompt.token_ids, samples, 1.0, seed_of(seed, index))
         for index, prompt in enumerate(prompts)
     ]
-    groups = engine.generate(requests, max_new_tokens=max_new_tokens, on_tokens=on_tokens)
+    with GroupScorer(reward, prompts, decode, overlap=overlap) as scorer:
+        groups = engine.generate(
+            requests, max_new_tokens=max_new_tokens, on_tokens=on_tokens, on_group=scorer.add
+        )
+        scored = scorer.results()
     flat = [completion for group in groups for completion in group]
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    scored = reward.score(
-        repeated,
-        [decode(completion.completion_ids) for completion in flat],
-        [completion.completion_ids for completion in flat],
-    )
     kept: list[list[float]] = []
-    for index in range(len(prompts)):
-        group = scored.rewards[index * samples : (index + 1) * samples]
-        valid = [value for value in group if value is not None]
+    for group in scored:
+        valid = [value for value in group.rewards if value is not None]
         if valid:
             kept.append(valid)
     if not kept:
@@ -126,5 +128,5 @@ def evaluate(
         num_samples=samples,
         mean_length=sum(len(c.completion_ids) for c in flat) / len(flat),
         truncated=sum(c.finish_reason == "length" for c in flat) / len(flat),
-        errors=scored.errors,
+        errors=scorer.errors,
     )

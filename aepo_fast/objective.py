@@ -13,8 +13,9 @@ import torch
 
 from aepo_fast import entropy_losses
 from aepo_fast.aggregation import token_weights
-from aepo_fast.batch import Row
+from aepo_fast.batch import Row, sampler_logprobs
 from aepo_fast.config import AepoConfig, Config, LossConfig
+from aepo_fast.correction import sequence_correction
 from aepo_fast.policy import Scores, token_index, token_offsets
 from aepo_fast.token_objective import (
     SequenceLoss,
@@ -42,8 +43,9 @@ class Objective:
 
 
 def needs_scores(loss: LossConfig, num_updates: int) -> bool:
-    """Whether log-probs before the first update are needed: several updates, or a selection."""
-    return num_updates > 1 or loss.entropy_method in ("top_entropy", "clip_cov", "kl_cov")
+    """Whether log-probs before the first update are needed: several updates, or whole sequences."""
+    selects = loss.entropy_method in ("top_entropy", "clip_cov", "kl_cov")
+    return num_updates > 1 or selects or loss.correction == "sequence_mask"
 
 
 def second_temperature(aepo: AepoConfig, temperature: float) -> float | None:
@@ -76,8 +78,13 @@ def build_objective(
     lengths = torch.tensor([row.length for row in rows])
     per_row = _row_columns(cfg, rows, lengths, advantages, minibatch, context)
     columns = {name: values.repeat_interleave(lengths) for name, values in per_row.items()}
+    if loss.correction not in (None, "off"):
+        columns["sampler_logprob"] = sampler_logprobs(rows)
     if scores is not None:
         columns["old_logprob"] = scores.logprob
+        if loss.correction == "sequence_mask":
+            sampled = columns.pop("sampler_logprob")
+            columns["correction"] = sequence_correction(loss, scores.logprob, sampled, lengths)
         if scores.second_logprob is not None:
             columns["old_second_logprob"] = scores.second_logprob
         index = token_index(token_offsets(rows), minibatch)

@@ -73,18 +73,23 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     }
     if "kl" in sums:
         metrics["kl"] = sums["kl"] / main
+    if "correction" in sums:
+        metrics["sampling/importance_sampling_ratio/mean"] = sums["correction"] / main
+        metrics["sampling/importance_sampling_clipped_ratio"] = sums["correction_cut"] / main
     if "rho" in sums:
         metrics["aepo/rho_mean"] = sums["rho"] / main
     return metrics
 
 
 def sampling_metrics(
-    logprob: torch.Tensor, rows: Sequence[Row], indices: Sequence[int]
+    logprob: torch.Tensor, rows: Sequence[Row], indices: Sequence[int], version: int
 ) -> dict[str, float]:
     """How far the sampler's log-probs lie from the trainer's, over the tokens of rows[indices].
 
-    logprob: the trainer's, of all rows' tokens. mismatch_kl is the mean of r - 1 - log r, where
-    r = pi_trainer / pi_sampler, an unbiased estimate of KL(sampler || trainer).
+    logprob: the trainer's before this step's updates, of all rows' tokens. mismatch_kl is the mean
+    of r - 1 - log r, where r = pi_trainer / pi_sampler, an unbiased estimate of
+    KL(sampler || trainer). version: of the trainer's weights; version_lag is how many updates older
+    the sampler's were at most.
     """
     sampled = torch.tensor([x for index in indices for x in rows[index].completion.logprobs])
     if not len(sampled):
@@ -94,6 +99,7 @@ def sampling_metrics(
         "sampling/logp_difference/mean": log_ratio.abs().mean().item(),
         "sampling/logp_difference/max": log_ratio.abs().max().item(),
         "sampling/mismatch_kl": (torch.expm1(log_ratio) - log_ratio).mean().item(),
+        "sampling/version_lag": version - min(rows[i].completion.weights_version for i in indices),
     }
 
 
@@ -127,7 +133,7 @@ def perf_metrics(
     trained = sum(r.sums["main_tokens"] + r.sums["aux_tokens"] for r in results)
     train_s = times.seconds["train"] + times.seconds["score"]
     return {
-        "perf/rollout_tokens_per_s": rollout.num_tokens / max(times.seconds["rollout"], 1e-9),
+        "perf/rollout_tokens_per_s": rollout.num_tokens / max(rollout.sampling_s, 1e-9),
         "perf/train_tokens_per_s": trained / max(train_s, 1e-9),
         "perf/model_tokens": sum(r.model_tokens for r in results),
         "perf/peak_memory_gib": peak_memory_gib(),

@@ -13,6 +13,7 @@ from aepo_fast.interrupt import Interrupted, InterruptGuard
 from aepo_fast.metrics import MetricsLogger
 from aepo_fast.plot import plot_run
 from aepo_fast.report import RolloutLog
+from aepo_fast.rollout.base import RolloutError
 from aepo_fast.setup import load_inputs
 from aepo_fast.trainer import Trainer
 
@@ -32,7 +33,11 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
             tensorboard=cfg.logging.tensorboard,
             total_steps=cfg.trainer.steps,
         )
-        return _Run(cfg, Trainer(cfg, inputs, guard), logger).run()
+        trainer = Trainer(cfg, inputs, guard)
+        try:
+            return _Run(cfg, trainer, logger).run()
+        finally:
+            trainer.close()
 
 
 class _Run:
@@ -54,6 +59,10 @@ class _Run:
             path = self._save()
             print(f"{stop}: saved {path}; go on with --resume", file=sys.stderr)
             return stop.exit_code
+        except RolloutError as error:
+            if self.trainer.unchanged and self.trainer.steps_done:
+                raise RolloutError(f"{error}. Saved {self._save()}; go on with --resume") from error
+            raise
         self._finish(ran=done < total)
         return 0
 
@@ -89,7 +98,7 @@ class _Run:
                 self.trainer.engine,
                 self.trainer.inputs.reward,
                 prompts,
-                self.trainer.decode,
+                self.trainer.inputs.decode,
                 samples=cfg.eval.samples,
                 max_new_tokens=cfg.rollout.max_new_tokens,
                 seed=cfg.eval.seed,

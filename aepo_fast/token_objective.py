@@ -9,6 +9,7 @@ import torch
 
 from aepo_fast import aepo_terms, entropy_losses, losses
 from aepo_fast.config import AepoConfig, LossConfig
+from aepo_fast.correction import bounds, token_correction
 
 Columns = dict[str, torch.Tensor]
 Metrics = dict[str, torch.Tensor]
@@ -55,8 +56,10 @@ def make_token_loss(
         terms = losses.policy_token_loss(
             loss.policy, logprob, old, advantage, *_clip(loss), dual_clip=loss.dual_clip
         )
-        per_token = _with_selection(loss, terms.loss, logprob, old, column)
+        correction = _correction(loss, column, old)
+        per_token = correction * _with_selection(loss, terms.loss, logprob, old, column)
         metrics = _metrics(column["main"], terms, entropy, old - logprob)
+        metrics |= _correction_metrics(loss, column["main"], correction)
         if loss.kl_coef > 0:
             kl = losses.kl_to_reference(logprob, column["reference_logprob"], loss.kl_estimator)
             per_token = per_token + loss.kl_coef * kl
@@ -68,7 +71,7 @@ def make_token_loss(
             extra = aepo_terms.one_pass_token_loss(
                 logprob, old, rho, *_clip(loss), baseline=aepo.baseline
             )
-            per_token = per_token + aepo.alpha * column["positive"] * extra.loss
+            per_token = per_token + aepo.alpha * correction * column["positive"] * extra.loss
         if rho is not None:
             metrics["rho"] = (column["main"] * rho).sum()
         resampled, aux_metrics = _resampled(loss, logprob, old, column)
@@ -93,12 +96,15 @@ def make_sequence_loss(loss: LossConfig, context: StepContext) -> SequenceLoss:
             logprob, old, row_of_token, per_row(column["advantage"]), *_clip(loss)
         )
         # Columns are equal along a row, so a row's weight is the sum of its tokens' weights.
-        row_weight = logprob.new_zeros(num_rows).index_add(0, row_of_token, column["weight"])
+        correction = _correction(loss, column, old)
+        weight = correction * column["weight"]
+        row_weight = logprob.new_zeros(num_rows).index_add(0, row_of_token, weight)
         total = (row_weight * terms.loss).sum()
         if context.bonus_coef:
             total = total - context.bonus_coef * (column["weight"] * entropy).sum()
         spread = losses.TokenTerms(*(part[row_of_token] for part in terms))
         metrics = _metrics(column["main"], spread, entropy, old - logprob)
+        metrics |= _correction_metrics(loss, column["main"], correction)
         resampled, aux_metrics = _resampled(loss, logprob, old, column)
         return total + resampled, metrics | aux_metrics
 
@@ -108,6 +114,22 @@ def make_sequence_loss(loss: LossConfig, context: StepContext) -> SequenceLoss:
 def _clip(loss: LossConfig) -> tuple[float, float]:
     assert loss.clip_low is not None and loss.clip_high is not None
     return loss.clip_low, loss.clip_high
+
+
+def _correction(loss: LossConfig, column: Columns, old: torch.Tensor) -> torch.Tensor:
+    """Weights [N] of main rows for the sampler's law, one where it is off."""
+    if "correction" in column:  # of whole sequences, known before the chunks
+        return column["correction"]
+    if loss.correction in (None, "off"):
+        return torch.ones_like(old)
+    return token_correction(loss, old, column["sampler_logprob"])
+
+
+def _correction_metrics(loss: LossConfig, main: torch.Tensor, correction: torch.Tensor) -> Metrics:
+    if loss.correction in (None, "off"):
+        return {}
+    cut = (correction <= 0) | (correction >= bounds(loss)[1])
+    return {"correction": (main * correction).sum(), "correction_cut": (main * cut).sum()}
 
 
 def _rho(

@@ -6,7 +6,7 @@ forms draw no auxiliary rows and differ only in the objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,15 @@ from aepo_fast.aepo_terms import dcpo_mix
 from aepo_fast.batch import Row
 from aepo_fast.canary import Canary
 from aepo_fast.checkpoint import load_optimizer, rng_state, set_rng_state
-from aepo_fast.collect import Rollout, collect, seed_of
+from aepo_fast.collect import Rollout, seed_of
 from aepo_fast.config import Config
-from aepo_fast.data import Prompt
-from aepo_fast.entropy_control import EntropyController, aepo_draws
+from aepo_fast.entropy_control import EntropyController
 from aepo_fast.entropy_losses import BonusCoefficient
 from aepo_fast.interrupt import InterruptGuard
 from aepo_fast.minibatch import plan_minibatches
 from aepo_fast.objective import build_objective, is_positive, needs_scores, second_temperature
 from aepo_fast.optim import build_optimizer, learning_rate
-from aepo_fast.policy import Scores, token_mean
+from aepo_fast.policy import token_mean
 from aepo_fast.report import (
     StepTimes,
     perf_metrics,
@@ -35,12 +34,12 @@ from aepo_fast.report import (
     sampling_metrics,
     update_metrics,
 )
+from aepo_fast.rollouts import Rollouts
 from aepo_fast.setup import Inputs, load_models, make_sampler
 from aepo_fast.token_objective import StepContext
 from aepo_fast.update import UpdateResult, update
 
-# Prompts of the canary, and rows compared with the sampler where the loss needs no scores.
-_CANARY_PROMPTS, _COMPARED_ROWS = 4, 16
+_CANARY_PROMPTS = 4
 
 
 class TrainingError(RuntimeError):
@@ -65,8 +64,16 @@ class Trainer:
         self.model, self.policy = models.model, models.policy
         self.reference, self.engine = models.reference, models.engine
         self.optimizer = build_optimizer(self.model, cfg.trainer)
-        self.sampler = make_sampler(cfg, inputs.prompts)
         self.controller = EntropyController(cfg.aepo)
+        self.rollouts = Rollouts(
+            cfg,
+            self.engine,
+            inputs.reward,
+            make_sampler(cfg, inputs.prompts),
+            self.controller,
+            inputs.decode,
+            guard,
+        )
         self.bonus = BonusCoefficient(cfg.loss)
         self.steps_done = self.updates = self.skipped_in_a_row = 0
         if inputs.checkpoint is not None and inputs.state is not None:
@@ -87,10 +94,8 @@ class Trainer:
         """
         cfg, times, check = self.cfg.trainer, StepTimes(), self.guard.check
         rng = np.random.default_rng([cfg.seed, self.steps_done])
-        target, temperature = self.controller.target(), self.controller.temperature()
-        prompts = self.sampler.next(cfg.prompts_per_step)
-        aux_prompts = self._auxiliary(prompts)
-        rollout = self._collect(prompts, aux_prompts, temperature, on_tokens, times.lap)
+        plan, rollout = self.rollouts.take(self.steps_done, on_tokens, times.lap)
+        self.rollouts.start(self.steps_done + 1)
 
         rows = rollout.rows
         advantages = group_advantages(
@@ -101,19 +106,18 @@ class Trainer:
         trained = main + positives
         scores = reference = None
         if needs_scores(self.cfg.loss, cfg.minibatches * cfg.epochs):
-            second = second_temperature(self.cfg.aepo, temperature)
+            second = second_temperature(self.cfg.aepo, plan.temperature)
             scores = self.policy.score(rows, trained, second_temperature=second, check=check)
         if self.reference is not None:
             reference = self.reference.score(rows, trained, check=check)
-        metrics_of_sampling = self._compare_with_sampler(rows, main, scores)
         times.lap("score")
 
-        context = self._context(rollout, temperature)
+        context = self._context(rollout, plan.temperature)
         generator = torch.Generator().manual_seed(seed_of(cfg.seed, self.steps_done, 1))
         results: list[UpdateResult] = []
         for _ in range(cfg.epochs):
-            plan = plan_minibatches(groups, positives, num_minibatches=cfg.minibatches, rng=rng)
-            for (minibatch,) in plan:
+            cells = plan_minibatches(groups, positives, num_minibatches=cfg.minibatches, rng=rng)
+            for (minibatch,) in cells:
                 objective = build_objective(
                     self.cfg,
                     rows,
@@ -140,8 +144,13 @@ class Trainer:
         metrics = update_metrics(results)
         if scores is not None:  # of the policy that sampled, not of the one being updated
             metrics["entropy"] = token_mean(scores.entropy, rows, main)
+        # Without scores there was one update, whose log-probs are those before it.
+        logprob = results[0].logprob if scores is None else scores.logprob
+        metrics |= sampling_metrics(logprob, rows, main, self.resume_state["updates"])
         times.lap("train")
 
+        self.rollouts.wait()
+        times.lap("wait")
         self.controller.update(metrics["entropy"])
         self.bonus.update(metrics["entropy"])
         difference = self._sync_weights()
@@ -149,75 +158,32 @@ class Trainer:
         self.steps_done += 1
         self.resume_state = self._state()
         metrics |= {
-            "aepo/entropy_target": target,
-            "aepo/temperature": temperature,
+            "aepo/entropy_target": plan.target,
+            "aepo/temperature": plan.temperature,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "weights_version": self.updates,
         }
         if difference is not None:
             metrics["sampling/canary_difference"] = difference
         metrics |= rollout_metrics(rollout, self.cfg.aepo.reward_threshold)
-        metrics |= metrics_of_sampling
+        metrics |= self.engine.metrics
         metrics |= times.metrics() | perf_metrics(rollout, results, times)
         return StepResult(metrics, rollout, advantages)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of a completion, without its end marker."""
-        return str(self.inputs.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def close(self) -> None:
+        """End what is still being sampled, and the rollout engine."""
+        self.rollouts.close()
+        self.engine.close()
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the weights are still those of `resume_state`."""
+        return self.updates == self.resume_state["updates"]
 
     def _sync_weights(self) -> float | None:
         """Hand the weights to the rollout engine; the canary's difference where there is one."""
         self.engine.sync_weights(self.model, self.updates)
         return None if self.canary is None else self.canary.check()
-
-    def _compare_with_sampler(
-        self, rows: Sequence[Row], main: Sequence[int], scores: Scores | None
-    ) -> dict[str, float]:
-        """The sampler's log-probs beside the trainer's, on some rows where none were scored."""
-        if scores is None and not self.engine.verify:
-            return {}
-        if scores is None:
-            main = main[:_COMPARED_ROWS]
-            scores = self.policy.score(rows, main, check=self.guard.check)
-        return sampling_metrics(scores.logprob, rows, main)
-
-    def _auxiliary(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        aepo = self.cfg.aepo
-        if not aepo.enabled or aepo.form != "resample":
-            return []
-        # A stream of its own: drawing auxiliary prompts leaves the minibatches as GRPO has them.
-        rng = np.random.default_rng([self.cfg.trainer.seed, self.steps_done, 1])
-        count = aepo_draws(len(prompts), aepo.alpha)
-        return [prompts[index] for index in rng.choice(len(prompts), count, replace=False)]
-
-    def _collect(
-        self,
-        prompts: Sequence[Prompt],
-        aux_prompts: Sequence[Prompt],
-        temperature: float,
-        on_tokens: Callable[[int], None],
-        lap: Callable[[str], None],
-    ) -> Rollout:
-        def count(tokens: int) -> None:
-            self.guard.check()
-            on_tokens(tokens)
-
-        rollout = collect(
-            self.engine,
-            self.inputs.reward,
-            prompts,
-            aux_prompts,
-            self.decode,
-            group_size=self.cfg.trainer.group_size,
-            aux_temperature=temperature,
-            max_new_tokens=self.cfg.rollout.max_new_tokens,
-            soft_overlong_tokens=self.cfg.reward.soft_overlong_tokens,
-            seed=seed_of(self.cfg.trainer.seed, self.steps_done),
-            on_tokens=count,
-            lap=lap,
-        )
-        self.guard.check()
-        return rollout
 
     def _context(self, rollout: Rollout, temperature: float) -> StepContext:
         aepo = self.cfg.aepo
@@ -280,7 +246,7 @@ class Trainer:
             "steps_done": self.steps_done,
             "updates": self.updates,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "sampler": self.sampler.state_dict(),
+            "rollouts": self.rollouts.state_dict(),
             "controller": self.controller.state_dict(),
             "bonus": self.bonus.state_dict(),
             "rng": rng_state(),
@@ -289,7 +255,7 @@ class Trainer:
     def _load_state(self, state: dict[str, Any]) -> None:
         self.steps_done, self.updates = state["steps_done"], state["updates"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.sampler.load_state_dict(state["sampler"])
+        self.rollouts.load_state_dict(state["rollouts"])
         self.controller.load_state_dict(state["controller"])
         self.bonus.load_state_dict(state["bonus"])
         set_rng_state(state["rng"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,10 @@ from aepo_kernels import linear_token_loss
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What an optimizer step did; `sums` are metrics summed over tokens."""
+    """What an optimizer step did; `sums` are metrics summed over tokens.
+
+    logprob: the model's before the step, of the tokens of all rows, 0 for rows outside: [tokens].
+    """
 
     loss: float
     grad_norm: float
@@ -24,6 +28,7 @@ class UpdateResult:
     sums: dict[str, float]
     model_tokens: int  # tokens the model processed, padding included
     active_tokens: int  # completion tokens with a gradient
+    logprob: torch.Tensor
 
 
 def update(
@@ -45,6 +50,7 @@ def update(
     offsets = token_offsets(rows)
     total = torch.zeros((), device=policy.device)
     sums: dict[str, torch.Tensor] = {}
+    logprob = torch.zeros(int(offsets[-1]))
     model_tokens = active_tokens = 0
     policy.model.train()
     active = [index for index in indices if index not in objective.passive_rows]
@@ -60,12 +66,13 @@ def update(
             }
             # Rows without a gradient are only measured, which leaves out their backward pass.
             with torch.set_grad_enabled(with_gradient):
-                loss, metrics, num_active = _forward_backward(policy, batch, objective, columns)
-            total += loss
-            for name, value in metrics.items():
+                done = _forward_backward(policy, batch, objective, columns)
+            total += done.loss
+            for name, value in done.metrics.items():
                 sums[name] = sums.get(name, 0) + value
+            logprob[index] = done.logprob.cpu()
             model_tokens += batch.input_ids.numel()
-            active_tokens += num_active
+            active_tokens += done.active_tokens
     except BaseException:
         optimizer.zero_grad(set_to_none=True)
         raise
@@ -77,12 +84,20 @@ def update(
         sums={name: float(value) for name, value in sums.items()},
         model_tokens=model_tokens,
         active_tokens=active_tokens,
+        logprob=logprob,
     )
+
+
+class _Done(NamedTuple):
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    logprob: torch.Tensor
+    active_tokens: int
 
 
 def _forward_backward(
     policy: Policy, batch: MicroBatch, objective: Objective, columns: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+) -> _Done:
     if objective.sequence_loss is not None:
         # The ratio of a sequence is known only after its last token: recompute (4 GEMMs).
         output = policy.logprobs(batch)
@@ -90,7 +105,8 @@ def _forward_backward(
         loss, metrics = objective.sequence_loss(output.logprob, output.entropy, rows, columns)
         if loss.requires_grad:
             loss.backward()
-        return loss.detach(), metrics, batch.targets.numel() if loss.requires_grad else 0
+        active = batch.targets.numel() if loss.requires_grad else 0
+        return _Done(loss.detach(), metrics, output.logprob.detach(), active)
     head = policy.head
     result = linear_token_loss(
         policy.hidden(batch),
@@ -107,4 +123,4 @@ def _forward_backward(
     )
     if result.loss.requires_grad:
         result.loss.backward()
-    return result.loss.detach(), result.metrics, int(result.active_rows)
+    return _Done(result.loss.detach(), result.metrics, result.logprob, int(result.active_rows))

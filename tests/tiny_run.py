@@ -13,6 +13,7 @@ from aepo_fast.config import (
     DataConfig,
     EvalConfig,
     LoggingConfig,
+    LossConfig,
     ModelConfig,
     RewardConfig,
     RolloutConfig,
@@ -46,7 +47,8 @@ def tiny_config(model: Path, output: Path, **sections: Any) -> Config:
         checkpoint=CheckpointConfig(every=1, keep=2),
         logging=LoggingConfig(plot=False),
     )
-    return replace(cfg, **sections)
+    # A loss of its own: defaults that depend on other sections are settled when a Config is built.
+    return replace(cfg, **{"loss": LossConfig(), **sections})
 
 
 def with_trainer(cfg: Config, **changes: Any) -> Config:

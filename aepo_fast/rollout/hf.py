@@ -31,7 +31,8 @@ class _Row:
     uniforms: np.ndarray  # one per token to sample
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
+    stopped: bool = False  # by an end id
+    done: bool = False
 
 
 class HfRollout:
@@ -57,6 +58,7 @@ class HfRollout:
         self.eos_ids = frozenset(eos_ids)
         self.batch_rows = batch_rows
         self.weights_version = 0
+        self.metrics: dict[str, float] = {}
 
     @torch.no_grad()
     def sync_weights(self, model: nn.Module, version: int) -> None:
@@ -67,9 +69,12 @@ class HfRollout:
                 ours[name].copy_(parameter)
         self.weights_version = version
 
+    def sleep(self) -> None:
+        """Do nothing: the cache lives only while `generate` runs."""
+
     def close(self) -> None:
         """Forget the model, so that its memory can be reused."""
-        del self.model
+        self.__dict__.pop("model", None)
 
     def generate(
         self,
@@ -77,6 +82,7 @@ class HfRollout:
         *,
         max_new_tokens: int,
         on_tokens: Callable[[int], None] | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """Sample every request; see `RolloutEngine.generate`."""
         rows = [
@@ -89,27 +95,38 @@ class HfRollout:
             for index, request in enumerate(requests)
             for sample in range(request.num_samples)
         ]
+        groups: dict[int, list[_Row]] = {index: [] for index in range(len(requests))}
+        for row in rows:
+            groups[row.request].append(row)
+        results: dict[int, list[Completion]] = {}
+
+        def finish() -> None:
+            for index, group in groups.items():
+                if index not in results and all(row.done for row in group):
+                    results[index] = [self._completion(requests[index], row) for row in group]
+                    if on_group is not None:
+                        on_group(index, results[index])
+
         was_training = self.model.training
         self.model.eval()
         try:
             for start in range(0, len(rows), self.batch_rows):
                 batch = rows[start : start + self.batch_rows]
-                self._decode(batch, requests, max_new_tokens, on_tokens)
+                self._decode(batch, requests, max_new_tokens, on_tokens, finish)
         finally:
             self.model.train(was_training)
-        results: list[list[Completion]] = [[] for _ in requests]
-        for row in rows:
-            results[row.request].append(
-                Completion(
-                    prompt_ids=requests[row.request].prompt_ids,
-                    completion_ids=tuple(row.ids),
-                    logprobs=tuple(row.logprobs),
-                    finish_reason="stop" if row.finished else "length",
-                    temperature=row.temperature,
-                    weights_version=self.weights_version,
-                )
-            )
-        return results
+        finish()  # requests without samples
+        return [results[index] for index in range(len(requests))]
+
+    def _completion(self, request: Request, row: _Row) -> Completion:
+        return Completion(
+            prompt_ids=request.prompt_ids,
+            completion_ids=tuple(row.ids),
+            logprobs=tuple(row.logprobs),
+            finish_reason="stop" if row.stopped else "length",
+            temperature=row.temperature,
+            weights_version=self.weights_version,
+        )
 
     @torch.inference_mode()
     def _decode(
@@ -118,6 +135,7 @@ class HfRollout:
         requests: Sequence[Request],
         max_new_tokens: int,
         on_tokens: Callable[[int], None] | None,
+        finish: Callable[[], None],
     ) -> None:
         device = self.model.device
         unique = sorted({row.request for row in rows})
@@ -133,14 +151,16 @@ class HfRollout:
                 torch.tensor([row.uniforms[step] for row in active], device=device),
             )
             for row, token, logprob in zip(active, ids.tolist(), logprobs.tolist(), strict=True):
-                if not row.finished:
+                if not row.done:
                     row.ids.append(token)
                     row.logprobs.append(logprob)
-                    row.finished = token in self.eos_ids
+                    row.stopped = token in self.eos_ids
+                    row.done = row.stopped or step + 1 == max_new_tokens
             if on_tokens is not None:
                 on_tokens(sum(len(row.ids) == step + 1 for row in active))
-            going = [index for index, row in enumerate(active) if not row.finished]
-            if not going or step + 1 == max_new_tokens:
+            finish()
+            going = [index for index, row in enumerate(active) if not row.done]
+            if not going:
                 return
             if len(going) <= COMPACT_BELOW * len(active):
                 keep = torch.tensor(going, device=device)

@@ -7,6 +7,7 @@ The only module that imports vLLM. `setup` imports it when a run asks for vLLM, 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from vllm import LLM, SamplingParams
+from vllm import LLM
 from vllm.config import WeightTransferConfig
+from vllm.device_allocator import get_mem_allocator_instance
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
+    WeightTransferInitRequest,
     WeightTransferUpdateInfo,
     WeightTransferUpdateRequest,
 )
@@ -30,44 +33,70 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from aepo_fast.config import ConfigError, RolloutConfig
-from aepo_fast.rollout.base import Completion, Request
+from aepo_fast.rollout import sharing
+from aepo_fast.rollout.base import Completion, Request, RolloutError
 
 _BACKEND = "aepo_fast"
 
 
 @dataclass
 class _InitInfo(WeightTransferInitInfo):
-    """Nothing has to be set up between two halves of one process."""
+    """The trainer's parameters, by the names of the checkpoint format."""
+
+    weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    share: bool = False
 
 
 @dataclass
 class _UpdateInfo(WeightTransferUpdateInfo):
-    """The trainer's tensors themselves, by the names of the checkpoint format."""
+    """The same parameters as they are now."""
 
-    weights: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
 
 
 class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
-    """Loads tensors of this process as vLLM would load a checkpoint."""
+    """Brings vLLM's weights up to date with parameters of the same process.
+
+    Where vLLM holds them as its loader wrote them, by one batched copy, of nothing at all where
+    they are shared; where it has packed them, by loading them anew as a checkpoint.
+    """
 
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
+    copies: list[sharing.Placement] | None = None  # None: load anew
 
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
-        """Do nothing: there is no connection to open."""
+        """Find out which of the ways it is; shares what can be shared where `share` says so."""
+        self.copies = None
+        if any(parameter.numel() == 0 for parameter in self.model.parameters()):
+            return  # packed for a CPU, where loading without a reload raises
+        places = sharing.find_placements(self.model.load_weights, init_info.weights)
+        if places is None:
+            return
+        if init_info.share:
+            self.copies = sharing.share(init_info.weights, places)
+        else:
+            self.copies = [place for found in places.values() for place in found]
 
     def start_weight_update(self) -> None:
         """Make the layers ready to be loaded again, packed ones included."""
-        initialize_layerwise_reload(self.model)
+        if self.copies is None:
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
-        """Load the tensors, cast to vLLM's dtypes and fused as its layers are."""
-        self.model.load_weights(iter(update_info.weights))
+        """Take the weights over, cast to vLLM's dtypes and fused as its layers are."""
+        if self.copies is None:
+            self.model.load_weights((name, w.detach()) for name, w in update_info.weights)
+        else:
+            sharing.copy(self.copies)
 
     def finish_weight_update(self) -> None:
         """Pack what was loaded."""
+        if self.copies is not None:
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
@@ -93,19 +122,24 @@ class VllmRollout:
     def __init__(
         self, folder: str, cfg: RolloutConfig, *, eos_ids: Sequence[int], seed: int
     ) -> None:
-        self.eos_ids = list(eos_ids)
+        self.cfg, self.eos_ids = cfg, list(eos_ids)
         self.weights_version = 0
+        self.metrics: dict[str, float] = {}
+        self._numbers = itertools.count()
+        self._connected: nn.Module | None = None
+        self._asleep = False
         # The engine in this process, so that weights pass by reference.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         logging.getLogger("vllm").setLevel(logging.WARNING)
         # It warns of layers that hold no weights of their own; the canary tests the rest.
         reload = "vllm.model_executor.model_loader.reload.layerwise"
         logging.getLogger(reload).setLevel(logging.ERROR)
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(cfg.cpu_kv_cache_gib))))
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cfg.cpu_kv_cache_gib)))
         try:
             WeightTransferEngineFactory.register_engine(_BACKEND, _SameProcessEngine)
         except ValueError:  # by an earlier engine of this process
             pass
+        self._sleeps = cfg.sleep and not cfg.steps_ahead and torch.cuda.is_available()
         try:
             self.llm = LLM(
                 model=folder,
@@ -114,6 +148,7 @@ class VllmRollout:
                 max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
                 gpu_memory_utilization=cfg.gpu_memory_utilization,
                 enforce_eager=cfg.enforce_eager,
+                enable_sleep_mode=self._sleeps,
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
                 disable_log_stats=True,
@@ -130,18 +165,46 @@ class VllmRollout:
 
     @torch.no_grad()
     def sync_weights(self, model: nn.Module, version: int) -> None:
-        """Load the trainer's weights and forget what was cached with the old ones."""
-        weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+        """Hand over the trainer's weights and forget what was cached with the old ones.
+
+        The first call for a model finds out how; then its parameters may become views of vLLM's.
+        """
+        weights = list(model.named_parameters())
+        if model is not self._connected:
+            share = self.cfg.share_weights and not self.cfg.steps_ahead
+            info = {"weights": weights, "share": share}
+            self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+            self._connected = model
         self.llm.start_weight_update()
         self.llm.update_weights(WeightTransferUpdateRequest(update_info={"weights": weights}))
         self.llm.finish_weight_update()
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache, which belongs to the old weights")
+            raise RolloutError("vLLM kept its prefix cache, which belongs to the old weights")
         self.weights_version = version
+
+    def sleep(self) -> None:
+        """Free the GPU memory of the key-value cache, and of nothing else."""
+        if not self._sleeps or self._asleep:
+            return
+        torch.cuda.synchronize()
+        self.metrics["memory/rollout_awake_gib"] = _used_gib()
+        # Not LLM.sleep, which moves the weights to the CPU, where trained parameters may be views.
+        self.llm.reset_prefix_cache()
+        get_mem_allocator_instance().discard("kv_cache")
+        torch.cuda.empty_cache()
+        self.metrics["memory/rollout_asleep_gib"] = _used_gib()
+        self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            torch.cuda.empty_cache()
+            get_mem_allocator_instance().wake_up(["kv_cache"])
+            self._asleep = False
 
     def close(self) -> None:
         """Let the engine's memory go."""
-        del self.llm
+        self._connected = None
+        self.__dict__.pop("llm", None)
 
     def generate(
         self,
@@ -149,47 +212,88 @@ class VllmRollout:
         *,
         max_new_tokens: int,
         on_tokens: Callable[[int], None] | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample every request; see `RolloutEngine.generate`. Tokens are counted at the end."""
-        params = [
-            SamplingParams(
-                n=request.num_samples,
-                temperature=request.temperature,
-                max_tokens=max_new_tokens,
-                stop_token_ids=self.eos_ids,
-                ignore_eos=True,  # the ids above are all that ends a completion
-                logprobs=0,
-                detokenize=False,
-            )
-            for request in requests
-        ]
-        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        """Sample every request; see `RolloutEngine.generate`. Tokens count when a group is done."""
+        self._check_lengths(requests, max_new_tokens)
+        self._wake()
+        results: dict[int, list[Completion]] = {}
         # One stream for the whole call: a seed per request would make vLLM draw row by row, which
         # took two fifths of its speed on a CPU, and breaks there when a prompt is split.
         seed = np.random.SeedSequence([request.seed for request in requests])
-        with torch.random.fork_rng():
-            torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        results = [
-            [
-                _completion(request, sample, self.weights_version)
-                for sample in sorted(output.outputs, key=lambda sample: sample.index)
-            ]
-            for request, output in zip(requests, outputs, strict=True)
-        ]
-        for request, group in zip(requests, results, strict=True):
-            if len(group) != request.num_samples:
-                raise RuntimeError(f"vLLM returned {len(group)} of {request.num_samples} samples")
-        if on_tokens is not None:
-            on_tokens(sum(len(one.completion_ids) for group in results for one in group))
-        return results
+        numbers = {str(next(self._numbers)): index for index in range(len(requests))}
+        engine = self.llm.llm_engine
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+                for number, index in numbers.items():
+                    ids = list(requests[index].prompt_ids)
+                    params = self._params(requests[index], max_new_tokens)
+                    engine.add_request(number, {"prompt_token_ids": ids}, params)
+                while engine.has_unfinished_requests():
+                    counted = 0
+                    for output in self._step(engine):
+                        if not output.finished:
+                            continue
+                        index = numbers[output.request_id]
+                        group = _completions(requests[index], output, self.weights_version)
+                        results[index] = group
+                        counted += sum(len(one.completion_ids) for one in group)
+                        if on_group is not None:
+                            on_group(index, group)
+                    if on_tokens is not None:
+                        on_tokens(counted)
+        finally:
+            if engine.has_unfinished_requests():
+                engine.abort_request(list(numbers))
+        if len(results) != len(requests):
+            raise RolloutError(f"vLLM answered {len(results)} of {len(requests)} requests")
+        return [results[index] for index in range(len(requests))]
+
+    def _params(self, request: Request, max_new_tokens: int) -> SamplingParams:
+        return SamplingParams(
+            n=request.num_samples,
+            temperature=request.temperature,
+            max_tokens=max_new_tokens,
+            stop_token_ids=self.eos_ids,
+            ignore_eos=True,  # the ids above are all that ends a completion
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _check_lengths(self, requests: Sequence[Request], max_new_tokens: int) -> None:
+        limit = self.llm.model_config.max_model_len
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        if longest + max_new_tokens > limit:
+            raise RolloutError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit vLLM's "
+                f"limit of {limit}: raise rollout.max_prompt_tokens or drop long prompts"
+            )
+
+    @staticmethod
+    def _step(engine: Any) -> list[Any]:
+        try:
+            return engine.step()
+        except Exception as error:  # whatever a kernel or a dead engine raises
+            raise RolloutError(
+                f"vLLM failed while sampling: {type(error).__name__}: {error}. If memory ran out, "
+                "lower rollout.gpu_memory_utilization or trainer.tokens_per_microbatch"
+            ) from error
+
+
+def _completions(request: Request, output: Any, version: int) -> list[Completion]:
+    samples = sorted(output.outputs, key=lambda sample: sample.index)
+    if len(samples) != request.num_samples:
+        raise RolloutError(f"vLLM returned {len(samples)} of {request.num_samples} samples")
+    return [_completion(request, sample, version) for sample in samples]
 
 
 def _completion(request: Request, sample: Any, version: int) -> Completion:
     if sample.finish_reason not in ("stop", "length"):
-        raise RuntimeError(
-            f"vLLM ended a request with {sample.finish_reason!r}: it ran out of memory for its "
-            "cache or was aborted; give it more, and go on with --resume"
+        raise RolloutError(
+            f"vLLM ended a request with {sample.finish_reason!r}: it was aborted or did not fit "
+            "the cache; raise rollout.gpu_memory_utilization or rollout.cpu_kv_cache_gib"
         )
     ids = tuple(sample.token_ids)
     return Completion(
@@ -200,3 +304,8 @@ def _completion(request: Request, sample: Any, version: int) -> Completion:
         temperature=request.temperature,
         weights_version=version,
     )
+
+
+def _used_gib() -> float:
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30

@@ -80,9 +80,10 @@ def test_sampling_metrics_are_those_of_the_chosen_rows() -> None:
 
     rows = [row((-1.0, -2.0)), row((-5.0,)), row((-0.5,))]
     trainer = torch.tensor([-1.1, -2.0, 100.0, -0.3])
-    metrics = sampling_metrics(trainer, rows, [0, 2])
+    metrics = sampling_metrics(trainer, rows, [0, 2], version=3)
     assert metrics["sampling/logp_difference/mean"] == pytest.approx(0.1)
     assert metrics["sampling/logp_difference/max"] == pytest.approx(0.2)
     expected = sum(math.expm1(d) - d for d in (-0.1, 0.0, 0.2)) / 3
     assert metrics["sampling/mismatch_kl"] == pytest.approx(expected, rel=1e-4)
-    assert sampling_metrics(trainer, rows, []) == {}
+    assert metrics["sampling/version_lag"] == 3
+    assert sampling_metrics(trainer, rows, [], version=3) == {}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from aepo_fast.config import POLICY_DEFAULTS, ConfigError, LossConfig
+from aepo_fast.config import ConfigError, LossConfig
 from aepo_fast.config_io import dump_config, load_config, shipped_configs
+from aepo_fast.config_method import POLICY_DEFAULTS
 
 MINIMAL = """
 [model]

@@ -34,6 +34,7 @@ from aepo_fast.config import (
 )
 from aepo_fast.rewards import RewardError
 from aepo_fast.run import train
+from aepo_fast.setup import check_rollout_backend
 from aepo_fast.trainer import TrainingError
 from tests.tiny_model import build_tiny_model
 from tests.tiny_run import tiny_config, with_trainer
@@ -325,6 +326,21 @@ def test_vllm_that_is_not_installed_is_said_before_any_model_loads(
     with pytest.raises(ConfigError, match="rollout.backend = 'vllm': vLLM is not installed"):
         train(cfg)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("version", ["0.27.1", "0.30.0", "unknown"])
+def test_an_untested_vllm_is_refused_unless_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("aepo_fast.setup.vllm_version", lambda: version)
+    cfg = tiny_config(tmp_path, tmp_path / "run", rollout=RolloutConfig(backend="vllm"))
+    with pytest.raises(ConfigError, match=rf"vLLM {version} is installed.*>=0.28"):
+        train(cfg)
+    allowed = replace(cfg.rollout, allow_untested_vllm=True)
+    check_rollout_backend(replace(cfg, rollout=allowed))
+    monkeypatch.setattr("aepo_fast.setup.vllm_version", lambda: "0.29.1+cu130")
+    check_rollout_backend(cfg)
 
 
 def test_every_promised_metric_is_logged_and_rollouts_are_kept(

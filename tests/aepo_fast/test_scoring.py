@@ -1,0 +1,118 @@
+"""Scoring while sampling goes on: same result, whole groups, failures heard at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from aepo_fast.data import Prompt
+from aepo_fast.rewards import Reward, RewardError
+from aepo_fast.rollout.base import Completion
+from aepo_fast.scoring import GroupScorer
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(str(i), ({"content": f"question {i}"},), {}, 0, (i,)) for i in range(count)]
+
+
+def group(*ids: int) -> list[Completion]:
+    return [Completion((1,), (value,), (-1.0,), "stop", 1.0, 0) for value in ids]
+
+
+def decode(ids: Sequence[int]) -> str:
+    return f"text {ids[0]}"
+
+
+class Recorder:
+    """A reward that is the completion's id, None for 7; it notes what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[str, str]]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(
+        self, asked: Sequence[Prompt], texts: Sequence[str], ids: Sequence[Sequence[int]]
+    ) -> list[float | None]:
+        self.calls.append([(p.key, text) for p, text in zip(asked, texts, strict=True)])
+        assert self.gate.wait(30)
+        return [None if one[0] == 7 else float(one[0]) for one in ids]
+
+    def reward(self) -> Reward:
+        return Reward("recorder", (), self, stop_on_error=True)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_groups_in_any_order_get_their_own_rewards(overlap: bool) -> None:
+    recorder = Recorder()
+    with GroupScorer(recorder.reward(), prompts(4), decode, overlap=overlap) as scorer:
+        for index, completions in ((2, group(5, 7)), (0, group(1)), (3, group()), (1, group(2, 3))):
+            scorer.add(index, completions)
+        scored = scorer.results()
+    assert [one.rewards for one in scored] == [[1.0], [2.0, 3.0], [5.0, None], []]
+    assert [one.texts for one in scored] == [
+        ["text 1"],
+        ["text 2", "text 3"],
+        ["text 5", "text 7"],
+        [],
+    ]
+    asked = [pair for call in recorder.calls for pair in call]
+    assert sorted(asked) == sorted(
+        [("0", "text 1"), ("1", "text 2"), ("1", "text 3"), ("2", "text 5"), ("2", "text 7")]
+    )
+    if not overlap:
+        assert len(recorder.calls) == 1
+
+
+def test_what_arrives_during_a_call_is_scored_in_the_next_one() -> None:
+    recorder = Recorder()
+    recorder.gate.clear()
+    with GroupScorer(recorder.reward(), prompts(5), decode, overlap=True) as scorer:
+        scorer.add(0, group(1))
+        while not recorder.calls:  # the first call is under way
+            pass
+        for index in range(1, 5):
+            scorer.add(index, group(index, index))
+        recorder.gate.set()
+        scorer.results()
+    assert [len(call) for call in recorder.calls] == [1, 8]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_failure_is_raised_and_stops_the_sampling(overlap: bool) -> None:
+    def broken(*_: object) -> list[float]:
+        raise ValueError("no idea")
+
+    def score(*arguments: object) -> list[Exception]:
+        try:
+            broken()
+        except ValueError as error:
+            return [error]
+        return []
+
+    reward = Reward("broken", (), score, stop_on_error=True)  # type: ignore[arg-type]
+    with (
+        pytest.raises(RewardError, match="'broken' failed.*no idea"),
+        GroupScorer(reward, prompts(100_000), decode, overlap=overlap) as scorer,
+    ):
+        for index in range(100_000):
+            scorer.add(index, group(1))
+            if not overlap:
+                break
+        if overlap:
+            pytest.fail("adding went on after a failure")
+        scorer.results()
+
+
+def test_leaving_early_does_not_wait() -> None:
+    recorder = Recorder()
+    recorder.gate.clear()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        GroupScorer(recorder.reward(), prompts(1), decode, overlap=True) as scorer,
+    ):
+        scorer.add(0, group(1))
+        raise KeyboardInterrupt
+    recorder.gate.set()
