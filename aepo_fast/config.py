@@ -34,7 +34,8 @@ class ModelConfig:
     """Which weights to train and how they are held."""
 
     path: str = ""  # local folder, hub id, or package:NAME (see `aepo-fast doctor`)
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the trained weights
+    # Of the trained weights; the optimizer holds float32 copies of bfloat16 ones.
+    dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # autocast
     attention: Literal["auto", "sdpa", "flash_attention_2", "varlen", "eager"] = "auto"
     gradient_checkpointing: bool = True

@@ -76,7 +76,7 @@ def update(
     except BaseException:
         optimizer.zero_grad(set_to_none=True)
         raise
-    norm, taken = guarded_step(policy.model, optimizer, total.item(), max_grad_norm=max_grad_norm)
+    norm, taken = guarded_step(optimizer, total.item(), max_grad_norm=max_grad_norm)
     return UpdateResult(
         loss=total.item(),
         grad_norm=norm,

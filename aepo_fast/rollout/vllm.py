@@ -52,9 +52,10 @@ class _InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class _UpdateInfo(WeightTransferUpdateInfo):
-    """The same parameters as they are now."""
+    """The same parameters as they are now; `report` is told the bytes written."""
 
     weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    report: dict[str, int] = field(default_factory=dict)
 
 
 class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
@@ -90,8 +91,11 @@ class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         """Take the weights over, cast to vLLM's dtypes and fused as its layers are."""
         if self.copies is None:
             self.model.load_weights((name, w.detach()) for name, w in update_info.weights)
+            size = self.model_config.dtype.itemsize
+            update_info.report["bytes"] = sum(size * w.numel() for _, w in update_info.weights)
         else:
             sharing.copy(self.copies)
+            update_info.report["bytes"] = sum(place.num_bytes for place in self.copies)
 
     def finish_weight_update(self) -> None:
         """Pack what was loaded."""
@@ -176,10 +180,13 @@ class VllmRollout:
             self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
             self._connected = model
         self.llm.start_weight_update()
-        self.llm.update_weights(WeightTransferUpdateRequest(update_info={"weights": weights}))
+        report: dict[str, int] = {}
+        update = {"weights": weights, "report": report}
+        self.llm.update_weights(WeightTransferUpdateRequest(update_info=update))
         self.llm.finish_weight_update()
         if not self.llm.reset_prefix_cache():
             raise RolloutError("vLLM kept its prefix cache, which belongs to the old weights")
+        self.metrics["sync/bytes_copied"] = report["bytes"]
         self.weights_version = version
 
     def sleep(self) -> None:

@@ -16,7 +16,7 @@ from aepo_fast.canary import Canary, StaleWeightsError
 from aepo_fast.config import ModelConfig, RolloutConfig, TrainerConfig
 from aepo_fast.models import resolve
 from aepo_fast.policy import Policy
-from aepo_fast.rollout.base import Request
+from aepo_fast.rollout.base import Completion, Request, RolloutError
 
 pytestmark = [
     pytest.mark.slow,
@@ -168,6 +168,52 @@ def test_a_stale_prefix_cache_is_caught(
     monkeypatch.undo()
     engine.sync_weights(model, 2)
     assert canary.check() <= canary.limit
+
+
+def test_groups_come_one_by_one_and_can_stop_the_sampling(
+    engine: Any, prompts: list[tuple[int, ...]]
+) -> None:
+    requests = [Request(prompt, 2, 1.0, seed) for seed, prompt in enumerate(prompts)]
+    seen: dict[int, list[Completion]] = {}
+    groups = engine.generate(requests, max_new_tokens=6, on_group=seen.__setitem__)
+    assert [seen[index] for index in range(len(requests))] == groups
+    calls = []
+
+    def stop(tokens: int) -> None:
+        calls.append(tokens)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(requests, max_new_tokens=32, on_tokens=stop)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert engine.generate(requests, max_new_tokens=6) == groups
+
+
+def test_no_requests_and_prompts_that_are_too_long(engine: Any) -> None:
+    assert engine.generate([], max_new_tokens=4) == []
+    long = Request(tuple(range(10, 320)), 1, 1.0, 0)
+    with pytest.raises(RolloutError, match="prompt of 310 tokens and 32 new ones do not fit.*332"):
+        engine.generate([long], max_new_tokens=32)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+
+
+def test_an_aborted_request_is_an_error(
+    engine: Any, prompts: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = engine.llm.llm_engine
+    plain = inner.step
+
+    def step() -> list[Any]:
+        outputs = plain()
+        for output in outputs:
+            for sample in output.outputs:
+                sample.finish_reason = "abort"
+        return outputs
+
+    monkeypatch.setattr(inner, "step", step)
+    with pytest.raises(RolloutError, match="ended a request with 'abort'.*cpu_kv_cache_gib"):
+        engine.generate([Request(prompts[0], 2, 1.0, 0)], max_new_tokens=4)
 
 
 def test_fifty_updates_leak_no_memory(engine: Any, model: PreTrainedModel) -> None:

@@ -1,0 +1,207 @@
+"""A stand-in for vLLM with the interface that `aepo_fast.rollout.vllm` uses, GPU parts included.
+
+Its model is one fused weight, its samples are fixed; `events` lists what was done to it in order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from types import ModuleType, SimpleNamespace
+from typing import Any, Generic, TypeVar
+
+import pytest
+import torch
+from torch import nn
+
+One, Other = TypeVar("One"), TypeVar("Other")
+ROWS = {"q": (0, 4), "k": (4, 2)}
+
+
+class Model(nn.Module):
+    """q and k of a checkpoint, fused as on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        fused = torch.arange(18, dtype=torch.bfloat16).view(6, 3)
+        self.qk = nn.Parameter(fused, requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, value in weights:
+            self.qk.data.narrow(0, *ROWS[name]).copy_(value)
+
+
+@dataclass
+class Info:
+    """Base of the transfer's messages."""
+
+
+@dataclass
+class InitRequest:
+    init_info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class UpdateRequest:
+    update_info: dict[str, Any] = field(default_factory=dict)
+
+
+class TransferEngine(Generic[One, Other]):
+    """Base class of weight-transfer engines."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.model_config = SimpleNamespace(dtype=torch.bfloat16, hf_config=SimpleNamespace())
+        self.device = torch.device("cuda")
+
+
+class Factory:
+    engines: dict[str, type[Any]] = {}
+
+    @classmethod
+    def register_engine(cls, name: str, engine: type[Any]) -> None:
+        if name in cls.engines:
+            raise ValueError("registered already")
+        cls.engines[name] = engine
+
+
+class OutputKind(Enum):
+    FINAL_ONLY = 2
+
+
+class Inner:
+    """The engine behind an LLM: answers one request a step."""
+
+    def __init__(self, events: list[Any]) -> None:
+        self.events = events
+        self.waiting: list[tuple[str, dict[str, Any], Any]] = []
+        self.finish_reason = "length"
+        self.failure: Exception | None = None
+
+    def add_request(self, number: str, prompt: dict[str, Any], params: Any) -> None:
+        self.waiting.append((number, prompt, params))
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting)
+
+    def abort_request(self, numbers: list[str]) -> None:
+        self.events.append("abort")
+        self.waiting = [one for one in self.waiting if one[0] not in numbers]
+
+    def step(self) -> list[Any]:
+        if self.failure is not None:
+            raise self.failure
+        self.events.append("step")
+        number, _, params = self.waiting.pop()
+        samples = [
+            SimpleNamespace(
+                index=index,
+                token_ids=[5] * params.max_tokens,
+                logprobs=[{5: SimpleNamespace(logprob=-1.0)}] * params.max_tokens,
+                finish_reason=self.finish_reason,
+            )
+            for index in reversed(range(params.n))
+        ]
+        return [SimpleNamespace(request_id=number, finished=True, outputs=samples)]
+
+
+class LLM:
+    """vLLM's entry point."""
+
+    failure: Exception | None = None
+
+    def __init__(self, **arguments: Any) -> None:
+        if LLM.failure is not None:
+            raise LLM.failure
+        self.arguments = arguments
+        self.events: list[Any] = []
+        self.llm_engine = Inner(self.events)
+        self.model_config = SimpleNamespace(max_model_len=arguments["max_model_len"])
+        self.model = Model()
+        self.transfer = Factory.engines[arguments["weight_transfer_config"].backend](self.model)
+        self.cache_resets = True
+
+    def init_weight_transfer_engine(self, request: InitRequest) -> None:
+        info = self.transfer.init_info_cls(**request.init_info)
+        self.transfer.init_transfer_engine(info)
+
+    def start_weight_update(self) -> None:
+        self.transfer.start_weight_update()
+
+    def update_weights(self, request: UpdateRequest) -> None:
+        info = self.transfer.update_info_cls(**request.update_info)
+        self.transfer.receive_weights(info)
+
+    def finish_weight_update(self) -> None:
+        self.transfer.finish_weight_update()
+
+    def reset_prefix_cache(self) -> bool:
+        self.events.append("reset")
+        return self.cache_resets
+
+
+class Allocator:
+    """Memory of a GPU whose cache takes 8 of 20 GiB."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.free = 4
+
+    def discard(self, tag: str) -> None:
+        self.events.append(("discard", tag))
+        self.free += 8
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.events.append(("wake", tags))
+        self.free -= 8
+
+
+def install(patch: pytest.MonkeyPatch) -> Allocator:
+    """Put the stand-in in vLLM's place, and a GPU into torch's report, until `patch` is undone."""
+    allocator = Allocator()
+
+    def nothing(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights of a GPU are not reloaded layer by layer")
+
+    modules: dict[str, dict[str, Any]] = {
+        "vllm": {"LLM": LLM},
+        "vllm.config": {"WeightTransferConfig": SimpleNamespace},
+        "vllm.device_allocator": {"get_mem_allocator_instance": lambda: allocator},
+        "vllm.distributed": {},
+        "vllm.distributed.weight_transfer": {},
+        "vllm.distributed.weight_transfer.base": {
+            "WeightTransferEngine": TransferEngine,
+            "WeightTransferInitInfo": Info,
+            "WeightTransferInitRequest": InitRequest,
+            "WeightTransferUpdateInfo": Info,
+            "WeightTransferUpdateRequest": UpdateRequest,
+        },
+        "vllm.distributed.weight_transfer.factory": {"WeightTransferEngineFactory": Factory},
+        "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.utils": {"dispatch_cpu_unquantized_gemm": nothing},
+        "vllm.model_executor.model_loader": {},
+        "vllm.model_executor.model_loader.reload": {
+            "finalize_layerwise_reload": nothing,
+            "initialize_layerwise_reload": nothing,
+        },
+        "vllm.sampling_params": {
+            "RequestOutputKind": OutputKind,
+            "SamplingParams": SimpleNamespace,
+        },
+    }
+    for name, contents in modules.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        patch.setitem(sys.modules, name, module)
+    # The module is imported anew with each stand-in, and not left behind.
+    patch.delitem(sys.modules, "aepo_fast.rollout.vllm", raising=False)
+    Factory.engines = {}
+    LLM.failure = None
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "synchronize", lambda: None)
+    patch.setattr(torch.cuda, "empty_cache", lambda: None)
+    patch.setattr(torch.cuda, "mem_get_info", lambda: (allocator.free * 2**30, 20 * 2**30))
+    return allocator
