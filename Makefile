@@ -2,8 +2,10 @@
 # On a machine whose python3 already has torch: make test VENV_FLAGS=--system-site-packages
 PYTHON ?= python3
 VENV_FLAGS ?=
-# How make train samples: make train ROLLOUT=vllm installs vLLM and uses it.
-ROLLOUT ?= hf
+# How make train samples: make train ROLLOUT=vllm installs vLLM and uses it. Left out, vLLM is used
+# where it is installed.
+ROLLOUT ?=
+FIND_ROLLOUT = import importlib.util as u; print("vllm" if u.find_spec("vllm") else "hf")
 BIN := .venv/bin
 STAMP := .venv/installed
 VLLM_STAMP := .venv/installed-vllm
@@ -12,7 +14,8 @@ TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 .PHONY: train test test-vllm lint bench clean
 
 train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
-	$(BIN)/aepo-fast train first-light --overwrite --set 'rollout.backend="$(ROLLOUT)"'
+	$(BIN)/aepo-fast train first-light --overwrite \
+		--set rollout.backend=\"$(or $(ROLLOUT),$$($(BIN)/python -c '$(FIND_ROLLOUT)'))\"
 
 # One thread a test process: threads that wait for each other are what makes two cores slow.
 test: $(STAMP)
@@ -20,7 +23,8 @@ test: $(STAMP)
 
 # vLLM with real weights, which `make test` leaves out: installing it takes a minute or two.
 test-vllm: $(VLLM_STAMP)
-	$(BIN)/python -m pytest tests/aepo_fast/test_rollout_vllm.py $(ARGS)
+	$(BIN)/python -m pytest tests/aepo_fast/test_rollout_vllm.py \
+		tests/aepo_fast/test_rollout_vllm_shared.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

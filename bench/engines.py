@@ -1,0 +1,138 @@
+"""The rollout engines as `rollout` and `sync` compare them, with real or random weights."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.environment import RESULTS, describe, device_name
+
+ENGINES = ("hf", "vllm")
+# Shapes of real models for random weights: hidden, intermediate, layers, heads, key-value heads,
+# vocabulary, tied head.
+SHAPES = {
+    "tiny": (128, 128, 2, 2, 1, 1000, True),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that both benchmarks share."""
+    parser.add_argument(
+        "--model",
+        default="package:smollm2-135m-instruct",
+        help=f"a model, or random:NAME for random weights of {', '.join(SHAPES)}",
+    )
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--trainer-dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--tokens", type=int, default=64, help="of each sample, exactly")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="vLLM without compilation")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.3)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+
+
+def load_trained(arguments: argparse.Namespace) -> tuple[str, torch.nn.Module]:
+    """The model's folder and the model as a trainer holds it."""
+    # The other benchmarks run without the trainer's packages.
+    from transformers import AutoModelForCausalLM
+
+    from aepo_fast.models import resolve
+
+    name = arguments.model
+    if name.startswith("random:"):
+        folder = _random_weights(name.removeprefix("random:"))
+    else:
+        folder = str(resolve(name))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, arguments.trainer_dtype),
+        attn_implementation="sdpa" if device == "cuda" else "eager",
+    )
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return folder, model
+
+
+def load_engine(name: str, folder: str, model: Any, arguments: argparse.Namespace) -> Any:
+    """A rollout engine with the model's weights."""
+    from aepo_fast.config import RolloutConfig
+    from aepo_fast.rollout.hf import HfRollout
+
+    if name == "hf":
+        return HfRollout(model, dtype=torch.bfloat16, eos_ids=(), batch_rows=256)
+    if importlib.util.find_spec("vllm") is None:
+        raise SystemExit("vLLM is not installed: make test-vllm installs it, or --engines hf")
+    from aepo_fast.rollout.vllm import VllmRollout
+
+    cfg = RolloutConfig(
+        backend="vllm",
+        max_prompt_tokens=256,
+        max_new_tokens=arguments.tokens,
+        enforce_eager=arguments.eager,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+    )
+    return VllmRollout(folder, cfg, eos_ids=[], seed=0)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentile."""
+    ordered = sorted(values)
+    return {
+        "median": statistics.median(ordered),
+        "p20": ordered[int(0.2 * (len(ordered) - 1))],
+        "p80": ordered[round(0.8 * (len(ordered) - 1))],
+    }
+
+
+def write(name: str, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Keep what was found beside the machine, the versions and the settings."""
+    from aepo_fast.setup import vllm_version
+
+    settings = {key: value for key, value in vars(arguments).items() if key != "run"}
+    settings["results"] = None
+    record = {
+        "benchmark": name,
+        "environment": describe() | {"vllm": vllm_version()},
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "settings": settings,
+        **found,
+    }
+    folder = arguments.results / device_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps(record, indent=1))
+    print(f"result: {path}")
+
+
+def _random_weights(name: str) -> str:
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    if name not in SHAPES:
+        raise SystemExit(f"--model random:{name}: choose one of {', '.join(SHAPES)}")
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[name]
+    config = Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+    folder = tempfile.mkdtemp(prefix=f"{name}-")
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
