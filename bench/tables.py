@@ -51,7 +51,7 @@ def newest(pattern: str) -> Path | None:
 
 def first_light() -> str:
     """What a run of the shipped first config did, from its metrics."""
-    path = newest("*/first-light-*.jsonl")
+    path = newest("*/first-light-2*.jsonl")  # those with a sampler in the name are beside it
     if path is None:
         return ""
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -315,7 +315,7 @@ def _completion(request: Request, sample: Any, version: int) -> Completion:
 
 
 def _cache_blocks() -> dict[str, int]:
-    """The CPU build's blocks of 128 tokens let the samples of a short prompt share nothing of it."""
+    """On a CPU 128 tokens are a block by default, and samples of shorter prompts share nothing."""
     return {} if torch.cuda.is_available() else {"block_size": 16}
 
 
