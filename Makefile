@@ -40,7 +40,7 @@ clean:
 # torch goes first and alone: the exact pin finds a CPU build where pip is set up for one, while a
 # range would fetch gigabytes of CUDA libraries onto a machine without a GPU. It is left out of the
 # constraints afterwards, which would replace a torch that the system brought.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV_FLAGS) .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH)
 	grep -v '^torch==' constraints.txt > .venv/constraints.txt

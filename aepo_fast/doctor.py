@@ -11,8 +11,9 @@ import torch
 from aepo_fast.config import ConfigError, ModelConfig
 from aepo_fast.models import choose_attention
 from aepo_fast.packages import PACKAGES, PREFIX, cache_root, converted_folder
-from aepo_fast.setup import choose_device
+from aepo_fast.setup import choose_device, vllm_version
 from aepo_kernels import __version__, backend_status
+from aepo_kernels.backends import row_kernels
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "varlen"]
 _ATTENTION: tuple[Attention, ...] = get_args(Attention)
@@ -36,6 +37,8 @@ def report() -> str:
     lines += ["", "kernel backends"]
     for name, reason in backend_status().items():
         lines.append(f"  {name}: {'works' if reason is None else reason}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines.append(f"  rows of chunked: {row_kernels(device)}")
     lines += ["", "attention"]
     lines += [f"  {name}: {_attention_status(name)}" for name in _ATTENTION]
     lines += ["", "packages"]
@@ -59,6 +62,8 @@ def _attention_status(name: Attention) -> str:
 
 
 def _version(name: str) -> str | None:
+    if name == "vllm":  # whose CPU build has another name
+        return vllm_version() or None
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

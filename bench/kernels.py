@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from aepo_kernels.backends import row_kernels
 from bench import kernel_gate as gate
 from bench.environment import RESULTS, describe, device_name, installed_version
 from bench.kernel_inputs import (
@@ -107,7 +108,11 @@ def main(arguments: argparse.Namespace) -> None:
     )
     record: dict[str, Any] = {
         "benchmark": "kernels",
-        "environment": describe() | {"triton": installed_version("triton")},
+        "environment": describe()
+        | {
+            "triton": installed_version("triton"),
+            "row_kernels": row_kernels("cuda" if torch.cuda.is_available() else "cpu"),
+        },
         "clocks": clocks(device),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "settings": _settings(setup),

@@ -1,5 +1,5 @@
 # vLLM is installed by choice:
-# pyright: reportMissingImports=false, reportCallIssue=false
+# pyright: reportMissingImports=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """Rollouts with vLLM in the trainer's own process, weights through its weight-transfer interface.
 
 The only module that imports vLLM. `setup` imports it when a run asks for vLLM, not before.
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm
 from torch import nn
 from vllm import LLM
 from vllm.config import WeightTransferConfig
@@ -316,7 +317,9 @@ def _completion(request: Request, sample: Any, version: int) -> Completion:
 
 def _cache_blocks() -> dict[str, int]:
     """On a CPU 128 tokens are a block by default, and samples of shorter prompts share nothing."""
-    return {} if torch.cuda.is_available() else {"block_size": 16}
+    if torch.cuda.is_available():
+        return {}
+    return {"block_size": 16 if vllm.__version__.startswith("0.28.") else 32}  # later: 32 at least
 
 
 def _used_gib() -> float:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from aepo_kernels import rows
+from aepo_kernels import cpu_rows, rows
 
 BACKEND_VARIABLE = "AEPO_KERNELS_BACKEND"
 _BACKENDS = ("reference", "chunked", "fused")
@@ -61,13 +61,24 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def row_operations(products: torch.Tensor) -> ModuleType:
-    """The module with `row_stats` and `row_grad` for these logits: Triton's on a GPU.
+    """The module with `row_stats` and `row_grad` for these logits.
 
-    Triton's compute in float32, so float64 takes torch's, which serve the CPU too.
+    Triton's on a GPU, C++ on a CPU where the package was built with it, else torch's, which also
+    serve float64.
     """
-    if products.is_cuda and products.dtype != torch.float64:
+    if products.dtype == torch.float64:
+        return rows
+    if products.is_cuda:
         return importlib.import_module("aepo_kernels.triton_rows")
-    return rows
+    return rows if cpu_rows.unavailable_reason() else cpu_rows
+
+
+def row_kernels(device_type: str) -> str:
+    """Which row operations `chunked` runs on "cpu" or "cuda", and on a CPU without C++ why."""
+    if device_type == "cuda":
+        return "triton"
+    reason = cpu_rows.unavailable_reason()
+    return f"torch ({reason})" if reason else f"c++ ({cpu_rows.chosen()})"
 
 
 def _interpreted() -> bool:

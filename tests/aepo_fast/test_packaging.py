@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 import tomllib
@@ -82,19 +83,26 @@ def test_without_the_train_extra_the_command_names_it(
     assert "datasets not installed" in message and "pip install 'aepo-fast[train]'" in message
 
 
-def test_the_wheel_holds_both_packages_the_configs_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", [True, False])
+def test_the_wheel_holds_both_packages_the_configs_and_nothing_else(
+    tmp_path: Path, compiler: bool
+) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True)
+    environment = os.environ | ({} if compiler else {"CXX": "/without/a/compiler"})
+    subprocess.run(command, check=True, env=environment)
     (wheel,) = tmp_path.iterdir()
-    assert wheel.name == f"aepo_fast-{aepo_kernels.__version__}-py3-none-any.whl"
+    tag = wheel.name.removeprefix(f"aepo_fast-{aepo_kernels.__version__}-py3-none-")
+    assert (tag == "any.whl") == (not compiler)
     files = set(zipfile.ZipFile(wheel).namelist())
     info = f"aepo_fast-{aepo_kernels.__version__}.dist-info"
     assert {name.split("/")[0] for name in files} == {"aepo_fast", "aepo_kernels", info}
-    sources = {
+    expected = {
         str(path.relative_to(base))
         for base, package in ((ROOT, "aepo_fast"), (ROOT / "kernels", "aepo_kernels"))
         for path in (base / package).rglob("*")
         if path.suffix in (".py", ".toml")
     }
-    assert {name for name in files if not name.startswith(info)} == sources
+    if compiler:
+        expected.add("aepo_kernels/_rows.so")
+    assert {name for name in files if not name.startswith(info)} == expected

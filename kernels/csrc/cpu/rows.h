@@ -1,0 +1,54 @@
+// Row operations on a chunk of logits: the C interface, free of torch, that Python loads.
+//
+// "Products" are the raw output of the head's first GEMM, [rows, vocab] with unit stride along the
+// vocabulary; z = softcap * tanh(scale * (x + bias) / softcap), or scale * (x + bias) with
+// softcap 0. Per-row arguments are fp32 [rows]; optional ones may be null.
+#pragma once
+
+#include <cstdint>
+
+enum AepoDtype : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct AepoLogits {
+  const void* products;
+  std::int32_t dtype;
+  std::int32_t threads;
+  std::int64_t rows, vocab, row_stride;
+  const std::int64_t* targets;      // below 0: no logit of this row's target is here
+  const float* inv_temperature;     // per row
+  const float* second_inv_temperature;
+  const float* bias;                // [vocab]
+  float softcap, scale;
+};
+
+// log_sum = log sum_j exp((z_j - max) / T); sum_squares = sum_j p_j^2.
+struct AepoStats {
+  float *logprob, *entropy, *max_logit, *log_sum;
+  float *second_logprob, *second_log_sum, *sum_squares;
+};
+
+// Derivatives of the loss by each row's outputs.
+struct AepoCoefs {
+  const float *logprob, *entropy, *lse, *second_logprob;
+};
+
+// The gradient by the products, [rows, vocab]; `out` may be `products` in the same dtype.
+struct AepoGrad {
+  void* out;
+  std::int32_t dtype;
+  std::int64_t row_stride;
+  float* bias_grad;  // [vocab], added to
+};
+
+#define AEPO_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+// Both return 0, or 1 where a dtype is unknown. isa: see aepo_isa_name.
+AEPO_EXPORT int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats, std::int32_t isa);
+AEPO_EXPORT int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,
+                  const AepoGrad* grad, std::int32_t isa);
+// The instruction sets compiled in, by number, with 0 the portable one; null beyond the last.
+AEPO_EXPORT const char* aepo_isa_name(std::int32_t isa);
+// Whether this machine runs an instruction set.
+AEPO_EXPORT int aepo_isa_runs(std::int32_t isa);
+}

@@ -1,0 +1,253 @@
+// The row operations themselves, compiled once per instruction set with AEPO_ISA naming it.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "rows.h"
+#include "rows_kernel.h"
+#include "vector.h"
+
+namespace {
+
+// A block stays in the first-level cache between the search for its maximum and its sums.
+constexpr std::int64_t kBlock = 2048;
+// Stands in for -inf: its exp is 0 as well, but 0 times it is 0 and not NaN.
+constexpr float kFloor = -1e30f;
+
+template <typename Value>
+struct Row {
+  const Value* products;
+  const AepoLogits& logits;
+
+  // 16 logits from a column on; those beyond the vocabulary are -inf.
+  Floats at(std::int64_t column) const {
+    if (column + kLanes <= logits.vocab) return map(load(products + column), column);
+    Value padded[kLanes] = {};
+    const std::int64_t count = logits.vocab - column;
+    std::copy(products + column, products + logits.vocab, padded);
+    Floats value = map(load(padded), column, count);
+    for (std::int64_t lane = count; lane < kLanes; ++lane) value[lane] = -INFINITY;
+    return value;
+  }
+
+  float one(std::int64_t column) const { return at(column / kLanes * kLanes)[column % kLanes]; }
+
+  Floats map(Floats value, std::int64_t column, std::int64_t count = kLanes) const {
+    if (logits.bias != nullptr) {
+      if (count == kLanes) {
+        value += load(logits.bias + column);
+      } else {
+        for (std::int64_t lane = 0; lane < count; ++lane) value[lane] += logits.bias[column + lane];
+      }
+    }
+    if (logits.softcap != 0) {
+      return tanh_of(value * (logits.scale / logits.softcap)) * logits.softcap;
+    }
+    return logits.scale == 1.0f ? value : value * logits.scale;
+  }
+};
+
+// Sums over a row of w = exp((z - max) / T), kept right as the maximum grows.
+struct Sums {
+  double weights = 0, tempered = 0, squares = 0;
+
+  void rescale(double shift) {  // shift = (old maximum - new one) / T <= 0
+    const double factor = std::exp(shift);
+    tempered = factor * (tempered + shift * weights);
+    weights *= factor;
+    squares *= factor * factor;
+  }
+};
+
+Sums block_sums(const Floats* block, std::int64_t count, float max, float inverse, bool squares) {
+  Floats weights{}, tempered{}, squared{};
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Floats t = larger(block[i] - max, all(kFloor)) * inverse;
+    const Floats w = exp_negative(t);
+    weights += w;
+    tempered += w * t;
+    if (squares) squared += w * w;
+  }
+  return {sum(weights), sum(tempered), sum(squared)};
+}
+
+template <typename Value>
+void stats_of_row(const AepoLogits& logits, const AepoStats& stats, std::int64_t index) {
+  const auto* products = static_cast<const Value*>(logits.products);
+  const Row<Value> row{products + index * logits.row_stride, logits};
+  const float inverse = logits.inv_temperature[index];
+  const bool has_second = logits.second_inv_temperature != nullptr;
+  const float second_inverse = has_second ? logits.second_inv_temperature[index] : 0;
+  float max = -std::numeric_limits<float>::infinity();
+  Sums first, second;
+  Floats block[kBlock / kLanes];
+  for (std::int64_t start = 0; start < logits.vocab; start += kBlock) {
+    const std::int64_t end = std::min(start + kBlock, logits.vocab);
+    std::int64_t count = 0;
+    Floats largest = all(-INFINITY);
+    for (std::int64_t column = start; column < end; column += kLanes) {
+      block[count] = row.at(column);
+      largest = larger(block[count], largest);
+      ++count;
+    }
+    const float found = maximum(largest);
+    if (found > max) {
+      if (first.weights > 0) {
+        const double shift = double(max) - double(found);
+        first.rescale(shift * inverse);
+        second.rescale(shift * second_inverse);
+      }
+      max = found;
+    }
+    if (max == -INFINITY) continue;
+    const Sums more = block_sums(block, count, max, inverse, stats.sum_squares != nullptr);
+    first.weights += more.weights;
+    first.tempered += more.tempered;
+    first.squares += more.squares;
+    if (has_second) second.weights += block_sums(block, count, max, second_inverse, false).weights;
+  }
+  const double log_sum = std::log(first.weights);
+  const float target = row.one(std::max<std::int64_t>(logits.targets[index], 0)) - max;
+  stats.max_logit[index] = max;
+  stats.log_sum[index] = float(log_sum);
+  stats.logprob[index] = float(double(target * inverse) - log_sum);
+  stats.entropy[index] = float(log_sum - first.tempered / first.weights);
+  if (stats.sum_squares != nullptr) {
+    stats.sum_squares[index] = float(first.squares / (first.weights * first.weights));
+  }
+  if (has_second) {
+    const double second_log_sum = std::log(second.weights);
+    stats.second_log_sum[index] = float(second_log_sum);
+    stats.second_logprob[index] = float(double(target * second_inverse) - second_log_sum);
+  }
+}
+
+// dz_j = ((c_lp (1{j=y} - p_j) + c_lse p_j - c_H p_j (log p_j + H)) / T + c_2 (1{j=y} - q_j) / T2,
+// written as w_j (constant + slope t_j) + v_j second + what the target adds.
+struct GradOfRow {
+  float max, inverse, second_inverse, constant, slope, second, at_target;
+  std::int64_t target;
+};
+
+GradOfRow prepare(const AepoLogits& logits, const AepoStats& stats, const AepoCoefs& coefs,
+                  std::int64_t index) {
+  const auto at = [index](const float* values) { return values == nullptr ? 0.0f : values[index]; };
+  const float inverse = logits.inv_temperature[index];
+  const float log_sum = stats.log_sum[index], by_entropy = at(coefs.entropy);
+  const float factor = std::exp(-log_sum) * inverse * logits.scale;
+  float constant = at(coefs.lse) - at(coefs.logprob);
+  if (coefs.entropy != nullptr) constant += by_entropy * (log_sum - stats.entropy[index]);
+  GradOfRow grad{};
+  grad.max = stats.max_logit[index];
+  grad.inverse = inverse;
+  grad.constant = constant * factor;
+  grad.slope = -by_entropy * factor;
+  grad.at_target = at(coefs.logprob) * inverse * logits.scale;
+  grad.target = logits.targets[index];
+  if (coefs.second_logprob != nullptr) {
+    grad.second_inverse = logits.second_inv_temperature[index];
+    const float by_second = coefs.second_logprob[index] * grad.second_inverse * logits.scale;
+    grad.second = -by_second * std::exp(-stats.second_log_sum[index]);
+    grad.at_target += by_second;
+  }
+  return grad;
+}
+
+template <typename Value, typename Out>
+void grad_of_part(const AepoLogits& logits, const GradOfRow& row_grad, const AepoGrad& grad,
+                  std::int64_t index, std::int64_t start, std::int64_t end, double* sums) {
+  const auto* products = static_cast<const Value*>(logits.products);
+  const Row<Value> row{products + index * logits.row_stride, logits};
+  auto* out = static_cast<Out*>(grad.out) + index * grad.row_stride;
+  for (std::int64_t column = start; column < end; column += kLanes) {
+    const Floats z = row.at(column);
+    const Floats centred = larger(z - row_grad.max, all(kFloor));
+    const Floats t = centred * row_grad.inverse;
+    Floats value = exp_negative(t) * (row_grad.constant + row_grad.slope * t);
+    if (row_grad.second != 0) {
+      value += exp_negative(centred * row_grad.second_inverse) * row_grad.second;
+    }
+    const std::int64_t lane = row_grad.target - column;
+    if (lane >= 0 && lane < kLanes) value[lane] += row_grad.at_target;
+    if (logits.softcap != 0) {
+      const Floats share = z / logits.softcap;
+      value *= 1.0f - share * share;
+    }
+    const std::int64_t count = std::min<std::int64_t>(kLanes, logits.vocab - column);
+    if (count == kLanes) {
+      store(out + column, value);
+    } else {
+      Out padded[kLanes];
+      store(padded, value);
+      std::copy(padded, padded + count, out + column);
+    }
+    if (sums != nullptr) {
+      for (std::int64_t i = 0; i < count; ++i) sums[column - start + i] += value[i];
+    }
+  }
+}
+
+template <typename Value>
+void all_stats(const AepoLogits& logits, const AepoStats& stats) {
+#pragma omp parallel for schedule(static) num_threads(logits.threads)
+  for (std::int64_t index = 0; index < logits.rows; ++index) stats_of_row<Value>(logits, stats, index);
+}
+
+template <typename Value, typename Out>
+void all_grads(const AepoLogits& logits, const AepoStats& stats, const AepoCoefs& coefs,
+               const AepoGrad& grad) {
+  if (grad.bias_grad == nullptr) {
+#pragma omp parallel for schedule(static) num_threads(logits.threads)
+    for (std::int64_t index = 0; index < logits.rows; ++index) {
+      const GradOfRow row_grad = prepare(logits, stats, coefs, index);
+      grad_of_part<Value, Out>(logits, row_grad, grad, index, 0, logits.vocab, nullptr);
+    }
+    return;
+  }
+  // By columns, so that each bias sums its rows in order whatever the number of threads.
+#pragma omp parallel for schedule(static) num_threads(logits.threads)
+  for (std::int64_t start = 0; start < logits.vocab; start += kBlock) {
+    const std::int64_t end = std::min(start + kBlock, logits.vocab);
+    double sums[kBlock] = {};
+    for (std::int64_t index = 0; index < logits.rows; ++index) {
+      const GradOfRow row_grad = prepare(logits, stats, coefs, index);
+      grad_of_part<Value, Out>(logits, row_grad, grad, index, start, end, sums);
+    }
+    for (std::int64_t i = 0; i < end - start; ++i) grad.bias_grad[start + i] += float(sums[i]);
+  }
+}
+
+template <typename Value>
+int grads_from(const AepoLogits& logits, const AepoStats& stats, const AepoCoefs& coefs,
+               const AepoGrad& grad) {
+  switch (grad.dtype) {
+    case kFloat32: all_grads<Value, float>(logits, stats, coefs, grad); return 0;
+    case kBFloat16: all_grads<Value, BFloat16>(logits, stats, coefs, grad); return 0;
+    case kFloat16: all_grads<Value, Float16>(logits, stats, coefs, grad); return 0;
+    default: return 1;
+  }
+}
+
+int row_stats(const AepoLogits& logits, const AepoStats& stats) {
+  switch (logits.dtype) {
+    case kFloat32: all_stats<float>(logits, stats); return 0;
+    case kBFloat16: all_stats<BFloat16>(logits, stats); return 0;
+    case kFloat16: all_stats<Float16>(logits, stats); return 0;
+    default: return 1;
+  }
+}
+
+int row_grad(const AepoLogits& logits, const AepoStats& stats, const AepoCoefs& coefs,
+             const AepoGrad& grad) {
+  switch (logits.dtype) {
+    case kFloat32: return grads_from<float>(logits, stats, coefs, grad);
+    case kBFloat16: return grads_from<BFloat16>(logits, stats, coefs, grad);
+    case kFloat16: return grads_from<Float16>(logits, stats, coefs, grad);
+    default: return 1;
+  }
+}
+
+}  // namespace
+
+const RowKernels AEPO_KERNELS{row_stats, row_grad};

@@ -1,0 +1,15 @@
+// The row operations of each instruction set; rows.cpp chooses among them.
+#pragma once
+
+#include "rows.h"
+
+struct RowKernels {
+  int (*row_stats)(const AepoLogits&, const AepoStats&);
+  int (*row_grad)(const AepoLogits&, const AepoStats&, const AepoCoefs&, const AepoGrad&);
+};
+
+extern const RowKernels kPortableRows;
+#if defined(__x86_64__)
+extern const RowKernels kAvx2Rows;
+extern const RowKernels kAvx512Rows;
+#endif

@@ -1,0 +1,129 @@
+// Vectors of 16 floats in GCC's and Clang's portable vector types; the compiler's target decides
+// which registers they become. Everything has internal linkage: this is compiled once per target.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kLanes = 16;
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Ints = std::int32_t __attribute__((vector_size(4 * kLanes)));
+using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
+using Halves = std::uint16_t __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+inline Floats all(float value) { return Floats{} + value; }
+inline Floats larger(Floats a, Floats b) { return a < b ? b : a; }  // NaN where a is
+
+template <typename To, typename From>
+inline To bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+}
+
+inline Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline Words load_words(const std::uint16_t* from) {
+  Halves half;
+  std::memcpy(&half, from, sizeof half);
+  return __builtin_convertvector(half, Words);
+}
+
+inline Floats load(const BFloat16* from) { return bits<Floats>(load_words(&from->bits) << 16); }
+
+inline Floats load(const Float16* from) {
+  const Words half = load_words(&from->bits);
+  // Exponents are 112 apart; multiplying by a power of two also makes subnormals right.
+  const Floats scaled = bits<Floats>((half & 0x7fffu) << 13) * 0x1p112f;
+  const Words special = (half & 0x7c00u) == 0x7c00u ? (Words{} + 0x7f800000u) : Words{};
+  return bits<Floats>(bits<Words>(scaled) | special | (half & 0x8000u) << 16);
+}
+
+inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+inline void store_words(std::uint16_t* to, Words words) {
+  const Halves half = __builtin_convertvector(words, Halves);
+  std::memcpy(to, &half, sizeof half);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void store(BFloat16* to, Floats value) {
+  const Words word = bits<Words>(value);
+  const Words rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  const Words nan = (word >> 16) | 0x40u;
+  store_words(&to->bits, (word & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+inline void store(Float16* to, Floats value) {
+  const Words word = bits<Words>(value);
+  const Words sign = (word >> 16) & 0x8000u;
+  const Words magnitude = word & 0x7fffffffu;
+  // Normal numbers: rebias the exponent and round the 13 bits that go.
+  const Words rebased = magnitude - 0x38000000u;
+  const Words normal = (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13;
+  // Subnormal ones: adding 0.5 lines their bits up at the end of the significand, rounded.
+  const Words small = bits<Words>(bits<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+  Words half = magnitude < 0x38800000u ? small : normal;
+  half = half > 0x7c00u ? (Words{} + 0x7c00u) : half;
+  half = magnitude > 0x7f800000u ? (Words{} + 0x7e00u) : half;
+  store_words(&to->bits, half | sign);
+}
+
+// Sums and maxima over the lanes, always in the same order.
+inline double sum(Floats value) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
+  return total;
+}
+
+inline float maximum(Floats value) {
+  float largest = value[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+  return largest;
+}
+
+// exp for x <= 0, within 2 ulp; below -87.3, where it would be subnormal, exactly 0. NaN of NaN.
+inline Floats exp_negative(Floats x) {
+  constexpr float kLowest = -87.33654f, kLog2e = 0x1.715476p0f;
+  constexpr float kLn2High = 0x1.62ep-1f, kLn2Low = 0x1.0bfbe8p-15f;  // the sum is ln 2
+  const Floats magic = all(0x1.8p23f);  // adding it leaves a whole number in the low bits
+  const Floats kept = larger(x, all(kLowest));
+  const Floats shifted = kept * kLog2e + magic;
+  const Floats whole = shifted - magic;
+  const Floats r = (kept - whole * kLn2High) - whole * kLn2Low;
+  // Taylor's series: its remainder on |r| <= ln(2) / 2 is below 1e-8.
+  Floats series = all(1.0f / 5040) * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  const Floats value = series * (r * r) + r + 1.0f;
+  const Ints power = bits<Ints>(shifted) - bits<Ints>(magic);
+  const Floats result = bits<Floats>(bits<Ints>(value) + (power << 23));
+  const Floats known = x < kLowest ? Floats{} : result;
+  return x == x ? known : x;
+}
+
+// tanh by way of exp of a negative number; its error is below 2e-7 in absolute terms.
+inline Floats tanh_of(Floats x) {
+  const Floats away = x < 0.0f ? x : -x;
+  const Floats power = exp_negative(2.0f * away);
+  const Floats value = (1.0f - power) / (1.0f + power);
+  return x < 0.0f ? -value : value;
+}
+
+}  // namespace

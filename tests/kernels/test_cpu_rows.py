@@ -1,0 +1,201 @@
+"""The C++ row operations against the torch ones in float64, on each instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from aepo_kernels import cpu_rows, rows
+from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
+
+pytestmark = pytest.mark.skipif(cpu_rows.library() is None, reason="installed without the C++ part")
+NAMES = cpu_rows.instruction_sets() or ["none"]
+PLAIN = LogitMap(None, None, 1.0)
+
+
+@pytest.fixture(params=NAMES, autouse=True)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(cpu_rows.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def products_of(count: int, vocab: int, dtype: torch.dtype, *, size: float = 4.0) -> Tensor:
+    generator = torch.Generator().manual_seed(count * 100_003 + vocab)
+    return (size * torch.randn(count, vocab, generator=generator)).to(dtype)
+
+
+def targets_of(count: int, vocab: int) -> Tensor:
+    return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(vocab))
+
+
+def double(value: float | Tensor | None) -> float | Tensor | None:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def check(
+    products: Tensor,
+    targets: Tensor,
+    *,
+    inverse: float | Tensor = 1.0,
+    second: float | Tensor | None = None,
+    logit_map: LogitMap = PLAIN,
+    out_dtype: torch.dtype | None = None,
+    rtol: float = 2e-6,
+) -> tuple[RowStats, Tensor]:
+    """Both operations against float64; errors relative to the largest gradient of a row."""
+    exact = LogitMap(double(logit_map.bias), logit_map.softcap, logit_map.scale)  # type: ignore[arg-type]
+    args = (targets, inverse, second, logit_map, torch.float32)
+    truth_args = (targets, double(inverse), double(second), exact, torch.float64)
+    found = cpu_rows.row_stats(products, *args, squares=True)
+    truth = rows.row_stats(products.double(), *truth_args, squares=True)  # type: ignore[arg-type]
+    for name, mine, right in zip(RowStats._fields, found, truth, strict=True):
+        assert (mine is None) == (right is None), name
+        if mine is not None:
+            torch.testing.assert_close(
+                mine.double(),
+                right,
+                rtol=rtol,
+                atol=4e-6,
+                equal_nan=True,
+                msg=lambda m: f"{name}: {m}",  # noqa: B023
+            )
+
+    count, vocab = products.shape
+    generator = torch.Generator().manual_seed(1)
+    columns = [torch.randn(count, generator=generator) for _ in range(4)]
+    coefs = RowCoefs(columns[0], columns[1], columns[2], None if second is None else columns[3])
+    exact_coefs = RowCoefs(*(double(x) for x in coefs))  # type: ignore[arg-type]
+    bias_grad = None if logit_map.bias is None else torch.full((vocab,), 0.5)
+    exact_bias = None if bias_grad is None else bias_grad.double()
+    right_grad = torch.empty(count, vocab, dtype=torch.float64)
+    rows.row_grad(
+        products.double(),
+        *truth_args[:4],
+        truth,
+        exact_coefs,
+        out=right_grad,
+        bias_grad=exact_bias,  # type: ignore[arg-type]
+    )
+    grad = torch.full((count, vocab), float("nan"), dtype=out_dtype or products.dtype)
+    cpu_rows.row_grad(products, *args[:4], found, coefs, out=grad, bias_grad=bias_grad)
+    # One rounding to the output's dtype, and float32 inside.
+    unit = torch.finfo(grad.dtype).eps / 2
+    scale = right_grad.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    allowed = unit * right_grad.abs() + 1e-5 * scale + torch.finfo(grad.dtype).tiny
+    assert ((grad.double() - right_grad).abs() <= allowed).all()
+    if bias_grad is not None:
+        torch.testing.assert_close(bias_grad.double(), exact_bias, rtol=1e-4, atol=1e-4)
+    return found, grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 16, 31, 2048, 2049, 50257])
+def test_shapes_and_dtypes(vocab: int, dtype: torch.dtype) -> None:
+    check(products_of(5, vocab, dtype), targets_of(5, vocab))
+
+
+@pytest.mark.parametrize(
+    ("bias", "softcap", "scale"),
+    [(True, None, 1.0), (False, 30.0, 1.0), (True, 5.0, 0.7), (False, None, 1.3)],
+)
+def test_logits_may_be_mapped(bias: bool, softcap: float | None, scale: float) -> None:
+    vector = torch.randn(333, generator=torch.Generator().manual_seed(0)) if bias else None
+    logit_map = LogitMap(vector, softcap, scale)
+    products = products_of(9, 333, torch.float32)
+    check(products, targets_of(9, 333), logit_map=logit_map, second=0.8, rtol=1e-5)
+
+
+def test_temperatures_per_row_and_twice() -> None:
+    inverse = torch.tensor([0.5, 1.0, 2.0, 1 / 0.7, 1.0])
+    second = torch.tensor([1.0, 0.8, 1.2, 3.0, 1.0])
+    for dtype in (torch.float32, torch.bfloat16):
+        products = products_of(5, 3001, dtype)
+        check(products, targets_of(5, 3001), inverse=inverse, second=second)
+        check(products, targets_of(5, 3001), inverse=1 / 1.3, second=1.25)
+
+
+def test_output_of_another_dtype_and_rows_that_are_not_adjacent() -> None:
+    wide = products_of(6, 500, torch.float32)
+    check(wide[:, 3:480], targets_of(6, 477), out_dtype=torch.bfloat16)
+    check(wide[::2, 1:34].bfloat16()[:, 1:], targets_of(3, 32))
+
+
+def test_gradients_in_place() -> None:
+    products, targets = products_of(4, 1000, torch.bfloat16), targets_of(4, 1000)
+    stats, expected = check(products, targets)
+    generator = torch.Generator().manual_seed(1)
+    columns = [torch.randn(4, generator=generator) for _ in range(3)]
+    cpu_rows.row_grad(
+        products, targets, 1.0, None, PLAIN, stats, RowCoefs(*columns, None),
+        out=products, bias_grad=None,
+    )  # fmt: skip
+    assert torch.equal(products, expected)
+
+
+def test_targets_of_other_ranks() -> None:
+    products, targets = products_of(4, 100, torch.float32), torch.tensor([-1, 5, -1, 99])
+    check(products, targets)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1e2, 1e4])
+def test_equal_small_and_large_logits(size: float) -> None:
+    products = products_of(3, 4099, torch.float32, size=size) - 3 * size
+    check(products, targets_of(3, 4099), rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["first", "last", "most"])
+def test_columns_that_are_minus_infinity(where: str) -> None:
+    products = products_of(3, 5000, torch.float32)
+    hidden = {"first": slice(0, 2100), "last": slice(4000, None), "most": slice(1, 4999)}[where]
+    products[:, hidden] = float("-inf")
+    products[1, 7] = 1.0
+    found, grad = check(products, torch.tensor([0, 4999 if where == "most" else 3000, 0]))
+    assert found.entropy.isfinite().all() and grad.isfinite().all()
+
+
+def test_nan_stays_nan_and_rows_do_not_mix() -> None:
+    products, targets = products_of(3, 3000, torch.float32), targets_of(3, 3000)
+    clean = cpu_rows.row_stats(products, targets, 1.0, None, PLAIN, torch.float32)
+    products[1, 2500] = float("nan")
+    found = cpu_rows.row_stats(products, targets, 1.0, None, PLAIN, torch.float32)
+    assert found.logprob[1].isnan() and found.entropy[1].isnan()
+    for row in (0, 2):
+        assert found.logprob[row] == clean.logprob[row] and found.entropy[row] == clean.entropy[row]
+
+
+def test_no_rows() -> None:
+    products = torch.empty(0, 17)
+    stats = cpu_rows.row_stats(
+        products, torch.empty(0, dtype=torch.long), 1.0, None, PLAIN, torch.float32
+    )
+    assert stats.logprob.shape == (0,)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_any_number_of_threads_gives_the_same_bits(bias: bool) -> None:
+    logit_map = LogitMap(torch.linspace(-1, 1, 7001) if bias else None, None, 1.0)
+    products, targets = products_of(13, 7001, torch.bfloat16), targets_of(13, 7001)
+    results = []
+    for number in (1, 2, 8):
+        torch.set_num_threads(number)
+        stats, grad = check(products, targets, logit_map=logit_map, second=1.1, rtol=1e-5)
+        results.append([*(x for x in stats if x is not None), grad])
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu_rows.ISA_VARIABLE, "mmx")
+    with pytest.raises(ValueError, match="AEPO_CPU_ISA = 'mmx'.*portable"):
+        cpu_rows.chosen()
