@@ -19,6 +19,9 @@ train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 
 # One thread a test process: threads that wait for each other are what makes two cores slow.
 test: $(STAMP)
+	$(BIN)/cmake -S . -B build/tests -DAEPO_TESTS=ON
+	$(BIN)/cmake --build build/tests
+	$(BIN)/ctest --test-dir build/tests --output-on-failure
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist worksteal $(ARGS)
 
 # vLLM with real weights, which `make test` leaves out: installing it takes a minute or two.

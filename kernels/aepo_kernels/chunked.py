@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aepo_kernels.chunks import Head, Tokens, forward_chunk_size, head_of, slices, tokens_of
+from aepo_kernels.chunks import (
+    Head,
+    Tokens,
+    forward_chunk_size,
+    head_of,
+    scoring_chunk_size,
+    slices,
+    tokens_of,
+)
 from aepo_kernels.gemm import computing_on
 from aepo_kernels.gradient_pass import GradientPass
 from aepo_kernels.gradients import Gradients
@@ -89,7 +97,7 @@ def forward(problem: Problem) -> tuple[Tokens, RowStats]:
         head, tokens = head_of(problem), tokens_of(problem)
         parts = [
             head.forward(tokens.at(index))[1]
-            for index in slices(len(tokens.targets), forward_chunk_size(problem))
+            for index in slices(len(tokens.targets), scoring_chunk_size(problem))
         ]
         return tokens, _join(parts, head, tokens)
 

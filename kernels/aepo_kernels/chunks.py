@@ -19,6 +19,7 @@ from aepo_kernels.sharding import combine, local_targets
 # Bytes of a chunk's logits, and its most tokens. The size never depends on N, so that a token's
 # results do not depend on its batch; larger chunks update the weight's fp32 gradient less often.
 _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 2**27, 1024
+_CPU_SCORING_TOKENS = 256
 _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
 # "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
 # in its backward.
@@ -223,6 +224,13 @@ def chunk_size(problem: Problem) -> int:
 def forward_chunk_size(problem: Problem) -> int:
     """Tokens that go through the forward pass at once."""
     return _FUSED_FORWARD_TOKENS if problem.backend == "fused" else chunk_size(problem)
+
+
+def scoring_chunk_size(problem: Problem) -> int:
+    """The same where no gradient follows: on a CPU few enough for their logits to stay cached."""
+    size = forward_chunk_size(problem)
+    small = problem.hidden.device.type == "cpu" and problem.chunk_tokens is None
+    return min(size, _CPU_SCORING_TOKENS) if small else size
 
 
 def slices(num_tokens: int, size: int) -> Iterator[slice]:
