@@ -14,6 +14,7 @@ from aepo_fast.rollout.base import Request, RolloutEngine
 # weights differ by more than half as much again.
 _SLACK = 1.5
 _ROUNDING = 1e-4  # nats, where both compute in float32
+_DRAWS = 4  # one draw of some hundred tokens is a sixth off now and then
 
 
 class StaleWeightsError(RuntimeError):
@@ -23,8 +24,9 @@ class StaleWeightsError(RuntimeError):
 class Canary:
     """Compares log-probs of the rollout engine with the trainer's on a few short samples.
 
-    prompts: token ids. The first comparison, before anything was trained or transferred, says by
-    how much the engines differ by themselves; a later one must stay within 1.5 times that.
+    prompts: token ids. Comparisons before anything was trained or transferred say by how much the
+    engines differ by themselves; a later one must stay within 1.5 times that. Where one does not,
+    more samples decide.
     """
 
     def __init__(
@@ -37,17 +39,24 @@ class Canary:
         max_new_tokens: int = 8,
     ) -> None:
         self.engine, self.policy, self.max_new_tokens = engine, policy, max_new_tokens
-        self.requests = [Request(prompt, samples, 1.0, seed) for seed, prompt in enumerate(prompts)]
-        self.fresh = self.difference()
+        self.prompts, self.samples = list(prompts), samples
+        self.fresh = self._mean_difference()
 
     @property
     def limit(self) -> float:
         """The largest mean difference that passes, nats."""
         return _SLACK * self.fresh + _ROUNDING
 
-    def difference(self) -> float:
-        """Mean of |sampler's log-prob - trainer's| over the canary's tokens, nats."""
-        groups = self.engine.generate(self.requests, max_new_tokens=self.max_new_tokens)
+    def _mean_difference(self) -> float:
+        return sum(self.difference(draw) for draw in range(_DRAWS)) / _DRAWS
+
+    def difference(self, draw: int = 0) -> float:
+        """Mean of |sampler's log-prob - trainer's| over the tokens of one draw, nats."""
+        requests = [
+            Request(prompt, self.samples, 1.0, draw * len(self.prompts) + index)
+            for index, prompt in enumerate(self.prompts)
+        ]
+        groups = self.engine.generate(requests, max_new_tokens=self.max_new_tokens)
         rows = [
             Row(completion, group, False, None)
             for group, completions in enumerate(groups)
@@ -60,6 +69,8 @@ class Canary:
     def check(self) -> float:
         """The difference now; raises StaleWeightsError where it is beyond the limit."""
         found = self.difference()
+        if not found <= self.limit:
+            found = self._mean_difference()
         if not found <= self.limit:
             raise StaleWeightsError(
                 f"rollouts of weights version {self.engine.weights_version}: their log-probs "
