@@ -75,7 +75,8 @@ class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         self.copies = None
         if any(parameter.numel() == 0 for parameter in self.model.parameters()):
             return  # packed for a CPU, where loading without a reload raises
-        places = sharing.find_placements(self.model.load_weights, init_info.weights)
+        model: Any = self.model
+        places = sharing.find_placements(model.load_weights, init_info.weights)
         if places is None:
             return
         if init_info.share:
@@ -315,7 +316,7 @@ def _completion(request: Request, sample: Any, version: int) -> Completion:
     )
 
 
-def _cache_blocks() -> dict[str, int]:
+def _cache_blocks() -> dict[str, Any]:
     """On a CPU 128 tokens are a block by default, and samples of shorter prompts share nothing."""
     if torch.cuda.is_available():
         return {}
