@@ -22,9 +22,9 @@ test: $(STAMP)
 	$(BIN)/cmake -S . -B build/tests -DAEPO_TESTS=ON
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not vllm" -n 2 --dist worksteal $(ARGS)
 
-# vLLM with real weights, which `make test` leaves out: installing it takes a minute or two.
+# vLLM with real weights, in a process of its own: installing it takes a minute or two.
 test-vllm: $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/aepo_fast/test_rollout_vllm.py \
 		tests/aepo_fast/test_rollout_vllm_shared.py $(ARGS)

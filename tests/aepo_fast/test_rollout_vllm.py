@@ -19,9 +19,9 @@ from aepo_fast.policy import Policy
 from aepo_fast.rollout.base import Completion, Request, RolloutError
 
 pytestmark = [
+    pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.xdist_group("vllm"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
 # SmolLM2 has a tied head, which is where packed weights go stale.

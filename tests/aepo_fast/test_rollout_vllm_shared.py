@@ -21,9 +21,9 @@ from aepo_fast.models import resolve
 from aepo_fast.policy import Policy
 
 pytestmark = [
+    pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.xdist_group("vllm-shared"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
 MODEL = "package:smollm2-135m-instruct"
