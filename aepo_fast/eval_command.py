@@ -65,6 +65,7 @@ def evaluate_model(
         samples=samples,
         max_new_tokens=cfg.rollout.max_new_tokens,
         seed=cfg.eval.seed,
+        overlap=cfg.reward.overlap,
     )
 
 

@@ -90,7 +90,7 @@ def evaluate(
     samples: int,
     max_new_tokens: int,
     seed: int,
-    overlap: bool = True,
+    overlap: bool,
     on_tokens: Callable[[int], None] | None = None,
 ) -> EvalResult:
     """Sample every prompt `samples` times at temperature 1 and score the completions.

@@ -102,6 +102,7 @@ class _Run:
                 samples=cfg.eval.samples,
                 max_new_tokens=cfg.rollout.max_new_tokens,
                 seed=cfg.eval.seed,
+                overlap=cfg.reward.overlap,
                 on_tokens=count,
             )
         print(f"held-out accuracy at T = 1: {result}", flush=True)

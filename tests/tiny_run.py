@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,10 @@ def tiny_config(model: Path, output: Path, **sections: Any) -> Config:
 def with_trainer(cfg: Config, **changes: Any) -> Config:
     """The same run with other trainer settings."""
     return replace(cfg, trainer=replace(cfg.trainer, **changes))
+
+
+def copy_until(step: int, run: Config, copy: Config) -> None:
+    """Make `copy` the run as it was after a step; `run` has kept every checkpoint."""
+    shutil.copytree(run.output_dir, copy.output_dir)
+    for later in range(step + 1, run.trainer.steps + 1):
+        shutil.rmtree(Path(copy.output_dir) / "checkpoints" / f"step_{later}")

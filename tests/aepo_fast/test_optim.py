@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from aepo_fast.config import CheckpointConfig, ModelConfig, RolloutConfig, Train
 from aepo_fast.optim import MasterAdamW, build_optimizer, guarded_step
 from aepo_fast.run import train
 from tests.aepo_fast.test_run import assert_same_end
-from tests.tiny_run import tiny_config, with_trainer
+from tests.tiny_run import copy_until, tiny_config, with_trainer
 
 SETTINGS = TrainerConfig(lr=1e-4, weight_decay=0.1)
 
@@ -95,9 +94,7 @@ def test_a_bfloat16_run_resumes_bit_for_bit(tiny_model_dir: Path, tmp_path: Path
         for name in ("whole", "resumed")
     )
     train(whole)
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    for step in (3, 4):
-        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step_{step}")
+    copy_until(2, whole, resumed)
     train(resumed, resume=True)
     assert_same_end(whole, resumed)
     lines = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").open()]

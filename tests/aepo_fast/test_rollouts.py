@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from aepo_fast.rollout.base import RolloutError
 from aepo_fast.rollout.hf import HfRollout
 from aepo_fast.run import train
 from tests.aepo_fast.test_run import assert_same_end, metrics_of
-from tests.tiny_run import tiny_config, with_trainer
+from tests.tiny_run import copy_until, tiny_config, with_trainer
 
 AHEAD = RolloutConfig(max_new_tokens=6, dtype="bfloat16", steps_ahead=1)
 
@@ -46,9 +45,7 @@ def test_samples_come_from_the_weights_of_one_step_before(
 def test_a_resumed_run_uses_what_was_sampled_ahead(tiny_model_dir: Path, tmp_path: Path) -> None:
     whole, resumed = (config(tiny_model_dir, tmp_path / name) for name in ("whole", "resumed"))
     train(whole)
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    for step in (3, 4):
-        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step_{step}")
+    copy_until(2, whole, resumed)
     train(resumed, resume=True)
     assert_same_end(whole, resumed)
 
