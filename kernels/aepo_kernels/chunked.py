@@ -59,9 +59,10 @@ def token_loss(
         loss = torch.zeros((), dtype=head.dtype, device=problem.hidden.device)
         metrics: dict[str, Tensor] = {}
         parts: list[RowStats] = []
+        space = head.space(min(forward_chunk_size(problem), len(tokens.targets)))
         for index in _chunks_apart(problem, num_active, len(tokens.targets)):
             chunk = tokens.at(index)
-            products, stats = head.forward(chunk)
+            products, stats = head.forward(chunk, space)
             columns = [take(tensor, chunk.positions) for tensor in token_tensors]
             wants_grad = any(needs) and index.start < num_active
             chunk_loss, chunk_metrics, coefs = _evaluate(loss_fn, stats, columns, wants_grad)
@@ -72,6 +73,7 @@ def token_loss(
                 gradients.add(chunk, products, stats, coefs)
             parts.append(stats)
             del products  # or the next chunk's would stand beside them
+        del space
         if any(needs):
             gradients.finish()
             if problem.row_sampling is not None:
@@ -95,10 +97,9 @@ def forward(problem: Problem) -> tuple[Tokens, RowStats]:
     """The tokens that count and the statistics of their rows."""
     with computing_on(problem.hidden.device):
         head, tokens = head_of(problem), tokens_of(problem)
-        parts = [
-            head.forward(tokens.at(index))[1]
-            for index in slices(len(tokens.targets), scoring_chunk_size(problem))
-        ]
+        count, size = len(tokens.targets), scoring_chunk_size(problem)
+        space = head.space(min(count, size))
+        parts = [head.forward(tokens.at(index), space)[1] for index in slices(count, size)]
         return tokens, _join(parts, head, tokens)
 
 

@@ -18,7 +18,7 @@ from aepo_kernels.sharding import combine, local_targets
 
 # Bytes of a chunk's logits, and its most tokens. The size never depends on N, so that a token's
 # results do not depend on its batch; larger chunks update the weight's fp32 gradient less often.
-_CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 2**27, 1024
+_CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 3 * 2**24, 1024
 _CPU_SCORING_TOKENS = 256
 _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
 # "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
@@ -87,11 +87,25 @@ class Head:
     shard: VocabShard | None
     squares: bool
 
-    def forward(self, tokens: Tokens) -> tuple[Tensor | None, RowStats]:
-        """Raw logits of some tokens, [C, V], unless the forward is fused; and their statistics."""
+    def space(self, tokens: int) -> Tensor | None:
+        """Room for the logits of so many tokens, for chunk after chunk.
+
+        None on a GPU, whose allocator keeps memory; on a CPU fresh memory costs more than the rows.
+        """
+        if self.hidden.is_cuda:
+            return None
+        return self.hidden.new_empty(tokens * len(self.weight))
+
+    def forward(
+        self, tokens: Tokens, space: Tensor | None = None
+    ) -> tuple[Tensor | None, RowStats]:
+        """Raw logits of some tokens, [C, V], unless the forward is fused; and their statistics.
+
+        The logits may lie in `space` and last until it is used again.
+        """
         if self.fused:
             return None, self._fused_stats(tokens)
-        products = self.products(tokens)
+        products = self.products(tokens, space)
         return products, self.stats(tokens, products)
 
     def stats(self, tokens: Tokens, products: Tensor) -> RowStats:
@@ -119,10 +133,13 @@ class Head:
             lora=None if lora is None else (lora[0], lora[1][rows]),
         )
 
-    def products(self, tokens: Tokens) -> Tensor:
-        """GEMM 1: the raw logits of some tokens, [C, V]."""
+    def products(self, tokens: Tokens, space: Tensor | None = None) -> Tensor:
+        """GEMM 1: the raw logits of some tokens, [C, V], in `space` where there is one."""
         inputs = take(self.hidden, tokens.positions)
-        products = matmul(inputs, self.weight.T, self.logits_dtype)
+        out, shape = None, (len(inputs), len(self.weight))
+        if space is not None:
+            out = space[: shape[0] * shape[1]].view(shape)
+        products = matmul(inputs, self.weight.T, self.logits_dtype, out=out)
         if self.lora is not None:
             down, up = self.lora
             add_product(products, (inputs @ down.T).mul_(self.lora_scale), up.T)
@@ -218,7 +235,8 @@ def chunk_size(problem: Problem) -> int:
     if problem.backend == "fused":
         budget = _FUSED_CHUNK_BYTES
     size = budget // (problem.chunk_vocab * width)
-    return min(max(size // 64 * 64, 64), most)
+    step = 16 if hidden.device.type == "cpu" else 64
+    return min(max(size // step * step, step), most)
 
 
 def forward_chunk_size(problem: Problem) -> int:

@@ -8,14 +8,20 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+# Bytes of a product that is made and added to a wider sum at a time, while it is cached.
+_BLOCK_BYTES = 2**20
 
-def matmul(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+
+def matmul(
+    left: Tensor, right: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """left @ right in `dtype`, or in the operands'; accumulated in fp32 and rounded once.
 
-    Another dtype than the operands' is float32 from bfloat16, which CUDA alone can do.
+    Another dtype than the operands' is float32 from bfloat16, which CUDA alone can do. `out` is of
+    the operands' dtype.
     """
     if dtype is None or dtype == left.dtype:
-        return torch.mm(left, right)
+        return torch.mm(left, right, out=out)
     return torch.mm(left, right, out_dtype=dtype)
 
 
@@ -25,12 +31,31 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return total.addmm_(left, right)
     if total.is_cuda:
         return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    return total.add_(torch.mm(left, right))  # no GEMM there writes wider than its operands
+    wide = None
+    for rows, block in _blocks(left, right):
+        wide = torch.empty_like(block, dtype=total.dtype) if wide is None else wide
+        total[rows].add_(wide[: len(block)].copy_(block))  # add_ itself would make a new copy
+    return total
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in `dtype`, rounded to the operands' dtype first where there is no GPU."""
-    return matmul(left, right, dtype if left.is_cuda else None).to(dtype)
+    if left.is_cuda or dtype == left.dtype:
+        return matmul(left, right, dtype)
+    total = torch.empty(len(left), right.shape[1], dtype=dtype, device=left.device)
+    for rows, block in _blocks(left, right):
+        total[rows] = block
+    return total
+
+
+def _blocks(left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """left @ right some rows at a time, each until the next: on a CPU no GEMM writes wider."""
+    count, width = len(left), right.shape[1]
+    size = max(64, _BLOCK_BYTES // max(1, width * left.element_size()) // 64 * 64)
+    space = left.new_empty(min(size, count), width)
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        yield rows, torch.mm(left[rows], right, out=space[: rows.stop - start])
 
 
 @contextmanager

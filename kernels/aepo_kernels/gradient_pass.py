@@ -46,7 +46,7 @@ class GradientPass:
         if active is None:
             return
         if isinstance(active, Tensor):
-            products = None if products is None else products.index_select(0, active)
+            products = None if products is None else _keep_rows(products, active)
             tokens, stats, coefs = tokens.at(active), stats.select(active), coefs.select(active)
             keep_prob = None if keep_prob is None else keep_prob[active]
         self.rows += len(tokens.targets)
@@ -56,9 +56,11 @@ class GradientPass:
         if products is not None:
             self._add_chunk(tokens, products, stats, coefs, keep_prob)
             return
-        for index in slices(len(tokens.targets), chunk_size(self.problem)):
+        count, size = len(tokens.targets), chunk_size(self.problem)
+        space = self.head.space(min(count, size))
+        for index in slices(count, size):
             chunk = tokens.at(index)
-            products = self.head.products(chunk)
+            products = self.head.products(chunk, space)
             # A fused forward rounds its logits differently, or not at all: with its normaliser, the
             # probabilities of these would not add up to one.
             fused = self.head.fused
@@ -81,12 +83,13 @@ class GradientPass:
         hidden = None
         if self.total.hidden is not None:
             hidden = torch.zeros_like(inputs, dtype=self.head.dtype)
+        space = self.head.at(slice(size)).space(len(inputs))
         for rows in slices(self.head.weight.shape[0], size):
             head, bias = self.head.at(rows), self.total.bias
             inside = (tokens.targets >= rows.start) & (tokens.targets < rows.stop)
             local = replace(tokens, targets=torch.where(inside, tokens.targets - rows.start, -1))
             bias_grad = None if bias is None else bias[rows]
-            dlogits = head.dlogits(local, head.products(local), stats, coefs, bias_grad)
+            dlogits = head.dlogits(local, head.products(local, space), stats, coefs, bias_grad)
             self.total.add_slice(dlogits, head.weight, head.lora, inputs, hidden, rows)
             del dlogits
         if self.total.hidden is not None and hidden is not None:
@@ -122,6 +125,16 @@ def _active_rows(coefs: RowCoefs, tokens: Tokens, *, look: bool) -> Tensor | sli
     if not len(active):
         return None
     return slice(None) if len(active) == len(tokens.targets) else active
+
+
+def _keep_rows(products: Tensor, active: Tensor) -> Tensor:
+    """products[active], on a CPU at the front of the same memory; active is ascending."""
+    if products.is_cuda:
+        return products.index_select(0, active)
+    for new, old in enumerate(active.tolist()):
+        if new != old:
+            products[new] = products[old]
+    return products[: len(active)]
 
 
 def _join(parts: list[tuple[Tokens, RowStats, RowCoefs]]) -> tuple[Tokens, RowStats, RowCoefs]:

@@ -75,7 +75,10 @@ class Gradients:
         if self.needs_weight:
             if self.weight is None:
                 self.weight = self._weight_of_zeros(self.dtypes[1])
-            self.weight[rows] = product(dlogits.T, inputs, self.weight.dtype)
+            if self.weight.dtype == dlogits.dtype:
+                torch.mm(dlogits.T, inputs, out=self.weight[rows])
+            else:
+                self.weight[rows] = product(dlogits.T, inputs, self.weight.dtype)
         through = self._add_lora_a(dlogits, lora, inputs)
         if lora is None or through is None:
             return
@@ -146,8 +149,13 @@ def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
 def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if factor is None:
         return value.to(dtype)
-    if value.dtype != dtype:
+    if value.dtype != dtype and value.is_cuda:
         return torch.mul(value, factor, out=torch.empty_like(value, dtype=dtype))
+    if value.dtype != dtype:  # in parts, or a whole copy in between would be made
+        scaled = torch.empty_like(value, dtype=dtype)
+        for part, block in zip(scaled.split(512), value.split(512), strict=True):
+            part.copy_(block.mul_(factor))
+        return scaled
     if value.is_cuda and value.dtype != torch.float64:
         from aepo_kernels.triton_scale import scale_  # the package imports without triton
 

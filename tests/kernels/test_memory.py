@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
-from aepo_kernels import chunks, linear_logprob
+from aepo_kernels import chunks, linear_logprob, linear_token_loss
+from bench.timing import peak_extra_bytes
 from tests.kernels.oracle import make_case
 from tests.kernels.test_token_loss import grpo_like, make_columns, run
 
@@ -19,8 +21,10 @@ def most_alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     products = chunks.Head.products
 
-    def watched(self: chunks.Head, tokens: chunks.Tokens) -> torch.Tensor:
-        made = products(self, tokens)
+    def watched(
+        self: chunks.Head, tokens: chunks.Tokens, space: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        made = products(self, tokens, space)
         alive.append(weakref.ref(made))
         counts.append(sum(reference() is not None for reference in alive))
         return made
@@ -43,3 +47,38 @@ def test_logprob(most_alive: list[int]) -> None:
     output = linear_logprob(case.hidden, case.weight, case.targets, chunk_tokens=10)
     output.logprob.sum().backward()
     assert len(most_alive) == 12 and max(most_alive) == 1
+
+
+LIMIT = 64 * 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
+@pytest.mark.parametrize("vocab", [50_000, 300_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", ["score", "train", "slices"])
+def test_at_most_64_mib_on_a_cpu(vocab: int, dtype: torch.dtype, call: str) -> None:
+    """A bfloat16 weight's gradient needs a float32 one beside it, or slices of the vocabulary."""
+    tokens, size = 600, 16
+    hidden = torch.randn(tokens, size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, size, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocab, (tokens,))
+    weight_slice = 10_000 if call == "slices" else None
+
+    def run() -> None:
+        if call == "score":
+            with torch.no_grad():
+                linear_logprob(hidden, weight, targets)
+            return
+        output = linear_token_loss(
+            hidden, weight, targets, lambda logprob, *_: logprob.sum(), weight_slice=weight_slice
+        )
+        output.loss.backward()
+
+    def clear() -> None:
+        hidden.grad = weight.grad = None
+
+    beside = 4 * weight.numel() if call == "train" and dtype == torch.bfloat16 else 0
+    kept = 0 if call == "score" else hidden.nbytes + weight.nbytes
+    # The least of some: the resident set also grows by code that is paged in.
+    found = [peak_extra_bytes(run, clear, kept, torch.device("cpu")) or 0 for _ in range(3)]
+    assert 0 < min(found) <= LIMIT + beside, found

@@ -111,7 +111,7 @@ def test_fused_never_has_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatc
     sizes = []
     products = chunks.Head.products
 
-    def watched(self: chunks.Head, tokens: chunks.Tokens) -> torch.Tensor:
+    def watched(self: chunks.Head, tokens: chunks.Tokens, *space: torch.Tensor) -> torch.Tensor:
         sizes.append(len(tokens.targets))
         return products(self, tokens)
 
