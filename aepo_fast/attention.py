@@ -1,7 +1,11 @@
-"""Packed attention with torch's own variable-length kernel, for GPUs without flash-attn.
+"""Attention that transformers does not bring: "varlen" for GPUs, "grouped" for CPUs.
 
-Registered with transformers as "varlen". Rows packed end to end are told apart by their
-position_ids, which restart at 0. With a mask or a key-value cache (rollouts) it is sdpa.
+varlen: packed attention with torch's own variable-length kernel, without flash-attn. Rows packed
+end to end are told apart by their position_ids, which restart at 0. With a mask or a key-value
+cache (rollouts) it is sdpa.
+
+grouped: eager attention whose query heads share their keys and values as they are, instead of
+copies of them, and whose probabilities are never in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 # The layers of a model share one position_ids tensor: its segments are found once, since finding
 # them waits for the GPU.
@@ -70,12 +74,45 @@ def varlen_mask(*args: Any, attention_mask: torch.Tensor | None = None, **option
     return sdpa_mask(*args, attention_mask=attention_mask, **options)
 
 
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,  # as transformers calls it
+) -> tuple[torch.Tensor, None]:
+    """Attention in value's dtype: [B, heads, L, D] over [B, key heads, S, D] to [B, L, heads, D].
+
+    attention_mask: [B, 1, L, S], added to the scores. Raises ValueError for what it cannot apply.
+    """
+    for name in ("softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise ValueError(f'model.attention = "grouped": cannot apply {name}; use "eager"')
+    batch, heads, length, width = query.shape
+    shared, total = key.shape[1:3]
+    scaling = width**-0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        query = (query * scaling).to(value.dtype).reshape(batch * shared, -1, width)
+        keys = key.to(value.dtype).reshape(batch * shared, total, width)
+        scores = torch.bmm(query, keys.mT).view(batch, shared, -1, length, total)
+        if attention_mask is not None:
+            scores = scores + attention_mask[:, :, None, :, :total].to(value.dtype)
+        # In half precision softmax still computes in float32.
+        weights = torch.softmax(scores, -1).view(batch * shared, -1, total)
+        output = torch.bmm(weights, value.reshape(batch * shared, total, -1))
+    return output.view(batch, heads, length, -1).transpose(1, 2), None
+
+
 def varlen_groups_heads() -> bool:
     """Whether torch's kernel takes fewer key than query heads, as torch 2.11's does not."""
     return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
-def register_varlen() -> None:
-    """Make attn_implementation="varlen" known to transformers."""
+def register() -> None:
+    """Make attn_implementation="varlen" and "grouped" known to transformers."""
     AttentionInterface.register("varlen", varlen_attention)
     AttentionMaskInterface.register("varlen", varlen_mask)
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", eager_mask)

@@ -37,7 +37,7 @@ class ModelConfig:
     # Of the trained weights; the optimizer holds float32 copies of bfloat16 ones.
     dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # autocast
-    attention: Literal["auto", "sdpa", "flash_attention_2", "varlen", "eager"] = "auto"
+    attention: Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "eager"] = "auto"
     gradient_checkpointing: bool = True
     liger: bool = False  # Liger-Kernel for the layers other than the head
     head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"

@@ -15,7 +15,7 @@ from aepo_fast.setup import choose_device, vllm_version
 from aepo_kernels import __version__, backend_status
 from aepo_kernels.backends import row_kernels
 
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "varlen"]
+Attention = Literal["auto", "sdpa", "eager", "grouped", "flash_attention_2", "varlen"]
 _ATTENTION: tuple[Attention, ...] = get_args(Attention)
 _REQUIRED = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")
 _OPTIONAL = ("triton", "flash-attn", "liger-kernel", "vllm", "tensorboard")

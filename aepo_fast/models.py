@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from aepo_fast.attention import register_varlen, varlen_groups_heads
+from aepo_fast.attention import register, varlen_groups_heads
 from aepo_fast.config import ConfigError, ModelConfig
 from aepo_fast.packages import PREFIX, find_package, resolve_package
 
@@ -145,7 +145,7 @@ def choose_attention(cfg: ModelConfig, device: torch.device) -> str:
             reason = f"needs a newer torch than {torch.__version__}, whose varlen_attn lacks GQA"
         if reason:
             raise ConfigError("model.attention", cfg.attention, reason, 'Use "auto"')
-        register_varlen()
+    register()
     return cfg.attention
 
 

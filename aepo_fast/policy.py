@@ -38,8 +38,9 @@ def token_index(offsets: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 def choose_layout(model: PreTrainedModel, requested: str) -> Layout:
     """Resolve trainer.layout for a model; raises ConfigError where the request cannot be met.
 
-    "auto" packs where the attention takes variable lengths, shares prompts under plain sdpa or
-    eager attention, and pads where the model has sliding windows, which a dense mask would undo.
+    "auto" packs where the attention takes variable lengths, shares prompts under plain sdpa, eager
+    or grouped attention, and pads where the model has sliding windows, which a dense mask would
+    undo.
     """
     attention = model.config._attn_implementation
     varlen = attention in ("flash_attention_2", "varlen")
@@ -48,7 +49,7 @@ def choose_layout(model: PreTrainedModel, requested: str) -> Layout:
     if requested == "auto":
         return "packed" if varlen else "padded" if windowed else "shared"
     if requested == "shared" and (varlen or windowed):
-        reason = "needs sdpa or eager attention on every layer without a sliding window"
+        reason = "needs sdpa, eager or grouped attention on every layer without a sliding window"
         raise ConfigError("trainer.layout", requested, reason, 'Use "auto"')
     assert requested in ("packed", "shared", "padded")
     return requested  # type: ignore[return-value]
@@ -89,9 +90,9 @@ class Policy:
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
         """Final hidden states that predict the completion tokens: [N, H] in compute dtype."""
         mask = batch.attention_mask
-        eager = self.model.config._attn_implementation == "eager"
-        if eager and mask is not None and mask.ndim == 4:
-            # transformers' eager attention adds its mask to the scores.
+        added = self.model.config._attn_implementation in ("eager", "grouped")
+        if added and mask is not None and mask.ndim == 4:
+            # Eager attention adds its mask to the scores.
             low = torch.finfo(self.dtype).min
             mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill(~mask, low)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):

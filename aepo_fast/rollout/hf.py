@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from aepo_fast.rollout.base import Completion, Request
+from aepo_fast.rollout.base import Completion, Request, RolloutError
+from aepo_kernels import cpu_rows
 
 # Dropping rows copies the key-value cache, so wait until enough rows have finished.
 COMPACT_BELOW = 0.75
@@ -206,8 +207,15 @@ def sample_tokens(
     """Draw one token per row of softmax(logits / temperature) by inverting its distribution.
 
     logits: [B, V]. temperature, uniform in [0, 1): [B]. Returns ids [B] and log-probs [B], fp32.
-    A token of probability zero is never drawn.
+    A token of probability zero is never drawn. Raises RolloutError where logits are not finite.
     """
+    if logits.device.type == "cpu" and cpu_rows.unavailable_reason() is None:
+        ids, logprobs = cpu_rows.sample_rows(logits, temperature.float().reciprocal(), uniform)
+        if (ids < 0).any():
+            raise RolloutError(
+                "the model's logits are not finite: lower trainer.lr and go on with --resume"
+            )
+        return ids, logprobs
     logprobs = torch.log_softmax(logits.float() / temperature.float()[:, None], dim=-1)
     cdf = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()

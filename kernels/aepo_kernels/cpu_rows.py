@@ -53,6 +53,10 @@ class _Coefs(ctypes.Structure):
     _fields_ = [(name, _POINTER) for name in ("logprob", "entropy", "lse", "second_logprob")]
 
 
+class _Sample(ctypes.Structure):
+    _fields_ = [(name, _POINTER) for name in ("uniform", "token", "logprob")]
+
+
 class _Grad(ctypes.Structure):
     _fields_ = [("out", _POINTER), ("dtype", _INT), ("row_stride", _LONG), ("bias_grad", _POINTER)]
 
@@ -66,6 +70,7 @@ def library() -> ctypes.CDLL | None:
     loaded = ctypes.CDLL(spec.origin)
     loaded.aepo_isa_name.restype = ctypes.c_char_p
     loaded.aepo_row_stats.argtypes = [_POINTER, _POINTER, _INT]
+    loaded.aepo_sample_rows.argtypes = [_POINTER, _POINTER, _INT]
     loaded.aepo_row_grad.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT]
     return loaded
 
@@ -155,6 +160,23 @@ def row_grad(
         grad,
     )
     del keep, known, given
+
+
+def sample_rows(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token of softmax(logits / T) per row by inverting its distribution.
+
+    logits: [B, V] fp32, bf16 or fp16. inv_temperature: [B]. uniform: [B] in [0, 1), float64.
+    Returns ids [B] int64, -1 where all logits are -inf or one is NaN, and their log-probs [B] fp32.
+    """
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    logprobs = torch.empty(len(logits), dtype=torch.float32)
+    plain = LogitMap(None, None, 1.0)
+    arguments, keep = _logits(logits, tokens, inv_temperature, None, plain)
+    uniform = uniform.double().contiguous()
+    sample = _Sample(uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr())
+    _call("aepo_sample_rows", arguments, sample)
+    del keep
+    return tokens, logprobs
 
 
 def _logits(

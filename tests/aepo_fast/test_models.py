@@ -15,6 +15,7 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
 )
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from aepo_fast import attention, models
 from aepo_fast.config import ConfigError, ModelConfig
@@ -206,7 +207,7 @@ def varlen_on_cpu(query, key, value, **options):
 @pytest.fixture
 def varlen_model(tiny_model_dir, monkeypatch):
     monkeypatch.setattr(attention.varlen, "varlen_attn", varlen_on_cpu)
-    attention.register_varlen()
+    attention.register()
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation="varlen").eval()
 
 
@@ -230,6 +231,29 @@ def test_varlen_model_generates_as_sdpa_does(varlen_model, tiny_model_dir):
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False)
     assert torch.equal(varlen_model.generate(ids, **options), plain.generate(ids, **options))
+
+
+@pytest.mark.parametrize(("length", "total"), [(7, 7), (1, 9)])
+def test_grouped_attention_is_eager_attention(length, total):
+    module = torch.nn.Identity()
+    module.num_key_value_groups = 3
+    query = torch.randn(2, 6, length, 4, requires_grad=True)
+    key, value = (torch.randn(2, 2, total, 4, requires_grad=True) for _ in range(2))
+    hidden = torch.rand(2, 1, length, total) < 0.4
+    hidden[..., -1] = False
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    found, expected = (
+        forward(module, query, key, value, mask, scaling=0.3)[0]
+        for forward in (attention.grouped_attention, eager_attention_forward)
+    )
+    torch.testing.assert_close(found, expected)
+    along = torch.randn_like(found)
+    leaves = query, key, value
+    gradients = (torch.autograd.grad(output, leaves, along) for output in (found, expected))
+    for mine, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, right)
+    with pytest.raises(ValueError, match="softcap"):
+        attention.grouped_attention(module, query, key, value, mask, softcap=30.0)
 
 
 def test_varlen_takes_a_sliding_window(monkeypatch):

@@ -19,7 +19,7 @@ def policy_of(folder: Path, *, attention: str = "sdpa", layout: str = "auto") ->
     return Policy(model, cfg, TrainerConfig(layout=layout, tokens_per_microbatch=40))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "grouped"])
 @pytest.mark.parametrize("layout", ["shared", "padded", "packed"])
 def test_scores_are_the_models_own_logprobs(
     tiny_model_dir: Path, attention: str, layout: str

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from aepo_fast.rollout.base import Completion, Request
+from aepo_fast.rollout.base import Completion, Request, RolloutError
 from aepo_fast.rollout.hf import HfRollout, sample_tokens
+from aepo_kernels import cpu_rows
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16)]
 
@@ -107,6 +108,15 @@ def test_sync_brings_new_weights_into_the_copy(model: PreTrainedModel) -> None:
         assert torch.equal(ours, theirs.bfloat16())
 
 
+@pytest.fixture(params=["torch", "c++"])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setenv(cpu_rows.ISA_VARIABLE, "torch")
+    elif cpu_rows.unavailable_reason():
+        pytest.skip("installed without the C++ part")
+
+
+@pytest.mark.usefixtures("rows")
 def test_sampled_tokens_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 0.0, -1.0, float("-inf"), 1.0]).repeat(20000, 1)
     temperature = torch.full((20000,), 0.8)
@@ -119,8 +129,16 @@ def test_sampled_tokens_follow_the_distribution() -> None:
     torch.testing.assert_close(logprobs.double(), expected.log()[ids], atol=1e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_extreme_uniforms_never_pick_a_token_without_mass(uniform: float) -> None:
     logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
     ids, _ = sample_tokens(logits, torch.ones(1), torch.tensor([uniform], dtype=torch.float64))
     assert ids.item() in (1, 2)
+
+
+@pytest.mark.skipif(cpu_rows.unavailable_reason() is not None, reason="without the C++ part")
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    logits = torch.full((1, 5), float("nan"))
+    with pytest.raises(RolloutError, match="not finite"):
+        sample_tokens(logits, torch.ones(1), torch.tensor([0.5]))

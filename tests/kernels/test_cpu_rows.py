@@ -199,3 +199,37 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(cpu_rows.ISA_VARIABLE, "mmx")
     with pytest.raises(ValueError, match="AEPO_CPU_ISA = 'mmx'.*portable"):
         cpu_rows.chosen()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 7, 31, 2048, 2049, 50257])
+def test_sampled_tokens_invert_the_distribution(vocab: int, dtype: torch.dtype) -> None:
+    count = 40
+    products = products_of(count, vocab, dtype)
+    products[:, 3 : vocab // 2 : 2] = float("-inf")
+    inverse = torch.linspace(0.3, 40, count)
+    uniform = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    results = []
+    for number in (1, 2, 8):
+        torch.set_num_threads(number)
+        results.append(cpu_rows.sample_rows(products, inverse, uniform))
+    tokens, logprobs = results[0]
+    for other in results[1:]:
+        assert torch.equal(tokens, other[0]) and torch.equal(logprobs, other[1])
+    law = torch.log_softmax(products.double() * inverse.double()[:, None], -1)
+    expected = law.gather(1, tokens[:, None])[:, 0]
+    # t = (z - max) / T is rounded to float32, which counts where it is large.
+    bound = 1e-6 + 2**-23 * expected.abs()
+    assert ((logprobs.double() - expected).abs() <= bound).all()
+    upper = law.exp().cumsum(1).gather(1, tokens[:, None])[:, 0]
+    # Float32 weights, each off by two ulps and summed in 16 lanes of a block.
+    off = 2e-6
+    assert (upper - expected.exp() - off <= uniform).all() and (uniform <= upper + off).all()
+
+
+def test_rows_without_a_law_give_no_token() -> None:
+    logits = torch.zeros(3, 40)
+    logits[0], logits[2, 20] = float("-inf"), float("nan")
+    tokens, _ = cpu_rows.sample_rows(logits, torch.ones(3), torch.full((3,), 0.5))
+    assert tokens[0] == tokens[2] == -1 and 0 <= tokens[1] < 40

@@ -45,4 +45,8 @@ int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCo
   return kIsas[isa].kernels->row_grad(*logits, *stats, *coefs, *grad);
 }
 
+int aepo_sample_rows(const AepoLogits* logits, const AepoSample* sample, std::int32_t isa) {
+  return kIsas[isa].kernels->sample_rows(*logits, *sample);
+}
+
 }

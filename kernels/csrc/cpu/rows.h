@@ -40,13 +40,22 @@ struct AepoGrad {
   float* bias_grad;  // [vocab], added to
 };
 
+// One draw of each row's softmax(z / T), by inverting its distribution at `uniform` in [0, 1).
+struct AepoSample {
+  const double* uniform;
+  std::int64_t* token;
+  float* logprob;
+};
+
 #define AEPO_EXPORT __attribute__((visibility("default")))
 
 extern "C" {
-// Both return 0, or 1 where a dtype is unknown. isa: see aepo_isa_name.
+// All return 0, or 1 where a dtype is unknown. isa: see aepo_isa_name.
 AEPO_EXPORT int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats, std::int32_t isa);
 AEPO_EXPORT int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,
                   const AepoGrad* grad, std::int32_t isa);
+// Ignores the targets. A row whose logits are all -inf, or NaN, gives token -1.
+AEPO_EXPORT int aepo_sample_rows(const AepoLogits* logits, const AepoSample* sample, std::int32_t isa);
 // The instruction sets compiled in, by number, with 0 the portable one; null beyond the last.
 AEPO_EXPORT const char* aepo_isa_name(std::int32_t isa);
 // Whether this machine runs an instruction set.

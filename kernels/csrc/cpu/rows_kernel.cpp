@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "rows.h"
 #include "rows_kernel.h"
@@ -189,6 +190,60 @@ void grad_of_part(const AepoLogits& logits, const GradOfRow& row_grad, const Aep
 }
 
 template <typename Value>
+void sample_row(const AepoLogits& logits, const AepoSample& sample, std::int64_t index) {
+  const auto* products = static_cast<const Value*>(logits.products);
+  const Row<Value> row{products + index * logits.row_stride, logits};
+  const float inverse = logits.inv_temperature[index];
+  Floats largest = all(-INFINITY);
+  for (std::int64_t column = 0; column < logits.vocab; column += kLanes) {
+    largest = larger(row.at(column), largest);
+  }
+  const float max = maximum(largest);
+  sample.token[index] = -1;
+  sample.logprob[index] = -INFINITY;
+  if (max == -INFINITY) return;
+  const auto weights_at = [&](std::int64_t column) {
+    return exp_negative(larger(row.at(column) - max, all(kFloor)) * inverse);
+  };
+  std::vector<double> blocks;
+  double total = 0;
+  for (std::int64_t start = 0; start < logits.vocab; start += kBlock) {
+    Floats weights{};
+    const std::int64_t end = std::min(start + kBlock, logits.vocab);
+    for (std::int64_t column = start; column < end; column += kLanes) weights += weights_at(column);
+    blocks.push_back(sum(weights));
+    total += blocks.back();
+  }
+  // Rounding may leave the point at a block's end, where the last token with any mass is meant.
+  const double point = sample.uniform[index] * total;
+  double before = 0;
+  std::size_t block = 0, last = blocks.size() - 1;
+  while (last > 0 && blocks[last] == 0) --last;
+  while (block < last && before + blocks[block] <= point) before += blocks[block++];
+  const std::int64_t start = std::int64_t(block) * kBlock;
+  const std::int64_t end = std::min(start + kBlock, logits.vocab);
+  for (std::int64_t column = start; column < end && before <= point; column += kLanes) {
+    const Floats weights = weights_at(column);
+    for (std::int64_t lane = 0; lane < kLanes && before <= point; ++lane) {
+      if (weights[lane] == 0) continue;
+      before += weights[lane];
+      sample.token[index] = column + lane;
+    }
+  }
+  if (sample.token[index] < 0) return;  // NaN among the logits
+  const float z = row.one(sample.token[index]);
+  sample.logprob[index] = float(double((z - max) * inverse) - std::log(total));
+}
+
+template <typename Value>
+void all_samples(const AepoLogits& logits, const AepoSample& sample) {
+#pragma omp parallel for schedule(static) num_threads(logits.threads)
+  for (std::int64_t index = 0; index < logits.rows; ++index) {
+    sample_row<Value>(logits, sample, index);
+  }
+}
+
+template <typename Value>
 void all_stats(const AepoLogits& logits, const AepoStats& stats) {
 #pragma omp parallel for schedule(static) num_threads(logits.threads)
   for (std::int64_t index = 0; index < logits.rows; ++index) stats_of_row<Value>(logits, stats, index);
@@ -248,6 +303,15 @@ int row_grad(const AepoLogits& logits, const AepoStats& stats, const AepoCoefs& 
   }
 }
 
+int sample_rows(const AepoLogits& logits, const AepoSample& sample) {
+  switch (logits.dtype) {
+    case kFloat32: all_samples<float>(logits, sample); return 0;
+    case kBFloat16: all_samples<BFloat16>(logits, sample); return 0;
+    case kFloat16: all_samples<Float16>(logits, sample); return 0;
+    default: return 1;
+  }
+}
+
 }  // namespace
 
-const RowKernels AEPO_KERNELS{row_stats, row_grad};
+const RowKernels AEPO_KERNELS{row_stats, row_grad, sample_rows};

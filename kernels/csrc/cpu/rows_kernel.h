@@ -6,6 +6,7 @@
 struct RowKernels {
   int (*row_stats)(const AepoLogits&, const AepoStats&);
   int (*row_grad)(const AepoLogits&, const AepoStats&, const AepoCoefs&, const AepoGrad&);
+  int (*sample_rows)(const AepoLogits&, const AepoSample&);
 };
 
 extern const RowKernels kPortableRows;
