@@ -80,7 +80,8 @@ def grouped_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
+    *,
+    scaling: float,
     **options: Any,  # as transformers calls it
 ) -> tuple[torch.Tensor, None]:
     """Attention in value's dtype: [B, heads, L, D] over [B, key heads, S, D] to [B, L, heads, D].
@@ -92,7 +93,6 @@ def grouped_attention(
             raise ValueError(f'model.attention = "grouped": cannot apply {name}; use "eager"')
     batch, heads, length, width = query.shape
     shared, total = key.shape[1:3]
-    scaling = width**-0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
         query = (query * scaling).to(value.dtype).reshape(batch * shared, -1, width)
         keys = key.to(value.dtype).reshape(batch * shared, total, width)

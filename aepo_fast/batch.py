@@ -15,6 +15,9 @@ import torch
 from aepo_fast.rollout.base import Completion
 
 Layout = Literal["packed", "shared", "padded"]
+# What a micro-batch costs beside its tokens, in tokens: all weights are read once more, and their
+# gradients added up.
+_BATCH_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -79,21 +82,41 @@ def make_microbatches(
     """
     elements = _elements(rows, indices, shared=layout == "shared", max_tokens=max_tokens)
     elements.sort(key=lambda element: -element.length)
+    if layout == "packed":
+        return [_packed(rows, batch) for batch in _fill(elements, max_tokens)]
+    return [_lines(rows, batch) for batch in _split(elements, max_tokens)]
+
+
+def _fill(elements: list[_Element], max_tokens: int) -> list[list[_Element]]:
     batches: list[list[_Element]] = []
     used = 0
     for element in elements:
-        # Elements come longest first, so the first of a batch sets its padded width.
-        if layout == "packed":
-            total = used + element.length
-        else:
-            total = batches[-1][0].length * (len(batches[-1]) + 1) if batches else 0
-        if not batches or total > max_tokens:
+        if not batches or used + element.length > max_tokens:
             batches.append([])
             used = 0
         batches[-1].append(element)
         used += element.length
-    build = _packed if layout == "packed" else _lines
-    return [build(rows, batch) for batch in batches]
+    return batches
+
+
+def _split(elements: list[_Element], max_tokens: int) -> list[list[_Element]]:
+    """Split elements, longest first, so that lines padded to their batch's first cost the least."""
+    costs, starts = [0], [0]  # of the best split of the elements before each; its last batch
+    for stop in range(1, len(elements) + 1):
+        found: list[tuple[int, int]] = []
+        for start in range(stop - 1, -1, -1):
+            tokens = elements[start].length * (stop - start)
+            if found and tokens > max_tokens:
+                break
+            found.append((costs[start] + tokens + _BATCH_TOKENS, start))
+        cost, start = min(found)
+        costs.append(cost)
+        starts.append(start)
+    batches, stop = [], len(elements)
+    while stop:
+        batches.append(elements[starts[stop] : stop])
+        stop = starts[stop]
+    return batches[::-1]
 
 
 def _elements(

@@ -99,6 +99,15 @@ def test_the_token_budget_holds_where_rows_fit(layout: Layout) -> None:
         assert batch.input_ids.numel() <= 64
 
 
+def test_rows_of_other_lengths_are_not_padded_to_the_longest() -> None:
+    rows = make_rows([400] + [30] * 20 + [29] * 20)
+    batches = make_microbatches(rows, range(len(rows)), layout="padded", max_tokens=9999)
+    assert [len(batch.rows) for batch in batches] == [1, 40]
+    rows = make_rows([33, 32, 31, 30])
+    (whole,) = make_microbatches(rows, range(4), layout="padded", max_tokens=9999)
+    assert len(whole.rows) == 4
+
+
 def test_sharing_prompts_processes_fewer_tokens() -> None:
     rows = make_rows([3] * 24)
     shared, padded = (

@@ -253,7 +253,7 @@ def test_grouped_attention_is_eager_attention(length, total):
     for mine, right in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, right)
     with pytest.raises(ValueError, match="softcap"):
-        attention.grouped_attention(module, query, key, value, mask, softcap=30.0)
+        attention.grouped_attention(module, query, key, value, mask, scaling=0.3, softcap=30.0)
 
 
 def test_varlen_takes_a_sliding_window(monkeypatch):
