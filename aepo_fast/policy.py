@@ -12,6 +12,7 @@ from aepo_fast.batch import Layout, MicroBatch, Row, make_microbatches
 from aepo_fast.config import ConfigError, ModelConfig, TrainerConfig
 from aepo_fast.models import backbone_of, head_of
 from aepo_kernels import LogprobOutput, linear_logprob
+from aepo_kernels.backends import row_kernels
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class Policy:
         self.layout: Layout = choose_layout(model, trainer.layout)
         self.max_tokens = trainer.tokens_per_microbatch
         self.backend = backend
+
+    @property
+    def row_kernels(self) -> str:
+        """Which row operations the head runs."""
+        return row_kernels(self.device.type, self.dtype, self.backend)
 
     def microbatches(self, rows: Sequence[Row], indices: Sequence[int]) -> list[MicroBatch]:
         """Lay rows[indices] out for the model."""

@@ -10,11 +10,12 @@ from aepo_fast.checkpoint import complete_checkpoints, save_checkpoint
 from aepo_fast.config import Config
 from aepo_fast.evaluate import EvalResult, evaluate
 from aepo_fast.interrupt import Interrupted, InterruptGuard
+from aepo_fast.memory import keep_freed_memory
 from aepo_fast.metrics import MetricsLogger
 from aepo_fast.plot import plot_run
 from aepo_fast.report import RolloutLog
 from aepo_fast.rollout.base import RolloutError
-from aepo_fast.setup import load_inputs
+from aepo_fast.setup import choose_device, load_inputs
 from aepo_fast.trainer import Trainer
 
 
@@ -33,7 +34,11 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
             tensorboard=cfg.logging.tensorboard,
             total_steps=cfg.trainer.steps,
         )
+        if choose_device(cfg.trainer.device).type == "cpu":
+            keep_freed_memory()
         trainer = Trainer(cfg, inputs, guard)
+        policy = trainer.policy
+        print(f"head: {policy.backend}, rows {policy.row_kernels}", flush=True)
         try:
             return _Run(cfg, trainer, logger).run()
         finally:
@@ -74,6 +79,7 @@ class _Run:
         last = number == cfg.trainer.steps
         metrics: dict[str, Any] = {"step": number, **result.metrics}
         metrics["kernel/backend"] = self.trainer.policy.backend
+        metrics["kernel/rows"] = self.trainer.policy.row_kernels
         try:
             if self._heldout() and (last or (cfg.eval.every and number % cfg.eval.every == 0)):
                 metrics |= self._evaluate().metrics()

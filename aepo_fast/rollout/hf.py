@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from aepo_fast.rollout.base import Completion, Request, RolloutError
-from aepo_kernels import cpu_rows
+from aepo_kernels import cpu_library, cpu_rows
 
 # Dropping rows copies the key-value cache, so wait until enough rows have finished.
 COMPACT_BELOW = 0.75
@@ -209,7 +209,7 @@ def sample_tokens(
     logits: [B, V]. temperature, uniform in [0, 1): [B]. Returns ids [B] and log-probs [B], fp32.
     A token of probability zero is never drawn. Raises RolloutError where logits are not finite.
     """
-    if logits.device.type == "cpu" and cpu_rows.unavailable_reason() is None:
+    if logits.device.type == "cpu" and cpu_library.unavailable_reason() is None:
         ids, logprobs = cpu_rows.sample_rows(logits, temperature.float().reciprocal(), uniform)
         if (ids < 0).any():
             raise RolloutError(

@@ -87,8 +87,8 @@ def linear_logprob(
             chunk_tokens,
         )
         second = None if second_temperature is None else results[3]
-        name = ops.backend_name(backend, hidden.device.type, hidden.dtype)
-        return LogprobOutput(results[0], results[1], results[2], second, None, name)
+        names = ops.backend_names(backend, hidden.device.type, hidden.dtype)
+        return LogprobOutput(results[0], results[1], results[2], second, None, *names)
     problem = Problem(
         hidden,
         weight,

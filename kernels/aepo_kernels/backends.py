@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from aepo_kernels import cpu_rows, rows
+from aepo_kernels import cpu_library, cpu_rows, rows
 
 BACKEND_VARIABLE = "AEPO_KERNELS_BACKEND"
 _BACKENDS = ("reference", "chunked", "fused")
@@ -70,15 +70,24 @@ def row_operations(products: torch.Tensor) -> ModuleType:
         return rows
     if products.is_cuda:
         return importlib.import_module("aepo_kernels.triton_rows")
-    return rows if cpu_rows.unavailable_reason() else cpu_rows
+    return rows if cpu_library.unavailable_reason() else cpu_rows
 
 
-def row_kernels(device_type: str) -> str:
-    """Which row operations `chunked` runs on "cpu" or "cuda", and on a CPU without C++ why."""
-    if device_type == "cuda":
+def row_kernels(
+    device_type: str, dtype: torch.dtype = torch.float32, backend: str = "chunked"
+) -> str:
+    """Which row operations a backend runs on "cpu" or "cuda", and where those are torch's why.
+
+    dtype: of the hidden states.
+    """
+    if backend == "reference":
+        return "torch"
+    if dtype == torch.float64:
+        return "torch (float64)"
+    if device_type == "cuda" or backend == "fused":
         return "triton"
-    reason = cpu_rows.unavailable_reason()
-    return f"torch ({reason})" if reason else f"c++ ({cpu_rows.chosen()})"
+    reason = cpu_library.unavailable_reason()
+    return f"torch ({reason})" if reason else f"c++ ({cpu_library.chosen()})"
 
 
 def _interpreted() -> bool:

@@ -43,7 +43,7 @@ _NOTHING = RowCoefs(None, None, None, None)
 def logprob(problem: Problem) -> LogprobOutput:
     """`linear_logprob`, recomputing logits in backward."""
     rows = _Logprob.apply(problem, *problem.inputs)
-    return LogprobOutput(*rows, problem.backend)  # type: ignore[misc]
+    return LogprobOutput(*rows, problem.backend, problem.row_kernels)  # type: ignore[misc]
 
 
 def token_loss(
@@ -89,6 +89,7 @@ def token_loss(
         entropy,  # type: ignore[arg-type]
         second,
         problem.backend,
+        problem.row_kernels,
         gradients.rows,
     )
 

@@ -1,115 +1,18 @@
 """Row operations in C++ for the CPU; same interface as `aepo_kernels.rows`.
 
-The library is built with the package (CMakeLists.txt) and loaded by its C interface,
-csrc/cpu/rows.h, so that one binary serves every torch. It computes in float32, sums in float64, and
-gives the same bits for any number of threads. AEPO_CPU_ISA names an instruction set other than the
-machine's best, or "torch" for torch's row operations.
+They compute in float32, sum in float64, and give the same bits for any number of threads. Each is
+an operator, torch.ops.aepo_kernels.cpu_row_stats and so on.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.util
-import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from aepo_kernels.cpu_library import DTYPES, Coefs, Grad, Logits, Sample, Stats, call
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
-
-ISA_VARIABLE = "AEPO_CPU_ISA"
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-
-
-class _Logits(ctypes.Structure):
-    _fields_ = [
-        ("products", _POINTER),
-        ("dtype", _INT),
-        ("threads", _INT),
-        ("rows", _LONG),
-        ("vocab", _LONG),
-        ("row_stride", _LONG),
-        ("targets", _POINTER),
-        ("inv_temperature", _POINTER),
-        ("second_inv_temperature", _POINTER),
-        ("bias", _POINTER),
-        ("softcap", _FLOAT),
-        ("scale", _FLOAT),
-    ]
-
-
-class _Stats(ctypes.Structure):
-    _fields_ = [
-        (name, _POINTER)
-        for name in (
-            "logprob entropy max_logit log_sum second_logprob second_log_sum sum_squares".split()
-        )
-    ]
-
-
-class _Coefs(ctypes.Structure):
-    _fields_ = [(name, _POINTER) for name in ("logprob", "entropy", "lse", "second_logprob")]
-
-
-class _Sample(ctypes.Structure):
-    _fields_ = [(name, _POINTER) for name in ("uniform", "token", "logprob")]
-
-
-class _Grad(ctypes.Structure):
-    _fields_ = [("out", _POINTER), ("dtype", _INT), ("row_stride", _LONG), ("bias_grad", _POINTER)]
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The library, None where the package was built without it."""
-    spec = importlib.util.find_spec("aepo_kernels._rows")
-    if spec is None or spec.origin is None:
-        return None
-    loaded = ctypes.CDLL(spec.origin)
-    loaded.aepo_isa_name.restype = ctypes.c_char_p
-    loaded.aepo_row_stats.argtypes = [_POINTER, _POINTER, _INT]
-    loaded.aepo_sample_rows.argtypes = [_POINTER, _POINTER, _INT]
-    loaded.aepo_row_grad.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT]
-    return loaded
-
-
-def instruction_sets() -> list[str]:
-    """Those compiled in that this machine runs, the fastest last."""
-    loaded = library()
-    names: list[str] = []
-    while loaded is not None and (name := loaded.aepo_isa_name(len(names))) is not None:
-        names.append(name.decode())
-    return [name for number, name in enumerate(names) if loaded and loaded.aepo_isa_runs(number)]
-
-
-def unavailable_reason() -> str | None:
-    """Why torch's row operations run on the CPU instead of these; None where these do."""
-    if os.environ.get(ISA_VARIABLE) == "torch":
-        return f"{ISA_VARIABLE} = torch"
-    if library() is None:
-        return "the package was built without its C++ part, as where no C++ compiler is found"
-    return None
-
-
-def chosen() -> str:
-    """The instruction set in use; raises ValueError where AEPO_CPU_ISA names none that runs."""
-    known = instruction_sets()
-    name = os.environ.get(ISA_VARIABLE) or known[-1]
-    if name not in known:
-        raise ValueError(f"{ISA_VARIABLE} = {name!r}: does not run here; use {', '.join(known)}")
-    return name
-
-
-@functools.cache
-def _number(name: str) -> int:
-    loaded = library()
-    assert loaded is not None
-    number = 0
-    while loaded.aepo_isa_name(number) != name.encode():
-        number += 1
-    return number
 
 
 def row_stats(
@@ -125,14 +28,14 @@ def row_stats(
     """See `rows.row_stats`; dtype is torch.float32."""
     assert dtype == torch.float32
     count = len(products)
-    second = second_inv_temperature is not None
-    wanted = (True, True, True, True, second, second, squares)
-    found = [torch.empty(count, dtype=dtype) if want else None for want in wanted]
-    logits, keep = _logits(products, targets, inv_temperature, second_inv_temperature, logit_map)
-    stats = _Stats(*map(_address, found))
-    _call("aepo_row_stats", logits, stats)
-    del keep
-    return RowStats(*found)  # type: ignore[arg-type]
+    first, second = (_per_row(x, count) for x in (inv_temperature, second_inv_temperature))
+    assert first is not None
+    softcap, scale = logit_map.softcap or 0.0, logit_map.scale
+    found = _stats(products, targets, first, second, logit_map.bias, softcap, scale, squares)
+    has_second = second is not None
+    wanted = (True, True, True, True, has_second, has_second, squares)
+    values = iter(found)
+    return RowStats(*(next(values) if want else None for want in wanted))  # type: ignore[arg-type]
 
 
 def row_grad(
@@ -148,20 +51,17 @@ def row_grad(
     bias_grad: Tensor | None,
 ) -> None:
     """See `rows.row_grad`."""
-    logits, keep = _logits(products, targets, inv_temperature, second_inv_temperature, logit_map)
-    known = RowStats(*(None if x is None else x.contiguous() for x in stats))  # type: ignore[arg-type]
-    given = RowCoefs(*(None if x is None else x.float().contiguous() for x in coefs))
-    grad = _Grad(out.data_ptr(), _DTYPES[out.dtype], out.stride(0), _address(bias_grad))
-    _call(
-        "aepo_row_grad",
-        logits,
-        _Stats(*map(_address, known)),
-        _Coefs(*map(_address, given)),
-        grad,
-    )
-    del keep, known, given
+    count = len(products)
+    first, second = (_per_row(x, count) for x in (inv_temperature, second_inv_temperature))
+    assert first is not None
+    softcap, scale = logit_map.softcap or 0.0, logit_map.scale
+    _grad(
+        products, targets, first, second, logit_map.bias, softcap, scale,
+        list(stats), list(coefs), out, bias_grad,
+    )  # fmt: skip
 
 
+@torch.library.custom_op("aepo_kernels::cpu_sample_rows", mutates_args=(), device_types="cpu")
 def sample_rows(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw a token of softmax(logits / T) per row by inverting its distribution.
 
@@ -170,58 +70,101 @@ def sample_rows(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tup
     """
     tokens = torch.empty(len(logits), dtype=torch.int64)
     logprobs = torch.empty(len(logits), dtype=torch.float32)
-    plain = LogitMap(None, None, 1.0)
-    arguments, keep = _logits(logits, tokens, inv_temperature, None, plain)
+    given = _given(tokens, inv_temperature, None, None)
     uniform = uniform.double().contiguous()
-    sample = _Sample(uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr())
-    _call("aepo_sample_rows", arguments, sample)
-    del keep
+    sample = Sample(uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr())
+    call("aepo_sample_rows", _logits(logits, given, 0.0, 1.0), sample)
     return tokens, logprobs
 
 
-def _logits(
+@sample_rows.register_fake
+def _(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    size = logits.shape[:1]
+    return logits.new_empty(size, dtype=torch.int64), logits.new_empty(size, dtype=torch.float32)
+
+
+@torch.library.custom_op("aepo_kernels::cpu_row_stats", mutates_args=(), device_types="cpu")
+def _stats(
     products: Tensor,
     targets: Tensor,
-    inv_temperature: float | Tensor,
-    second_inv_temperature: float | Tensor | None,
-    logit_map: LogitMap,
-) -> tuple[_Logits, list[Tensor | None]]:
-    """The C arguments, and the tensors that have to outlive the call."""
+    inv_temperature: Tensor,
+    second_inv_temperature: Tensor | None,
+    bias: Tensor | None,
+    softcap: float,
+    scale: float,
+    squares: bool,
+) -> list[Tensor]:
+    """Those of RowStats that are wanted, in their order; softcap 0 is none."""
+    given = _given(targets, inv_temperature, second_inv_temperature, bias)
+    second = second_inv_temperature is not None
+    wanted = (True, True, True, True, second, second, squares)
+    found = [torch.empty(len(products)) if want else None for want in wanted]
+    call("aepo_row_stats", _logits(products, given, softcap, scale), Stats(*map(_address, found)))
+    return [x for x in found if x is not None]
+
+
+@_stats.register_fake
+def _(products: Tensor, *rest) -> list[Tensor]:
+    count = 4 + 2 * (rest[2] is not None) + rest[-1]
+    size = products.shape[:1]
+    return [products.new_empty(size, dtype=torch.float32) for _ in range(count)]
+
+
+@torch.library.custom_op(
+    "aepo_kernels::cpu_row_grad", mutates_args=("out", "bias_grad"), device_types="cpu"
+)
+def _grad(
+    products: Tensor,
+    targets: Tensor,
+    inv_temperature: Tensor,
+    second_inv_temperature: Tensor | None,
+    bias: Tensor | None,
+    softcap: float,
+    scale: float,
+    stats: Sequence[Tensor | None],
+    coefs: Sequence[Tensor | None],
+    out: Tensor,
+    bias_grad: Tensor | None,
+) -> None:
+    """The gradient by the products into `out`, which may be the products themselves."""
+    given = _given(targets, inv_temperature, second_inv_temperature, bias)
+    # Kept by name: the library has only their addresses.
+    known, factors = _given(None, *stats), _given(None, *coefs)
+    call(
+        "aepo_row_grad",
+        _logits(products, given, softcap, scale),
+        Stats(*map(_address, known[1:])),
+        Coefs(*map(_address, factors[1:])),
+        Grad(out.data_ptr(), DTYPES[out.dtype], out.stride(0), _address(bias_grad)),
+    )
+
+
+def _given(targets: Tensor | None, *values: Tensor | None) -> list[Tensor | None]:
+    """The arguments as the library reads them: adjacent, and float32 but for the targets."""
+    floats = [None if x is None else x.float().contiguous() for x in values]
+    return [None if targets is None else targets.contiguous(), *floats]
+
+
+def _logits(products: Tensor, given: list[Tensor | None], softcap: float, scale: float) -> Logits:
+    """The C arguments; `given` (targets, temperatures, bias) has to outlive the call."""
     assert products.stride(1) == 1 or products.shape[1] == 1
-    count, vocab = products.shape
-    first = _per_row(inv_temperature, count)
-    second = None
-    if second_inv_temperature is not None:
-        second = _per_row(second_inv_temperature, count)
-    bias = None if logit_map.bias is None else logit_map.bias.float().contiguous()
-    targets = targets.contiguous()
-    keep = [targets, first, second, bias]
-    return _Logits(
+    return Logits(
         products.data_ptr(),
-        _DTYPES[products.dtype],
+        DTYPES[products.dtype],
         torch.get_num_threads(),
-        count,
-        vocab,
+        *products.shape,
         products.stride(0),
-        *map(_address, keep),
-        logit_map.softcap or 0.0,
-        logit_map.scale,
-    ), keep
+        *map(_address, given),
+        softcap,
+        scale,
+    )
 
 
-def _per_row(value: float | Tensor, count: int) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.float().contiguous()
+def _per_row(value: float | Tensor | None, count: int) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value if value is None else value.float()
     return torch.full((count,), value, dtype=torch.float32)
 
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _call(name: str, *arguments: ctypes.Structure) -> None:
-    loaded = library()
-    assert loaded is not None
-    pointers = [ctypes.byref(argument) for argument in arguments]
-    if getattr(loaded, name)(*pointers, _number(chosen())):
-        raise TypeError(f"{name}: no kernel for this dtype")

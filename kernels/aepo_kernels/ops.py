@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aepo_kernels import chunked
-from aepo_kernels.backends import resolve_backend
+from aepo_kernels.backends import resolve_backend, row_kernels
 from aepo_kernels.checks import check_problem
 from aepo_kernels.chunks import tokens_of
 from aepo_kernels.problem import Problem, take
@@ -133,9 +133,10 @@ linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.compiler.assume_constant_result
-def backend_name(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs, as a constant of the graph."""
-    return resolve_backend(backend, device_type, dtype)
+def backend_names(backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend and the row operations that run, as constants of the graph."""
+    name = resolve_backend(backend, device_type, dtype)
+    return name, row_kernels(device_type, dtype, name)
 
 
 # Arguments are tensors but for these positions.

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aepo_kernels.backends import row_kernels
 from aepo_kernels.options import RowSampling, VocabShard
 
 TokenLoss = Callable[..., Any]
@@ -24,6 +25,7 @@ class LogprobOutput(NamedTuple):
     second_logprob: Tensor | None
     sum_squares: Tensor | None
     backend: str
+    row_kernels: str  # those of the backend that ran: "triton", "c++ (avx512)", "torch (why)"
 
 
 class TokenLossOutput(NamedTuple):
@@ -38,6 +40,7 @@ class TokenLossOutput(NamedTuple):
     entropy: Tensor
     second_logprob: Tensor | None
     backend: str
+    row_kernels: str
     active_rows: int
 
 
@@ -94,6 +97,11 @@ class Problem:
     def stats_dtype(self) -> torch.dtype:
         """The dtype of row statistics and of gradient accumulation."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def row_kernels(self) -> str:
+        """Which row operations run."""
+        return row_kernels(self.hidden.device.type, self.hidden.dtype, self.backend)
 
     def kept(self) -> Tensor | None:
         """Positions whose target counts, [M], or None if all do."""

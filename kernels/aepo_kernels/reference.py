@@ -31,7 +31,7 @@ def logprob(problem: Problem) -> LogprobOutput:
         kept = problem.kept()
         rows = _rows(problem, kept)
         spread = [None if row is None else problem.spread(row, kept) for row in rows]
-    return LogprobOutput(*spread, problem.backend)  # type: ignore[arg-type]
+    return LogprobOutput(*spread, problem.backend, problem.row_kernels)  # type: ignore[arg-type]
 
 
 def token_loss(
@@ -61,7 +61,8 @@ def token_loss(
     if loss.requires_grad:
         active = len(rows.logprob if problem.active is None else problem.active)
     metrics = {name: value.detach() for name, value in metrics.items()}
-    return TokenLossOutput(loss, metrics, first, entropy, second, problem.backend, active)
+    names = problem.backend, problem.row_kernels
+    return TokenLossOutput(loss, metrics, first, entropy, second, *names, active)
 
 
 def _rows(problem: Problem, kept: Tensor | None) -> _Rows:

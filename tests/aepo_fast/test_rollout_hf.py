@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aepo_fast.rollout.base import Completion, Request, RolloutError
 from aepo_fast.rollout.hf import HfRollout, sample_tokens
-from aepo_kernels import cpu_rows
+from aepo_kernels import cpu_library
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16)]
 
@@ -111,8 +111,8 @@ def test_sync_brings_new_weights_into_the_copy(model: PreTrainedModel) -> None:
 @pytest.fixture(params=["torch", "c++"])
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setenv(cpu_rows.ISA_VARIABLE, "torch")
-    elif cpu_rows.unavailable_reason():
+        monkeypatch.setenv(cpu_library.ISA_VARIABLE, "torch")
+    elif cpu_library.unavailable_reason():
         pytest.skip("installed without the C++ part")
 
 
@@ -137,7 +137,7 @@ def test_extreme_uniforms_never_pick_a_token_without_mass(uniform: float) -> Non
     assert ids.item() in (1, 2)
 
 
-@pytest.mark.skipif(cpu_rows.unavailable_reason() is not None, reason="without the C++ part")
+@pytest.mark.skipif(cpu_library.unavailable_reason() is not None, reason="without the C++ part")
 def test_logits_that_are_not_finite_are_an_error() -> None:
     logits = torch.full((1, 5), float("nan"))
     with pytest.raises(RolloutError, match="not finite"):

@@ -364,6 +364,7 @@ def test_every_promised_metric_is_logged_and_rollouts_are_kept(
     for line in lines[1:]:
         assert not set(promised) - line.keys()
         assert line["kernel/backend"] == "chunked"
+        assert line["kernel/rows"].startswith(("c++ (", "torch ("))
         assert all(line[name] == line[name] for name in promised)
     rollouts = [
         json.loads(x) for x in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()

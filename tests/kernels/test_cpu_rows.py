@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from aepo_kernels import cpu_rows, rows
+from aepo_kernels import cpu_library, cpu_rows, rows
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
 
-pytestmark = pytest.mark.skipif(cpu_rows.library() is None, reason="installed without the C++ part")
-NAMES = cpu_rows.instruction_sets() or ["none"]
+pytestmark = pytest.mark.skipif(cpu_library.library() is None, reason="without the C++ part")
+NAMES = cpu_library.instruction_sets() or ["none"]
 PLAIN = LogitMap(None, None, 1.0)
 
 
 @pytest.fixture(params=NAMES, autouse=True)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(cpu_rows.ISA_VARIABLE, request.param)
+    monkeypatch.setenv(cpu_library.ISA_VARIABLE, request.param)
     return request.param
 
 
@@ -196,9 +196,9 @@ def test_any_number_of_threads_gives_the_same_bits(bias: bool) -> None:
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cpu_rows.ISA_VARIABLE, "mmx")
+    monkeypatch.setenv(cpu_library.ISA_VARIABLE, "mmx")
     with pytest.raises(ValueError, match="AEPO_CPU_ISA = 'mmx'.*portable"):
-        cpu_rows.chosen()
+        cpu_library.chosen()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,117 @@
+"""The C++ library of row operations: its C interface, csrc/cpu/rows.h, and its instruction sets.
+
+Built with the package (CMakeLists.txt) and loaded by ctypes, so that one binary serves every torch.
+AEPO_CPU_ISA names an instruction set other than the machine's best, or "torch" for torch's row
+operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+
+import torch
+
+ISA_VARIABLE = "AEPO_CPU_ISA"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class Logits(ctypes.Structure):
+    _fields_ = [
+        ("products", _POINTER),
+        ("dtype", _INT),
+        ("threads", _INT),
+        ("rows", _LONG),
+        ("vocab", _LONG),
+        ("row_stride", _LONG),
+        ("targets", _POINTER),
+        ("inv_temperature", _POINTER),
+        ("second_inv_temperature", _POINTER),
+        ("bias", _POINTER),
+        ("softcap", _FLOAT),
+        ("scale", _FLOAT),
+    ]
+
+
+class Stats(ctypes.Structure):
+    _fields_ = [
+        (name, _POINTER)
+        for name in (
+            "logprob entropy max_logit log_sum second_logprob second_log_sum sum_squares".split()
+        )
+    ]
+
+
+class Coefs(ctypes.Structure):
+    _fields_ = [(name, _POINTER) for name in ("logprob", "entropy", "lse", "second_logprob")]
+
+
+class Sample(ctypes.Structure):
+    _fields_ = [(name, _POINTER) for name in ("uniform", "token", "logprob")]
+
+
+class Grad(ctypes.Structure):
+    _fields_ = [("out", _POINTER), ("dtype", _INT), ("row_stride", _LONG), ("bias_grad", _POINTER)]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, None where the package was built without it."""
+    spec = importlib.util.find_spec("aepo_kernels._rows")
+    if spec is None or spec.origin is None:
+        return None
+    loaded = ctypes.CDLL(spec.origin)
+    loaded.aepo_isa_name.restype = ctypes.c_char_p
+    loaded.aepo_row_stats.argtypes = [_POINTER, _POINTER, _INT]
+    loaded.aepo_sample_rows.argtypes = [_POINTER, _POINTER, _INT]
+    loaded.aepo_row_grad.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT]
+    return loaded
+
+
+def instruction_sets() -> list[str]:
+    """Those compiled in that this machine runs, the fastest last."""
+    loaded = library()
+    names: list[str] = []
+    while loaded is not None and (name := loaded.aepo_isa_name(len(names))) is not None:
+        names.append(name.decode())
+    return [name for number, name in enumerate(names) if loaded and loaded.aepo_isa_runs(number)]
+
+
+def unavailable_reason() -> str | None:
+    """Why torch's row operations run on the CPU instead of these; None where these do."""
+    if os.environ.get(ISA_VARIABLE) == "torch":
+        return f"{ISA_VARIABLE} = torch"
+    if library() is None:
+        return "the package was built without its C++ part, as where no C++ compiler is found"
+    return None
+
+
+def chosen() -> str:
+    """The instruction set in use; raises ValueError where AEPO_CPU_ISA names none that runs."""
+    known = instruction_sets()
+    name = os.environ.get(ISA_VARIABLE) or known[-1]
+    if name not in known:
+        raise ValueError(f"{ISA_VARIABLE} = {name!r}: does not run here; use {', '.join(known)}")
+    return name
+
+
+@functools.cache
+def _number(name: str) -> int:
+    loaded = library()
+    assert loaded is not None
+    number = 0
+    while loaded.aepo_isa_name(number) != name.encode():
+        number += 1
+    return number
+
+
+def call(name: str, *arguments: ctypes.Structure) -> None:
+    """Call a function of the library in the chosen instruction set."""
+    loaded = library()
+    assert loaded is not None
+    pointers = [ctypes.byref(argument) for argument in arguments]
+    if getattr(loaded, name)(*pointers, _number(chosen())):
+        raise TypeError(f"{name}: no kernel for this dtype")

@@ -1,0 +1,36 @@
+"""Large tensors that come back without page faults."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import resource, torch
+from aepo_fast.memory import keep_freed_memory
+done = keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(done, *[faults() for _ in range(6)])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+@pytest.mark.parametrize("asked", [True, False])
+def test_freed_memory_is_used_again(asked: bool) -> None:
+    names = [name for name in os.environ if name.startswith(("MALLOC_", "THP_"))]
+    variables = {name: value for name, value in os.environ.items() if name not in names}
+    if not asked:
+        variables["MALLOC_ARENA_MAX"] = "4"  # then malloc is left as the user set it
+    output = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, env=variables
+    ).stdout
+    done, *faults = output.split()
+    assert done == str(asked)
+    assert (min(map(int, faults)) < 1000) == asked, faults
