@@ -71,6 +71,8 @@ def token_loss(
                 metrics[name] = metrics[name] + value if name in metrics else value
             if wants_grad:
                 gradients.add(chunk, products, stats, coefs)
+            else:
+                gradients.forget_logits()
             parts.append(stats)
             del products  # or the next chunk's would stand beside them
         del space

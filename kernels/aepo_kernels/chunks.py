@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aepo_kernels.backends import row_operations
 from aepo_kernels.gemm import add_product, matmul
+from aepo_kernels.memory import empty
 from aepo_kernels.options import VocabShard
 from aepo_kernels.problem import Problem, take
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
@@ -18,8 +19,9 @@ from aepo_kernels.sharding import combine, local_targets
 
 # Bytes of a chunk's logits, and its most tokens. The size never depends on N, so that a token's
 # results do not depend on its batch; larger chunks update the weight's fp32 gradient less often.
-_CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 3 * 2**24, 1024
+_CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 5 * 2**23, 1024
 _CPU_SCORING_TOKENS = 256
+_CPU_SLICE_BYTES = 2**24
 _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
 # "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
 # in its backward.
@@ -94,7 +96,7 @@ class Head:
         """
         if self.hidden.is_cuda:
             return None
-        return self.hidden.new_empty(tokens * len(self.weight))
+        return empty([tokens * len(self.weight)], self.hidden.dtype, self.hidden.device)
 
     def forward(
         self, tokens: Tokens, space: Tensor | None = None
@@ -237,6 +239,30 @@ def chunk_size(problem: Problem) -> int:
     size = budget // (problem.chunk_vocab * width)
     step = 16 if hidden.device.type == "cpu" else 64
     return min(max(size // step * step, step), most)
+
+
+def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:
+    """Rows of weight whose gradient is made at once, or None where chunks of tokens add it up.
+
+    Slices are the caller's choice, or on a CPU that of a half-precision gradient which takes more
+    than one chunk: to add it up in float32 would take more memory than all else.
+    """
+    if problem.weight_slice is not None:
+        return problem.weight_slice
+    weight, hidden = problem.weight, problem.hidden
+    plain = (problem.weight_grad, problem.row_sampling, problem.chunk_tokens) == (None, None, None)
+    narrow = weight.dtype == hidden.dtype != problem.stats_dtype
+    if not (needs_weight and plain and narrow and hidden.device.type == "cpu"):
+        return None
+    if problem.backend != "chunked" or rows <= chunk_size(problem):
+        return None
+    return max(_CPU_SLICE_BYTES // (hidden.element_size() * rows) // 64 * 64, 64)
+
+
+def keeps_logits(problem: Problem, rows: int) -> bool:
+    """Whether slices of so many rows take the last chunk's logits instead of making them again."""
+    wide = 4 * rows * problem.hidden.shape[1]  # hidden's gradient, added up in float32
+    return problem.hidden.device.type == "cpu" and wide <= _CPU_SLICE_BYTES // 2
 
 
 def forward_chunk_size(problem: Problem) -> int:

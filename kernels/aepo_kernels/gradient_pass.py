@@ -8,7 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from aepo_kernels.chunks import Head, Tokens, chunk_size, join_tokens, slices
+from aepo_kernels.chunks import (
+    Head,
+    Tokens,
+    chunk_size,
+    join_tokens,
+    keeps_logits,
+    slice_size,
+    slices,
+)
 from aepo_kernels.gradients import Gradients
 from aepo_kernels.problem import Problem, take
 from aepo_kernels.rows import RowCoefs, RowStats
@@ -26,18 +34,22 @@ class GradientPass:
         self, problem: Problem, head: Head, needs: tuple[bool, ...], most_rows: int
     ) -> None:
         self.problem, self.head = problem, head
-        self.total = Gradients(problem, needs, one_chunk=most_rows <= chunk_size(problem))
+        self.slice = slice_size(problem, needs[1], most_rows)
+        once = self.slice is not None or most_rows <= chunk_size(problem)
+        self.total = Gradients(problem, needs, written_once=once)
         self.rows = 0
         self.variance = torch.zeros((), dtype=head.dtype, device=head.hidden.device)
         self.later: list[tuple[Tokens, RowStats, RowCoefs]] = []
+        self.logits: Tensor | None = None  # of the last of them
 
     def add(
         self, tokens: Tokens, products: Tensor | None, stats: RowStats, coefs: RowCoefs
     ) -> None:
         """Add rows, those with a coefficient alone; products are their raw logits, if still there.
 
-        The logits may be overwritten.
+        The logits may be overwritten, and until `finish` or `forget_logits` nothing else may be.
         """
+        self.forget_logits()
         keep_prob = None
         sampling = self.problem.row_sampling
         if sampling is not None:
@@ -50,8 +62,9 @@ class GradientPass:
             tokens, stats, coefs = tokens.at(active), stats.select(active), coefs.select(active)
             keep_prob = None if keep_prob is None else keep_prob[active]
         self.rows += len(tokens.targets)
-        if self.problem.weight_slice is not None:
+        if self.slice is not None:
             self.later.append((tokens, stats, coefs))
+            self.logits = products if keeps_logits(self.problem, self.rows) else None
             return
         if products is not None:
             self._add_chunk(tokens, products, stats, coefs, keep_prob)
@@ -69,10 +82,14 @@ class GradientPass:
             self._add_chunk(chunk, products, part, coefs.select(index), some)
             del products  # or the next chunk's would stand beside them
 
+    def forget_logits(self) -> None:
+        """Logits given before may be overwritten from now on."""
+        self.logits = None
+
     def finish(self) -> Gradients:
         """The gradients, once all rows are in."""
-        if self.problem.weight_slice is not None and self.later:
-            self._add_slices(self.problem.weight_slice)
+        if self.slice is not None and self.later:
+            self._add_slices(self.slice)
         self.total.finish()
         return self.total
 
@@ -84,12 +101,19 @@ class GradientPass:
         if self.total.hidden is not None:
             hidden = torch.zeros_like(inputs, dtype=self.head.dtype)
         space = self.head.at(slice(size)).space(len(inputs))
+        kept = 0 if self.logits is None else len(self.logits)
+        made = slice(0, len(inputs) - kept)
         for rows in slices(self.head.weight.shape[0], size):
             head, bias = self.head.at(rows), self.total.bias
             inside = (tokens.targets >= rows.start) & (tokens.targets < rows.stop)
             local = replace(tokens, targets=torch.where(inside, tokens.targets - rows.start, -1))
             bias_grad = None if bias is None else bias[rows]
-            dlogits = head.dlogits(local, head.products(local, space), stats, coefs, bias_grad)
+            products = head.products(local if not kept else local.at(made), space)
+            if self.logits is not None:
+                assert space is not None
+                products = space[: len(inputs) * len(head.weight)].view(len(inputs), -1)
+                products[made.stop :] = self.logits[:, rows]
+            dlogits = head.dlogits(local, products, stats, coefs, bias_grad)
             self.total.add_slice(dlogits, head.weight, head.lora, inputs, hidden, rows)
             del dlogits
         if self.total.hidden is not None and hidden is not None:

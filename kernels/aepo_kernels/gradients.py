@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aepo_kernels.gemm import add_product, product
+from aepo_kernels.memory import empty
 from aepo_kernels.problem import Problem
 
 
@@ -14,11 +15,11 @@ class Gradients:
     """Gradients of a problem's inputs, summed over chunks.
 
     Those of all but hidden are kept in fp32 (float64 for float64 hidden) however many chunks there
-    are; where there is at most one, the GEMM writes the weight's as it is wanted. What is not
+    are; where the weight's is written once, the GEMM writes it as it is wanted. What is not
     needed is neither allocated nor computed.
     """
 
-    def __init__(self, problem: Problem, needs: tuple[bool, ...], *, one_chunk: bool) -> None:
+    def __init__(self, problem: Problem, needs: tuple[bool, ...], *, written_once: bool) -> None:
         hidden, weight, bias, lora_a, lora_b = problem.inputs
         assert hidden is not None and weight is not None
         wide = problem.stats_dtype
@@ -31,7 +32,7 @@ class Gradients:
         self.in_place = problem.weight_grad is not None
         self.weight = problem.weight_grad  # or else made by the first chunk, which need not add
         self.weight_dtype = wide
-        if one_chunk and weight.dtype == hidden.dtype and self.weight is None:
+        if written_once and weight.dtype == hidden.dtype and self.weight is None:
             self.weight_dtype = hidden.dtype
         self.bias, self.lora_a, self.lora_b = (
             _zeros(value, wide) if need and value is not None else None
@@ -74,7 +75,8 @@ class Gradients:
             add_product(hidden, dlogits, weight)
         if self.needs_weight:
             if self.weight is None:
-                self.weight = self._weight_of_zeros(self.dtypes[1])
+                assert self.dtypes[1] is not None
+                self.weight = empty(self.weight_shape, self.dtypes[1], self.device)
             if self.weight.dtype == dlogits.dtype:
                 torch.mm(dlogits.T, inputs, out=self.weight[rows])
             else:
@@ -116,13 +118,10 @@ class Gradients:
             add_product(rows, through, lora_a)
         self.hidden[at] = rows
 
-    def _weight_of_zeros(self, dtype: torch.dtype | None) -> Tensor:
-        return torch.zeros(self.weight_shape, dtype=dtype, device=self.device)
-
     def finish(self) -> None:
         """Add up the ranks' parts, and stand zeros in for what no chunk has made."""
         if self.needs_weight and self.weight is None:
-            self.weight = self._weight_of_zeros(self.weight_dtype)
+            self.weight = empty(self.weight_shape, self.weight_dtype, self.device).zero_()
         if self.shard is not None:
             for part in (self.hidden, self.lora_a):  # the others belong to this rank's rows
                 if part is not None:
@@ -152,7 +151,7 @@ def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if value.dtype != dtype and value.is_cuda:
         return torch.mul(value, factor, out=torch.empty_like(value, dtype=dtype))
     if value.dtype != dtype:  # in parts, or a whole copy in between would be made
-        scaled = torch.empty_like(value, dtype=dtype)
+        scaled = empty(value.shape, dtype, value.device)
         for part, block in zip(scaled.split(512), value.split(512), strict=True):
             part.copy_(block.mul_(factor))
         return scaled

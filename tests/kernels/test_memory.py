@@ -39,7 +39,8 @@ def test_token_loss(most_alive: list[int], weight_slice: int | None) -> None:
     leaves = case.fresh()
     columns = make_columns(case)
     run(leaves, grpo_like, *columns, chunk_tokens=10, weight_slice=weight_slice).loss.backward()
-    assert len(most_alive) > 3 and max(most_alive) == 1
+    # Slices take the last chunk's logits as they are.
+    assert len(most_alive) > 3 and max(most_alive) == (1 if weight_slice is None else 2)
 
 
 def test_logprob(most_alive: list[int]) -> None:
@@ -57,12 +58,11 @@ LIMIT = 64 * 2**20
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("call", ["score", "train", "slices"])
 def test_at_most_64_mib_on_a_cpu(vocab: int, dtype: torch.dtype, call: str) -> None:
-    """A bfloat16 weight's gradient needs a float32 one beside it, or slices of the vocabulary."""
-    tokens, size = 600, 16
+    tokens, size = 1200, 16
     hidden = torch.randn(tokens, size, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab, size, dtype=dtype, requires_grad=True)
     targets = torch.randint(vocab, (tokens,))
-    weight_slice = 10_000 if call == "slices" else None
+    weight_slice = 2_000 if call == "slices" else None
 
     def run() -> None:
         if call == "score":
@@ -77,8 +77,7 @@ def test_at_most_64_mib_on_a_cpu(vocab: int, dtype: torch.dtype, call: str) -> N
     def clear() -> None:
         hidden.grad = weight.grad = None
 
-    beside = 4 * weight.numel() if call == "train" and dtype == torch.bfloat16 else 0
     kept = 0 if call == "score" else hidden.nbytes + weight.nbytes
     # The least of some: the resident set also grows by code that is paged in.
     found = [peak_extra_bytes(run, clear, kept, torch.device("cpu")) or 0 for _ in range(3)]
-    assert 0 < min(found) <= LIMIT + beside, found
+    assert 0 < min(found) <= LIMIT, found
