@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from aepo_kernels import RowSampling, linear_logprob
+from aepo_kernels import RowSampling, chunks, linear_logprob
+from aepo_kernels.gradients import Gradients
 from tests.kernels.oracle import (
     OPTIONS,
     assert_as_accurate,
@@ -39,6 +40,37 @@ def test_token_loss_matches_float64(option: str, dtype: torch.dtype) -> None:
     grads = torch.autograd.grad(output.loss, leaves.tensors())
     for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
         assert ours.dtype == dtype
+        assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
+
+
+@pytest.mark.parametrize("rows", ["all active", "active first", "some without coefficients"])
+@pytest.mark.parametrize("option", ["plain", "all"])
+def test_half_precision_on_a_cpu_takes_slices_unasked(
+    option: str, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 32 tokens a chunk, some 300 rows of the vocabulary a slice; the last chunk's logits are kept.
+    monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", 2 * 1000 * 32)
+    monkeypatch.setattr(chunks, "_CPU_SLICE_BYTES", 2**16)
+    slices: list[int] = []
+    add_slice = Gradients.add_slice
+    monkeypatch.setattr(
+        Gradients, "add_slice", lambda self, *a: slices.append(1) or add_slice(self, *a)
+    )
+    case = make_case(127, 64, 1000, dtype=torch.bfloat16, option=option, seed=3)
+    advantage, more = make_columns(case).advantage, {}
+    if rows != "all active":
+        passive = torch.arange(127) % 3 == 0
+        advantage = advantage.masked_fill(passive, 0)
+        if rows == "active first":
+            more["active"] = (~passive).nonzero().squeeze(1)
+    _, _, truth = by_autograd(case.fresh(torch.float64), policy_gradient, advantage)
+    _, _, base = by_autograd(case.fresh(), policy_gradient, advantage)
+    leaves = case.fresh()
+    output = run(leaves, policy_gradient, advantage, chunk_tokens=None, **more)
+    grads = torch.autograd.grad(output.loss, leaves.tensors())
+    assert len(slices) >= 3
+    for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
+        assert ours.dtype == torch.bfloat16
         assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
 
 

@@ -1,0 +1,52 @@
+"""Every option through the public functions, on each instruction set of the C++ rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aepo_kernels import linear_logprob
+from aepo_kernels.cpu_library import ISA_VARIABLE, instruction_sets
+from tests.kernels import test_logprob
+from tests.kernels.oracle import OPTIONS, assert_as_accurate, make_case, output_weights
+from tests.kernels.test_token_loss import by_autograd, grpo_like, make_columns, run
+
+
+@pytest.fixture(params=[*instruction_sets(), "torch"], autouse=True)
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_logprob_matches_float64(option: str, dtype: torch.dtype) -> None:
+    case = make_case(127, 64, 1000, dtype=dtype, option=option)
+    test_logprob.check(case, output_weights(127), backend="chunked", chunk_tokens=50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_token_loss_matches_float64(option: str, dtype: torch.dtype) -> None:
+    case = make_case(127, 64, 1000, dtype=dtype, option=option, seed=3)
+    columns = make_columns(case)
+    exact, _, truth = by_autograd(case.fresh(torch.float64), grpo_like, *columns)
+    base_loss, _, base = by_autograd(case.fresh(), grpo_like, *columns)
+    leaves = case.fresh()
+    output = run(leaves, grpo_like, *columns)
+    assert_as_accurate(output.loss, base_loss, exact, "loss")
+    grads = torch.autograd.grad(output.loss, leaves.tensors())
+    for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
+        assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 31, 50257])
+def test_vocabularies_of_any_size(vocab: int) -> None:
+    case = make_case(9, 8, vocab, option="second")
+    test_logprob.check(case, output_weights(9), backend="chunked", chunk_tokens=4)
+
+
+def test_results_say_which_rows_ran(rows: str) -> None:
+    case = make_case(5, 8, 100)
+    found = linear_logprob(case.hidden, case.weight, case.targets).row_kernels
+    assert found == (f"torch ({ISA_VARIABLE} = torch)" if rows == "torch" else f"c++ ({rows})")
