@@ -48,7 +48,7 @@ def test_token_loss_matches_float64(option: str, dtype: torch.dtype) -> None:
 def test_half_precision_on_a_cpu_takes_slices_unasked(
     option: str, rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 32 tokens a chunk, some 300 rows of the vocabulary a slice; the last chunk's logits are kept.
+    # 32 tokens a chunk, some 400 rows of the vocabulary a slice; the last chunk's logits are kept.
     monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", 2 * 1000 * 32)
     monkeypatch.setattr(chunks, "_CPU_SLICE_BYTES", 2**16)
     slices: list[int] = []
@@ -68,7 +68,7 @@ def test_half_precision_on_a_cpu_takes_slices_unasked(
     leaves = case.fresh()
     output = run(leaves, policy_gradient, advantage, chunk_tokens=None, **more)
     grads = torch.autograd.grad(output.loss, leaves.tensors())
-    assert len(slices) >= 3
+    assert len(slices) >= 2
     for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
         assert ours.dtype == torch.bfloat16
         assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
