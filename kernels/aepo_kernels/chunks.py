@@ -11,7 +11,6 @@ from torch import Tensor
 
 from aepo_kernels.backends import row_operations
 from aepo_kernels.gemm import add_product, matmul
-from aepo_kernels.memory import empty
 from aepo_kernels.options import VocabShard
 from aepo_kernels.problem import Problem, take
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
@@ -96,7 +95,7 @@ class Head:
         """
         if self.hidden.is_cuda:
             return None
-        return empty([tokens * len(self.weight)], self.hidden.dtype, self.hidden.device)
+        return self.hidden.new_empty(tokens * len(self.weight))
 
     def forward(
         self, tokens: Tokens, space: Tensor | None = None

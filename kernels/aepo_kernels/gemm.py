@@ -8,8 +8,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from aepo_kernels.memory import empty
-
 # Bytes of a product that is made and added to a wider sum at a time, while it is cached.
 _BLOCK_BYTES = 2**20
 
@@ -44,7 +42,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in `dtype`, rounded to the operands' dtype first where there is no GPU."""
     if left.is_cuda or dtype == left.dtype:
         return matmul(left, right, dtype)
-    total = empty((len(left), right.shape[1]), dtype, left.device)
+    total = torch.empty(len(left), right.shape[1], dtype=dtype, device=left.device)
     for rows, block in _blocks(left, right):
         total[rows] = block
     return total

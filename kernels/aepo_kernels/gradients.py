@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aepo_kernels.gemm import add_product, product
-from aepo_kernels.memory import empty
 from aepo_kernels.problem import Problem
 
 
@@ -75,8 +74,8 @@ class Gradients:
             add_product(hidden, dlogits, weight)
         if self.needs_weight:
             if self.weight is None:
-                assert self.dtypes[1] is not None
-                self.weight = empty(self.weight_shape, self.dtypes[1], self.device)
+                dtype = self.dtypes[1]
+                self.weight = torch.empty(self.weight_shape, dtype=dtype, device=self.device)
             if self.weight.dtype == dlogits.dtype:
                 torch.mm(dlogits.T, inputs, out=self.weight[rows])
             else:
@@ -121,7 +120,8 @@ class Gradients:
     def finish(self) -> None:
         """Add up the ranks' parts, and stand zeros in for what no chunk has made."""
         if self.needs_weight and self.weight is None:
-            self.weight = empty(self.weight_shape, self.weight_dtype, self.device).zero_()
+            dtype = self.weight_dtype
+            self.weight = torch.zeros(self.weight_shape, dtype=dtype, device=self.device)
         if self.shard is not None:
             for part in (self.hidden, self.lora_a):  # the others belong to this rank's rows
                 if part is not None:
@@ -151,7 +151,7 @@ def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if value.dtype != dtype and value.is_cuda:
         return torch.mul(value, factor, out=torch.empty_like(value, dtype=dtype))
     if value.dtype != dtype:  # in parts, or a whole copy in between would be made
-        scaled = empty(value.shape, dtype, value.device)
+        scaled = torch.empty_like(value, dtype=dtype)
         for part, block in zip(scaled.split(512), value.split(512), strict=True):
             part.copy_(block.mul_(factor))
         return scaled
