@@ -47,7 +47,7 @@ class GradientPass:
     ) -> None:
         """Add rows, those with a coefficient alone; products are their raw logits, if still there.
 
-        The logits may be overwritten, and until `finish` or `forget_logits` nothing else may be.
+        The logits may be overwritten; they have to last until `finish`, `forget_logits` or `add`.
         """
         self.forget_logits()
         keep_prob = None
