@@ -163,6 +163,16 @@ def test_columns_that_are_minus_infinity(where: str) -> None:
     assert found.entropy.isfinite().all() and grad.isfinite().all()
 
 
+@pytest.mark.parametrize("vocab", [17, 2065])
+@pytest.mark.parametrize("others", [1.0, float("-inf")])
+def test_nan_is_not_lost_in_any_column(vocab: int, others: float) -> None:
+    products = torch.full((vocab, vocab), others)
+    products.fill_diagonal_(float("nan"))
+    targets = torch.zeros(vocab, dtype=torch.long)
+    found = cpu_rows.row_stats(products, targets, 1.0, None, PLAIN, torch.float32)
+    assert found.logprob.isnan().all() and found.entropy.isnan().all()
+
+
 def test_nan_stays_nan_and_rows_do_not_mix() -> None:
     products, targets = products_of(3, 3000, torch.float32), targets_of(3, 3000)
     clean = cpu_rows.row_stats(products, targets, 1.0, None, PLAIN, torch.float32)

@@ -101,12 +101,13 @@ void stats_of_row(const AepoLogits& logits, const AepoStats& stats, std::int64_t
       }
       max = found;
     }
-    if (max == -INFINITY) continue;
-    const Sums more = block_sums(block, count, max, inverse, stats.sum_squares != nullptr);
+    // While all logits are -inf there is no largest, yet NaN among them has to get into the sums.
+    const float base = std::max(max, std::numeric_limits<float>::lowest());
+    const Sums more = block_sums(block, count, base, inverse, stats.sum_squares != nullptr);
     first.weights += more.weights;
     first.tempered += more.tempered;
     first.squares += more.squares;
-    if (has_second) second.weights += block_sums(block, count, max, second_inverse, false).weights;
+    if (has_second) second.weights += block_sums(block, count, base, second_inverse, false).weights;
   }
   const double log_sum = std::log(first.weights);
   const float target = row.one(std::max<std::int64_t>(logits.targets[index], 0)) - max;

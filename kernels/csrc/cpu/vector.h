@@ -2,6 +2,7 @@
 // which registers they become. Everything has internal linkage: this is compiled once per target.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -90,9 +91,10 @@ inline double sum(Floats value) {
   return total;
 }
 
+// The largest lane that is a number, -inf where none is.
 inline float maximum(Floats value) {
-  float largest = value[0];
-  for (int lane = 1; lane < kLanes; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+  float largest = -INFINITY;
+  for (int lane = 0; lane < kLanes; ++lane) largest = value[lane] > largest ? value[lane] : largest;
   return largest;
 }
 

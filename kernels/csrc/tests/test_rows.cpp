@@ -1,0 +1,308 @@
+// The row kernels through their C interface, on each instruction set, against rows_truth.h.
+//
+// Every buffer has exactly the size the interface asks for, so that AddressSanitizer sees a stray
+// access; rows are an odd number of elements apart and start where no vector would, with NaN
+// between them.
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <utility>
+
+#include "../cpu/rows.h"
+#include "../cpu/vector.h"
+#include "rows_truth.h"
+
+namespace {
+
+int failures = 0;
+double worst = 0;  // error, as a share of its bound
+
+void expect(bool ok, const std::string& what, double value) {
+  if (ok) return;
+  if (++failures < 20) std::printf("%s: failed at %.9g\n", what.c_str(), value);
+}
+
+template <typename Name>
+void near(float found, Bounded truth, double rounding, Name name) {
+  if (found == truth.value) return;  // infinities, too
+  const double bound = kSecondOrder * truth.off + rounding;
+  const double error = std::fabs(found - truth.value);
+  worst = std::fmax(worst, error / bound);
+  if (!(error <= bound)) expect(false, name(), found);
+}
+
+// Elements of one dtype in exactly as many bytes; conversions are test_vector.cpp's concern.
+struct Buffer {
+  std::int32_t dtype;
+  std::vector<unsigned char> bytes;
+
+  Buffer(std::int32_t dtype, std::int64_t count) : dtype(dtype), bytes(count * size()) {
+    for (std::int64_t i = 0; i < count; ++i) set(i, NAN);
+  }
+  std::int64_t size() const { return dtype == kFloat32 ? 4 : 2; }
+  unsigned char* at(std::int64_t index) { return bytes.data() + index * size(); }
+
+  void set(std::int64_t index, float value) {
+    BFloat16 brain[kLanes];
+    Float16 half[kLanes];
+    store(brain, all(value));
+    store(half, all(value));
+    const void* from = &value;
+    if (dtype != kFloat32) from = dtype == kBFloat16 ? static_cast<const void*>(brain) : half;
+    std::memcpy(at(index), from, size());
+  }
+
+  float get(std::int64_t index) {
+    float value;
+    std::uint16_t half;
+    if (dtype == kFloat32) {
+      std::memcpy(&value, at(index), sizeof value);
+      return value;
+    }
+    std::memcpy(&half, at(index), sizeof half);
+    static const std::vector<float> kBrains = table<BFloat16>(), kHalves = table<Float16>();
+    return (dtype == kBFloat16 ? kBrains : kHalves)[half];
+  }
+
+  template <typename Half>
+  static std::vector<float> table() {
+    std::vector<float> values;
+    for (std::uint32_t word = 0; word < 65536; ++word) {
+      Half halves[kLanes] = {{std::uint16_t(word)}};
+      values.push_back(load(halves)[0]);
+    }
+    return values;
+  }
+};
+
+// Half a unit in the last place of an output of this size.
+double rounding_of(std::int32_t dtype, double size) {
+  if (dtype == kFloat32) return std::fmax(0x1p-24 * size, 0x1p-150);
+  return dtype == kBFloat16 ? std::fmax(0x1p-8 * size, 0x1p-134)
+                            : std::fmax(0x1p-11 * size, 0x1p-25);
+}
+
+struct Options {
+  const char* name;
+  bool bias = false, second = false, squares = false, only_logprob = false, bias_grad = false;
+  float softcap = 0, scale = 1;
+  bool in_place = false;
+};
+
+constexpr std::int64_t kRows = 6;
+constexpr std::int64_t kSizes[] = {1, 7, 15, 16, 17, 31, 2047, 2048, 2049, 5003};
+constexpr float kInverse[kRows] = {1, 0.5f, 1 / 0.7f, 2, 1, 0.7f};
+constexpr float kSecondInverse[kRows] = {0.8f, 1, 1.25f, 0.5f, 3, 1};
+
+// A row each of ordinary, equal, large and very negative logits, some of them -inf or the least
+// number of their dtype.
+std::vector<float> products_of(std::int64_t vocab, std::int32_t dtype) {
+  std::mt19937 random(unsigned(vocab) * 3 + dtype);
+  std::normal_distribution<float> normal;
+  const float least = dtype == kFloat16 ? -65504.0f : dtype == kFloat32 ? -0x1.fffffep127f
+                                                                        : -0x1.fep127f;
+  std::vector<float> products;
+  for (std::int64_t row = 0; row < kRows; ++row) {
+    const std::int64_t kept = random() % vocab;
+    for (std::int64_t column = 0; column < vocab; ++column) {
+      const float x = normal(random);
+      const bool hidden = row >= 4 && column != kept && (column < 2100 || x < 0);
+      const float values[kRows] = {4 * x, 0.75f, 1e4f * x, 8 * x - 2e4f, 4 * x, 4 * x};
+      products.push_back(!hidden ? values[row] : row == 4 ? -INFINITY : least);
+    }
+  }
+  return products;
+}
+
+// What one call of both operations needs and gives, for one number of threads.
+struct Run {
+  std::vector<float> stats[7];
+  Buffer out;
+  std::vector<float> bias_grad;
+};
+
+struct Case {
+  Options options;
+  std::int64_t vocab;
+  std::int32_t in, out;
+  std::int64_t stride, out_stride;
+  std::vector<float> values;  // kRows * vocab
+  Buffer products;
+  std::vector<std::int64_t> targets;
+  std::vector<float> inverse, second_inverse, bias, coefs[4];
+  AepoLogits logits{};
+  AepoCoefs given{};
+
+  Case(const Options& options, std::int64_t vocab, std::int32_t in, std::int32_t out)
+      : options(options), vocab(vocab), in(in), out(out), stride(vocab + 4 - vocab % 2 - 1),
+        out_stride(options.in_place ? stride : stride + 2), values(products_of(vocab, in)),
+        products(in, 1 + (kRows - 1) * stride + vocab), inverse(kInverse, kInverse + kRows),
+        second_inverse(kSecondInverse, kSecondInverse + kRows) {
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    for (std::int64_t row = 0; row < kRows; ++row) {
+      for (std::int64_t column = 0; column < vocab; ++column) {
+        products.set(first(row) + column, values[row * vocab + column]);
+        values[row * vocab + column] = products.get(first(row) + column);  // as rounded
+      }
+      targets.push_back(row == 3 ? -1 : (row * 7919 + 6) % vocab);
+      for (auto& coef : coefs) coef.push_back(normal(random));
+    }
+    for (std::int64_t column = 0; column < vocab; ++column) bias.push_back(normal(random));
+    logits = {products.at(1), in, 1, kRows, vocab, stride, targets.data(), inverse.data(),
+              options.second ? second_inverse.data() : nullptr,
+              options.bias ? bias.data() : nullptr, options.softcap, options.scale};
+    given.logprob = coefs[0].data();
+    if (options.only_logprob) return;
+    given.entropy = coefs[1].data();
+    given.lse = coefs[2].data();
+    if (options.second) given.second_logprob = coefs[3].data();
+  }
+
+  std::int64_t first(std::int64_t row) const { return 1 + row * stride; }
+
+  Run run(std::int32_t isa, std::int32_t threads) {
+    Run run{{}, Buffer(out, 1 + (kRows - 1) * out_stride + vocab), {}};
+    Buffer kept = products;
+    AepoLogits call = logits;
+    call.threads = threads;
+    for (auto& stat : run.stats) stat.assign(kRows, NAN);
+    auto* stat = run.stats;
+    AepoStats stats{stat[0].data(), stat[1].data(), stat[2].data(), stat[3].data(),
+                    options.second ? stat[4].data() : nullptr,
+                    options.second ? stat[5].data() : nullptr,
+                    options.squares ? stat[6].data() : nullptr};
+    if (options.bias_grad) run.bias_grad.assign(vocab, 0.5f);
+    AepoGrad grad{run.out.at(1), out, out_stride,
+                  options.bias_grad ? run.bias_grad.data() : nullptr};
+    if (options.in_place) {
+      call.products = kept.at(1);
+      grad.out = kept.at(1);
+    }
+    expect(aepo_row_stats(&call, &stats, isa) == 0, "row_stats", isa);
+    expect(aepo_row_grad(&call, &stats, &given, &grad, isa) == 0, "row_grad", isa);
+    if (options.in_place) run.out = std::move(kept);
+    return run;
+  }
+
+  void check(Run& run, const std::vector<RowTruth>& truth, const std::string& name) {
+    std::vector<Bounded> bias_grad(vocab, Bounded{0.5, 0});
+    expect(std::isnan(run.out.get(0)), name + ": before the rows", 0);
+    for (std::int64_t row = 0; row < kRows; ++row) {
+      const auto stat = [&](int number, Bounded right, const char* what) {
+        near(run.stats[number][row], right, 0,
+             [&] { return name + ", row " + std::to_string(row) + what; });
+      };
+      const Law &one = truth[row].first, &two = truth[row].second;
+      expect(one.sum_off < 0.01 && two.sum_off < 0.01, name + ": first order", one.sum_off);
+      if (targets[row] >= 0) stat(0, one.logprob, ", logprob");
+      stat(1, one.entropy, ", entropy");
+      stat(2, truth[row].max, ", max");
+      stat(3, one.log_sum, ", log_sum");
+      if (options.second && targets[row] >= 0) stat(4, two.logprob, ", second logprob");
+      if (options.second) stat(5, two.log_sum, ", second log_sum");
+      if (options.squares) stat(6, one.squares, ", squares");
+      const std::vector<Bounded> grad = gradient_of(logits, given, truth[row], row);
+      for (std::int64_t column = 0; column < vocab; ++column) {
+        const Bounded& right = grad[column];
+        const float found = run.out.get(1 + row * out_stride + column);
+        const double rounding = rounding_of(out, std::fabs(right.value) + right.off);
+        // As float32, the output is the value itself.
+        near(found, right, out == kFloat32 ? 0 : rounding, [&] {
+          return name + ", row " + std::to_string(row) + ", column " + std::to_string(column);
+        });
+        bias_grad[column].value += right.value;
+        bias_grad[column].off += right.off;
+      }
+      for (std::int64_t gap = vocab; gap < out_stride && row + 1 < kRows; ++gap) {
+        const float between = run.out.get(1 + row * out_stride + gap);
+        expect(std::isnan(between), name + ": between rows", between);
+      }
+    }
+    for (std::size_t column = 0; column < run.bias_grad.size(); ++column) {
+      const Bounded& right = bias_grad[column];  // the rows' sum is rounded, and the addition
+      const double rounding = kUnit * (std::fabs(right.value - 0.5) + std::fabs(right.value));
+      near(run.bias_grad[column], right, rounding, [&] { return name + ", bias gradient"; });
+    }
+  }
+};
+
+void numbers(const Options& options, std::int64_t vocab, std::int32_t in, std::int32_t out) {
+  Case test(options, vocab, in, out);
+  std::vector<RowTruth> truth;
+  for (std::int64_t row = 0; row < kRows; ++row) {
+    truth.push_back(truth_of(test.logits, test.values, row));
+  }
+  for (std::int32_t isa = 0; aepo_isa_name(isa) != nullptr; ++isa) {
+    if (!aepo_isa_runs(isa)) continue;
+    const std::string name = std::string(aepo_isa_name(isa)) + ", " + options.name + ", " +
+                             std::to_string(vocab) + ", dtypes " + std::to_string(in) +
+                             std::to_string(out);
+    Run one = test.run(isa, 1);
+    test.check(one, truth, name);
+    for (const std::int32_t threads : {2, 8}) {
+      const Run other = test.run(isa, threads);
+      const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+        return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+      };
+      for (int i = 0; i < 7; ++i) expect(same(one.stats[i], other.stats[i]), name, threads);
+      expect(one.out.bytes == other.out.bytes, name + ": threads", threads);
+      expect(same(one.bias_grad, other.bias_grad), name + ": threads", threads);
+    }
+  }
+}
+
+// NaN in whatever column, and behind however many of -inf, is not lost.
+void nan_stays(std::int64_t vocab, float before) {
+  const float one = 1;
+  const std::int64_t target = vocab - 1;
+  std::vector<float> row(vocab, 1.0f), grad(vocab), stat(4);
+  for (std::int64_t column = 0; column < vocab; ++column) {
+    row[column] = NAN;
+    for (std::int32_t isa = 0; aepo_isa_runs(isa); ++isa) {
+      const AepoLogits logits{row.data(), kFloat32, 1, 1, vocab, vocab, &target, &one,
+                              nullptr, nullptr, 0, 1};
+      const AepoStats stats{&stat[0], &stat[1], &stat[2], &stat[3], nullptr, nullptr, nullptr};
+      aepo_row_stats(&logits, &stats, isa);
+      const AepoCoefs coefs{&one, nullptr, nullptr, nullptr};
+      const AepoGrad out{grad.data(), kFloat32, vocab, nullptr};
+      aepo_row_grad(&logits, &stats, &coefs, &out, isa);
+      const std::string name = std::string(aepo_isa_name(isa)) + ", NaN of " + std::to_string(vocab);
+      for (const int number : {0, 1, 3}) expect(std::isnan(stat[number]), name, double(column));
+      for (const float g : grad) expect(std::isnan(g), name + ", gradient", double(column));
+    }
+    row[column] = before;
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Options all_options[] = {
+      {"plain"},
+      {"logprob", false, false, false, true},
+      {"bias", true, false, true, false, true},
+      {"softcap", false, false, true, false, false, 30},
+      {"scale", false, true, false, false, false, 0, 1.3f},
+      {"everything", true, true, true, false, true, 5, 0.7f},
+      {"in place", true, true, false, false, false, 0, 1, true},
+      {"in place, by columns", true, true, false, false, true, 0, 1, true},
+  };
+  for (const Options& options : all_options) {
+    for (const std::int64_t vocab : kSizes) {
+      for (const std::int32_t in : {kFloat32, kBFloat16, kFloat16}) {
+        for (const std::int32_t out : {kFloat32, kBFloat16, kFloat16}) {
+          if (!options.in_place || in == out) numbers(options, vocab, in, out);
+        }
+      }
+    }
+  }
+  nan_stays(17, 1);
+  nan_stays(2065, 1);
+  nan_stays(2065, -INFINITY);
+  std::printf("largest error: %.3f of its bound\n", worst);
+  return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+}
