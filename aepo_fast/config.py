@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "eager"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which weights to train and how they are held."""
@@ -37,7 +40,7 @@ class ModelConfig:
     # Of the trained weights; the optimizer holds float32 copies of bfloat16 ones.
     dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # autocast
-    attention: Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "eager"] = "auto"
+    attention: Attention = "auto"
     gradient_checkpointing: bool = True
     liger: bool = False  # Liger-Kernel for the layers other than the head
     head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"

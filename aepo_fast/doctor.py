@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-from aepo_fast.config import ConfigError, ModelConfig
+from aepo_fast.config import Attention, ConfigError, ModelConfig
 from aepo_fast.models import choose_attention
 from aepo_fast.packages import PACKAGES, PREFIX, cache_root, converted_folder
 from aepo_fast.setup import choose_device, vllm_version
 from aepo_kernels import __version__, backend_status
 from aepo_kernels.backends import row_kernels
 
-Attention = Literal["auto", "sdpa", "eager", "grouped", "flash_attention_2", "varlen"]
 _ATTENTION: tuple[Attention, ...] = get_args(Attention)
 _REQUIRED = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")
 _OPTIONAL = ("triton", "flash-attn", "liger-kernel", "vllm", "tensorboard")

@@ -93,7 +93,7 @@ class Head:
 
         None on a GPU, whose allocator keeps memory; on a CPU fresh memory costs more than the rows.
         """
-        if self.hidden.is_cuda:
+        if self.hidden.is_cuda or self.fused:
             return None
         return self.hidden.new_empty(tokens * len(self.weight))
 

@@ -27,15 +27,10 @@ def row_stats(
 ) -> RowStats:
     """See `rows.row_stats`; dtype is torch.float32."""
     assert dtype == torch.float32
-    count = len(products)
-    first, second = (_per_row(x, count) for x in (inv_temperature, second_inv_temperature))
-    assert first is not None
-    softcap, scale = logit_map.softcap or 0.0, logit_map.scale
-    found = _stats(products, targets, first, second, logit_map.bias, softcap, scale, squares)
-    has_second = second is not None
-    wanted = (True, True, True, True, has_second, has_second, squares)
-    values = iter(found)
-    return RowStats(*(next(values) if want else None for want in wanted))  # type: ignore[arg-type]
+    law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
+    found = iter(_stats(products, targets, *law, squares))
+    wanted = _wanted(second_inv_temperature is not None, squares)
+    return RowStats(*(next(found) if want else None for want in wanted))  # type: ignore[arg-type]
 
 
 def row_grad(
@@ -51,14 +46,8 @@ def row_grad(
     bias_grad: Tensor | None,
 ) -> None:
     """See `rows.row_grad`."""
-    count = len(products)
-    first, second = (_per_row(x, count) for x in (inv_temperature, second_inv_temperature))
-    assert first is not None
-    softcap, scale = logit_map.softcap or 0.0, logit_map.scale
-    _grad(
-        products, targets, first, second, logit_map.bias, softcap, scale,
-        list(stats), list(coefs), out, bias_grad,
-    )  # fmt: skip
+    law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
+    _grad(products, targets, *law, list(stats), list(coefs), out, bias_grad)
 
 
 @torch.library.custom_op("aepo_kernels::cpu_sample_rows", mutates_args=(), device_types="cpu")
@@ -70,7 +59,7 @@ def sample_rows(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tup
     """
     tokens = torch.empty(len(logits), dtype=torch.int64)
     logprobs = torch.empty(len(logits), dtype=torch.float32)
-    given = _given(tokens, inv_temperature, None, None)
+    given = [tokens, *_floats(inv_temperature, None, None)]
     uniform = uniform.double().contiguous()
     sample = Sample(uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr())
     call("aepo_sample_rows", _logits(logits, given, 0.0, 1.0), sample)
@@ -95,9 +84,9 @@ def _stats(
     squares: bool,
 ) -> list[Tensor]:
     """Those of RowStats that are wanted, in their order; softcap 0 is none."""
-    given = _given(targets, inv_temperature, second_inv_temperature, bias)
-    second = second_inv_temperature is not None
-    wanted = (True, True, True, True, second, second, squares)
+    law = _floats(inv_temperature, second_inv_temperature, bias)
+    given = [targets.contiguous(), *law]
+    wanted = _wanted(second_inv_temperature is not None, squares)
     found = [torch.empty(len(products)) if want else None for want in wanted]
     call("aepo_row_stats", _logits(products, given, softcap, scale), Stats(*map(_address, found)))
     return [x for x in found if x is not None]
@@ -105,9 +94,9 @@ def _stats(
 
 @_stats.register_fake
 def _(products: Tensor, *rest) -> list[Tensor]:
-    count = 4 + 2 * (rest[2] is not None) + rest[-1]
     size = products.shape[:1]
-    return [products.new_empty(size, dtype=torch.float32) for _ in range(count)]
+    wanted = _wanted(rest[2] is not None, rest[-1])
+    return [products.new_empty(size, dtype=torch.float32) for want in wanted if want]
 
 
 @torch.library.custom_op(
@@ -127,22 +116,27 @@ def _grad(
     bias_grad: Tensor | None,
 ) -> None:
     """The gradient by the products into `out`, which may be the products themselves."""
-    given = _given(targets, inv_temperature, second_inv_temperature, bias)
+    law = _floats(inv_temperature, second_inv_temperature, bias)
+    given = [targets.contiguous(), *law]
     # Kept by name: the library has only their addresses.
-    known, factors = _given(None, *stats), _given(None, *coefs)
+    known, factors = _floats(*stats), _floats(*coefs)
     call(
         "aepo_row_grad",
         _logits(products, given, softcap, scale),
-        Stats(*map(_address, known[1:])),
-        Coefs(*map(_address, factors[1:])),
+        Stats(*map(_address, known)),
+        Coefs(*map(_address, factors)),
         Grad(out.data_ptr(), DTYPES[out.dtype], out.stride(0), _address(bias_grad)),
     )
 
 
-def _given(targets: Tensor | None, *values: Tensor | None) -> list[Tensor | None]:
-    """The arguments as the library reads them: adjacent, and float32 but for the targets."""
-    floats = [None if x is None else x.float().contiguous() for x in values]
-    return [None if targets is None else targets.contiguous(), *floats]
+def _wanted(second: bool, squares: bool) -> tuple[bool, ...]:
+    """Which of RowStats there are."""
+    return (True, True, True, True, second, second, squares)
+
+
+def _floats(*values: Tensor | None) -> list[Tensor | None]:
+    """Tensors as the library reads them: float32, adjacent."""
+    return [None if x is None else x.float().contiguous() for x in values]
 
 
 def _logits(products: Tensor, given: list[Tensor | None], softcap: float, scale: float) -> Logits:
@@ -160,9 +154,18 @@ def _logits(products: Tensor, given: list[Tensor | None], softcap: float, scale:
     )
 
 
-def _per_row(value: float | Tensor | None, count: int) -> Tensor | None:
-    if value is None or isinstance(value, Tensor):
-        return value if value is None else value.float()
+def _law(
+    count: int, first: float | Tensor, second: float | Tensor | None, logit_map: LogitMap
+) -> tuple[Tensor, Tensor | None, Tensor | None, float, float]:
+    """The operators' arguments for each row's law: temperatures, bias, softcap, scale."""
+    softcap, scale = logit_map.softcap or 0.0, logit_map.scale
+    second = None if second is None else _per_row(second, count)
+    return _per_row(first, count), second, logit_map.bias, softcap, scale
+
+
+def _per_row(value: float | Tensor, count: int) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
     return torch.full((count,), value, dtype=torch.float32)
 
 

@@ -108,7 +108,7 @@ class GradientPass:
             inside = (tokens.targets >= rows.start) & (tokens.targets < rows.stop)
             local = replace(tokens, targets=torch.where(inside, tokens.targets - rows.start, -1))
             bias_grad = None if bias is None else bias[rows]
-            products = head.products(local if not kept else local.at(made), space)
+            products = head.products(local.at(made), space)
             if self.logits is not None:
                 assert space is not None
                 products = space[: len(inputs) * len(head.weight)].view(len(inputs), -1)

@@ -7,9 +7,8 @@ import torch
 
 from aepo_kernels import linear_logprob
 from aepo_kernels.cpu_library import ISA_VARIABLE, instruction_sets
-from tests.kernels import test_logprob
-from tests.kernels.oracle import OPTIONS, assert_as_accurate, make_case, output_weights
-from tests.kernels.test_token_loss import by_autograd, grpo_like, make_columns, run
+from tests.kernels import test_logprob, test_token_loss
+from tests.kernels.oracle import OPTIONS, make_case, output_weights
 
 
 @pytest.fixture(params=[*instruction_sets(), "torch"], autouse=True)
@@ -29,15 +28,7 @@ def test_logprob_matches_float64(option: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_token_loss_matches_float64(option: str, dtype: torch.dtype) -> None:
     case = make_case(127, 64, 1000, dtype=dtype, option=option, seed=3)
-    columns = make_columns(case)
-    exact, _, truth = by_autograd(case.fresh(torch.float64), grpo_like, *columns)
-    base_loss, _, base = by_autograd(case.fresh(), grpo_like, *columns)
-    leaves = case.fresh()
-    output = run(leaves, grpo_like, *columns)
-    assert_as_accurate(output.loss, base_loss, exact, "loss")
-    grads = torch.autograd.grad(output.loss, leaves.tensors())
-    for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
-        assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
+    test_token_loss.check(case)
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 31, 50257])

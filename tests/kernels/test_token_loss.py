@@ -93,6 +93,20 @@ def by_autograd(case: Case, loss: Any, *columns: Tensor) -> tuple[Tensor, dict, 
     return value, metrics, list(torch.autograd.grad(value, case.tensors()))
 
 
+def check(case: Case, **more: Any) -> None:
+    """Loss and gradients of grpo_like against float64."""
+    columns = make_columns(case)
+    exact, _, truth = by_autograd(case.fresh(torch.float64), grpo_like, *columns)
+    base_loss, _, base = by_autograd(case.fresh(), grpo_like, *columns)
+    leaves = case.fresh()
+    output = run(leaves, grpo_like, *columns, **more)
+    assert_as_accurate(output.loss, base_loss, exact, "loss")
+    grads = torch.autograd.grad(output.loss, leaves.tensors())
+    for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
+        assert ours.dtype == case.hidden.dtype
+        assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tests.kernels.oracle import (
 from tests.kernels.test_lora import SCALE, factors
 from tests.kernels.test_token_loss import (
     by_autograd,
-    grpo_like,
+    check,
     make_columns,
     policy_gradient,
     run,
@@ -31,16 +31,7 @@ from tests.kernels.test_token_loss import (
 @pytest.mark.parametrize("option", OPTIONS)
 def test_token_loss_matches_float64(option: str, dtype: torch.dtype) -> None:
     case = make_case(127, 64, 1000, dtype=dtype, option=option, seed=3)
-    columns = make_columns(case)
-    exact, _, truth = by_autograd(case.fresh(torch.float64), grpo_like, *columns)
-    base_loss, _, base = by_autograd(case.fresh(), grpo_like, *columns)
-    leaves = case.fresh()
-    output = run(leaves, grpo_like, *columns, weight_slice=300)
-    assert_as_accurate(output.loss, base_loss, exact, "loss")
-    grads = torch.autograd.grad(output.loss, leaves.tensors())
-    for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
-        assert ours.dtype == dtype
-        assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
+    check(case, weight_slice=300)
 
 
 @pytest.mark.parametrize("rows", ["all active", "active first", "some without coefficients"])
