@@ -10,6 +10,7 @@
 
 namespace {
 
+[[maybe_unused]] constexpr int kSkipped = 77;
 int failures = 0;
 
 void expect(bool ok, const char* what, double value) {
@@ -37,7 +38,7 @@ void conversions(const char* name, Decode decode, std::uint16_t infinity) {
     }
     expect(found == truth && std::signbit(found) == std::signbit(truth), name, word);
     store(halves, load(halves));
-    expect(halves[3].bits == int(word), name, word);
+    expect(halves[kLanes - 1].bits == int(word), name, word);
     if (int(word & 0x7fff) >= infinity - 1) continue;
     // Halfway to the next number rounds to even, a bit less or more to the nearer one.
     const double next = decode(std::uint16_t(word + 1)), half_way = (double(truth) + next) / 2;
@@ -46,7 +47,7 @@ void conversions(const char* name, Decode decode, std::uint16_t infinity) {
     const auto rounded = [&](float value) {
       Half out[kLanes];
       store(out, all(value));
-      return out[5].bits;
+      return out[1].bits;
     };
     const float away = word & 0x8000 ? -INFINITY : INFINITY;
     expect(rounded(tie) == int(word & 1 ? word + 1 : word), "tie", word);
@@ -64,10 +65,15 @@ double ulps(float found, double truth) {
 }  // namespace
 
 int main() {
+#if defined(__AVX512F__)
+  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq")) return kSkipped;
+#elif defined(__AVX2__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kSkipped;
+#endif
   double worst_exp = 0, worst_tanh = 0;
   for (int step = 0; step <= 4000000; ++step) {
     const float x = float(-87.3 * step / 4000000.0);
-    worst_exp = std::fmax(worst_exp, ulps(exp_negative(all(x))[7], std::exp(double(x))));
+    worst_exp = std::fmax(worst_exp, ulps(exp_negative(all(x))[kLanes - 1], std::exp(double(x))));
     const float y = float(-20 + 40.0 * step / 4000000.0);
     worst_tanh = std::fmax(worst_tanh, std::fabs(tanh_of(all(y))[2] - std::tanh(double(y))));
   }
