@@ -21,9 +21,10 @@ struct Row {
   const Value* products;
   const AepoLogits& logits;
 
-  // 16 logits from a column on; those beyond the vocabulary are -inf.
+  // A vector of logits from a column on; those beyond the vocabulary are -inf.
   Floats at(std::int64_t column) const {
     if (column + kLanes <= logits.vocab) return map(load(products + column), column);
+    if (kParts > 1 && column >= logits.vocab) return all(-INFINITY);
     Value padded[kLanes] = {};
     const std::int64_t count = logits.vocab - column;
     std::copy(products + column, products + logits.vocab, padded);
@@ -62,13 +63,15 @@ struct Sums {
 };
 
 Sums block_sums(const Floats* block, std::int64_t count, float max, float inverse, bool squares) {
-  Floats weights{}, tempered{}, squared{};
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Floats t = larger(block[i] - max, all(kFloor)) * inverse;
-    const Floats w = exp_negative(t);
-    weights += w;
-    tempered += w * t;
-    if (squares) squared += w * w;
+  Floats weights[kParts] = {}, tempered[kParts] = {}, squared[kParts] = {};
+  for (std::int64_t i = 0; i < count; i += kParts) {
+    for (int part = 0; part < kParts; ++part) {
+      const Floats t = larger(block[i + part] - max, all(kFloor)) * inverse;
+      const Floats w = exp_negative(t);
+      weights[part] += w;
+      tempered[part] += w * t;
+      if (squares) squared[part] += w * w;
+    }
   }
   return {sum(weights), sum(tempered), sum(squared)};
 }
@@ -87,10 +90,11 @@ void stats_of_row(const AepoLogits& logits, const AepoStats& stats, std::int64_t
     const std::int64_t end = std::min(start + kBlock, logits.vocab);
     std::int64_t count = 0;
     Floats largest = all(-INFINITY);
-    for (std::int64_t column = start; column < end; column += kLanes) {
-      block[count] = row.at(column);
-      largest = larger(block[count], largest);
-      ++count;
+    for (std::int64_t column = start; column < end; column += kWide) {
+      for (int part = 0; part < kParts; ++part, ++count) {
+        block[count] = row.at(column + part * kLanes);
+        largest = larger(block[count], largest);
+      }
     }
     const float found = maximum(largest);
     if (found > max) {
@@ -209,9 +213,11 @@ void sample_row(const AepoLogits& logits, const AepoSample& sample, std::int64_t
   std::vector<double> blocks;
   double total = 0;
   for (std::int64_t start = 0; start < logits.vocab; start += kBlock) {
-    Floats weights{};
+    Floats weights[kParts] = {};
     const std::int64_t end = std::min(start + kBlock, logits.vocab);
-    for (std::int64_t column = start; column < end; column += kLanes) weights += weights_at(column);
+    for (std::int64_t column = start; column < end; column += kWide) {
+      for (int part = 0; part < kParts; ++part) weights[part] += weights_at(column + part * kLanes);
+    }
     blocks.push_back(sum(weights));
     total += blocks.back();
   }

@@ -1,5 +1,5 @@
-// Vectors of 16 floats in GCC's and Clang's portable vector types; the compiler's target decides
-// which registers they become. Everything has internal linkage: this is compiled once per target.
+// Vectors of floats in GCC's and Clang's portable vector types, as wide as the target's registers.
+// Everything has internal linkage: this is compiled once per target.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,14 @@
 
 namespace {
 
+// Not wider than the registers: GCC compares and selects such vectors a lane at a time.
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else  // SSE2, NEON
+constexpr int kLanes = 4;
+#endif
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Ints = std::int32_t __attribute__((vector_size(4 * kLanes)));
 using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
@@ -84,10 +91,14 @@ inline void store(Float16* to, Floats value) {
   store_words(&to->bits, half | sign);
 }
 
-// Sums and maxima over the lanes, always in the same order.
-inline double sum(Floats value) {
+// Sums are kept in 16 lanes whatever the registers' width, and added up in the same order.
+constexpr int kWide = 16, kParts = kWide / kLanes;
+
+inline double sum(const Floats (&parts)[kParts]) {
   double total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
+  for (const Floats& part : parts) {
+    for (int lane = 0; lane < kLanes; ++lane) total += part[lane];
+  }
   return total;
 }
 
