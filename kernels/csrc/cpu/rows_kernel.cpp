@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
+#include <memory>
 
 #include "rows.h"
 #include "rows_kernel.h"
@@ -210,7 +210,9 @@ void sample_row(const AepoLogits& logits, const AepoSample& sample, std::int64_t
   const auto weights_at = [&](std::int64_t column) {
     return exp_negative(larger(row.at(column) - max, all(kFloor)) * inverse);
   };
-  std::vector<double> blocks;
+  // No std::vector: its functions would be shared with the other instruction sets' objects.
+  const std::int64_t count = (logits.vocab + kBlock - 1) / kBlock;
+  const std::unique_ptr<double[]> blocks(new double[count]);
   double total = 0;
   for (std::int64_t start = 0; start < logits.vocab; start += kBlock) {
     Floats weights[kParts] = {};
@@ -218,16 +220,16 @@ void sample_row(const AepoLogits& logits, const AepoSample& sample, std::int64_t
     for (std::int64_t column = start; column < end; column += kWide) {
       for (int part = 0; part < kParts; ++part) weights[part] += weights_at(column + part * kLanes);
     }
-    blocks.push_back(sum(weights));
-    total += blocks.back();
+    blocks[start / kBlock] = sum(weights);
+    total += blocks[start / kBlock];
   }
   // Rounding may leave the point at a block's end, where the last token with any mass is meant.
   const double point = sample.uniform[index] * total;
   double before = 0;
-  std::size_t block = 0, last = blocks.size() - 1;
+  std::int64_t block = 0, last = count - 1;
   while (last > 0 && blocks[last] == 0) --last;
   while (block < last && before + blocks[block] <= point) before += blocks[block++];
-  const std::int64_t start = std::int64_t(block) * kBlock;
+  const std::int64_t start = block * kBlock;
   const std::int64_t end = std::min(start + kBlock, logits.vocab);
   for (std::int64_t column = start; column < end && before <= point; column += kLanes) {
     const Floats weights = weights_at(column);
