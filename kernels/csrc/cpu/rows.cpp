@@ -12,8 +12,14 @@ struct Isa {
   bool (*runs)();
 };
 
+#if defined(__aarch64__)
+constexpr const char* kFirst = "neon";  // which every such processor has
+#else
+constexpr const char* kFirst = "portable";
+#endif
+
 const Isa kIsas[] = {
-    {"portable", &kPortableRows, [] { return true; }},
+    {kFirst, &kPortableRows, [] { return true; }},
 #if defined(__x86_64__)
     {"avx2", &kAvx2Rows,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
