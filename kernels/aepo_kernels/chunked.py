@@ -59,10 +59,15 @@ def token_loss(
         loss = torch.zeros((), dtype=head.dtype, device=problem.hidden.device)
         metrics: dict[str, Tensor] = {}
         parts: list[RowStats] = []
-        space = head.space(min(forward_chunk_size(problem), len(tokens.targets)))
-        for index in _chunks_apart(problem, num_active, len(tokens.targets)):
+        num_tokens, room = len(tokens.targets), gradients.room(num_active)
+        kept = 0 if room is None else room.tokens
+        space = head.space(min(forward_chunk_size(problem), num_tokens - kept))
+        for index in _chunks_apart(problem, kept, num_active, num_tokens):
             chunk = tokens.at(index)
-            products, stats = head.forward(chunk, space)
+            if room is not None and index.stop <= kept:
+                products, stats = room, head.forward_into(room, chunk)
+            else:
+                products, stats = head.forward(chunk, space)
             columns = [take(tensor, chunk.positions) for tensor in token_tensors]
             wants_grad = any(needs) and index.start < num_active
             chunk_loss, chunk_metrics, coefs = _evaluate(loss_fn, stats, columns, wants_grad)
@@ -205,12 +210,15 @@ def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
     return tokens.at(others.to(torch.uint8).argsort(stable=True)), num_active
 
 
-def _chunks_apart(problem: Problem, num_active: int, num_tokens: int) -> Iterator[slice]:
-    """Chunks that hold either active tokens or others."""
-    size = forward_chunk_size(problem)
-    yield from slices(num_active, size)
-    for index in slices(num_tokens - num_active, size):
-        yield slice(index.start + num_active, index.stop + num_active)
+def _chunks_apart(
+    problem: Problem, kept: int, num_active: int, num_tokens: int
+) -> Iterator[slice]:
+    """Chunks that hold either active tokens or others; the first `kept` active ones are one."""
+    if kept:
+        yield slice(0, kept)
+    for start, stop in ((kept, num_active), (num_active, num_tokens)):
+        for index in slices(stop - start, forward_chunk_size(problem)):
+            yield slice(index.start + start, index.stop + start)
 
 
 def _join(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aepo_kernels import cpu_rows
 from aepo_kernels.backends import row_operations
 from aepo_kernels.gemm import add_product, matmul
 from aepo_kernels.options import VocabShard
 from aepo_kernels.problem import Problem, take
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
 from aepo_kernels.sharding import combine, local_targets
+from aepo_kernels.sliced_logits import SlicedLogits
 
 # Bytes of a chunk's logits, and its most tokens. The size never depends on N, so that a token's
 # results do not depend on its batch; larger chunks update the weight's fp32 gradient less often.
 _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 5 * 2**23, 1024
 _CPU_SCORING_TOKENS = 256
-_CPU_SLICE_BYTES = 2**24
+_CPU_SLICE_BYTES, _ROW_BLOCK = 2**24, 2048
 _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
 # "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
 # in its backward.
@@ -55,6 +57,8 @@ class Tokens:
 
 def join_tokens(parts: Sequence[Tokens]) -> Tokens:
     """Several sets of tokens as one."""
+    if len(parts) == 1:
+        return parts[0]
     device = parts[0].targets.device
     positions = [
         part.positions
@@ -109,10 +113,16 @@ class Head:
         products = self.products(tokens, space)
         return products, self.stats(tokens, products)
 
-    def stats(self, tokens: Tokens, products: Tensor) -> RowStats:
+    def forward_into(self, room: SlicedLogits, tokens: Tokens) -> RowStats:
+        """The same a slice of the vocabulary at a time, into memory that keeps the logits."""
+        for rows in slices(len(self.weight), room.size):
+            self.at(rows).products(tokens, room.at(rows).view(-1))
+        return self.stats(tokens, room)
+
+    def stats(self, tokens: Tokens, products: Tensor | SlicedLogits) -> RowStats:
         """Statistics of the rows of raw logits; of whole rows where the vocabulary is sharded."""
         temperatures = tokens.inv_temperature, tokens.second_inv_temperature
-        stats = row_operations(products).row_stats(
+        stats = row_operations(self.hidden).row_stats(
             products,
             tokens.targets,
             *temperatures,
@@ -153,10 +163,12 @@ class Head:
         stats: RowStats,
         coefs: RowCoefs,
         bias_grad: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The loss's gradient by the raw logits, in hidden's dtype; may overwrite `products`."""
-        in_place = products.dtype == self.hidden.dtype
-        out = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
+        if out is None:
+            in_place = products.dtype == self.hidden.dtype
+            out = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
         row_operations(products).row_grad(
             products,
             tokens.targets,
@@ -255,13 +267,21 @@ def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:
         return None
     if problem.backend != "chunked" or rows <= chunk_size(problem):
         return None
-    return max(_CPU_SLICE_BYTES // (hidden.element_size() * rows) // 64 * 64, 64)
+    size = max(_CPU_SLICE_BYTES // (hidden.element_size() * rows) // 64 * 64, 64)
+    # Multiples of the blocks in which rows are added up give the same bits as whole rows.
+    return size if size < _ROW_BLOCK else size // _ROW_BLOCK * _ROW_BLOCK
 
 
 def keeps_logits(problem: Problem, rows: int) -> bool:
     """Whether slices of so many rows take the last chunk's logits instead of making them again."""
     wide = 4 * rows * problem.hidden.shape[1]  # hidden's gradient, added up in float32
     return problem.hidden.device.type == "cpu" and wide <= _CPU_SLICE_BYTES // 2
+
+
+def keeps_slices(problem: Problem) -> bool:
+    """Whether logits can wait in the memory of the weight's gradient, made a slice at a time."""
+    same = problem.weight.dtype == problem.hidden.dtype
+    return same and problem.backend == "chunked" and row_operations(problem.hidden) is cpu_rows
 
 
 def forward_chunk_size(problem: Problem) -> int:

@@ -27,6 +27,8 @@ class Logits(ctypes.Structure):
         ("rows", _LONG),
         ("vocab", _LONG),
         ("row_stride", _LONG),
+        ("slice", _LONG),
+        ("slice_room", _LONG),
         ("targets", _POINTER),
         ("inv_temperature", _POINTER),
         ("second_inv_temperature", _POINTER),

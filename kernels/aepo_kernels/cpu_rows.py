@@ -13,10 +13,11 @@ from torch import Tensor
 
 from aepo_kernels.cpu_library import DTYPES, Coefs, Grad, Logits, Sample, Stats, call
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
+from aepo_kernels.sliced_logits import SlicedLogits
 
 
 def row_stats(
-    products: Tensor,
+    products: Tensor | SlicedLogits,
     targets: Tensor,
     inv_temperature: float | Tensor,
     second_inv_temperature: float | Tensor | None,
@@ -27,8 +28,11 @@ def row_stats(
 ) -> RowStats:
     """See `rows.row_stats`; dtype is torch.float32."""
     assert dtype == torch.float32
-    law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
-    found = iter(_stats(products, targets, *law, squares))
+    law = _law(len(targets), inv_temperature, second_inv_temperature, logit_map)
+    size = 0
+    if isinstance(products, SlicedLogits):
+        products, size = products.memory, products.size
+    found = iter(_stats(products, targets, *law, squares, size))
     wanted = _wanted(second_inv_temperature is not None, squares)
     return RowStats(*(next(found) if want else None for want in wanted))  # type: ignore[arg-type]
 
@@ -82,21 +86,28 @@ def _stats(
     softcap: float,
     scale: float,
     squares: bool,
+    slice_size: int,
 ) -> list[Tensor]:
-    """Those of RowStats that are wanted, in their order; softcap 0 is none."""
+    """Those of RowStats that are wanted, in their order; softcap 0 is none.
+
+    products: [C, V], or with a slice_size the memory of SlicedLogits.
+    """
     law = _floats(inv_temperature, second_inv_temperature, bias)
     given = [targets.contiguous(), *law]
     wanted = _wanted(second_inv_temperature is not None, squares)
-    found = [torch.empty(len(products)) if want else None for want in wanted]
-    call("aepo_row_stats", _logits(products, given, softcap, scale), Stats(*map(_address, found)))
+    found = [torch.empty(len(targets)) if want else None for want in wanted]
+    logits = _logits(products, given, softcap, scale)
+    if slice_size:
+        logits.rows, logits.vocab = len(targets), len(products)
+        logits.slice, logits.slice_room = slice_size, products.shape[1]
+    call("aepo_row_stats", logits, Stats(*map(_address, found)))
     return [x for x in found if x is not None]
 
 
 @_stats.register_fake
-def _(products: Tensor, *rest) -> list[Tensor]:
-    size = products.shape[:1]
-    wanted = _wanted(rest[2] is not None, rest[-1])
-    return [products.new_empty(size, dtype=torch.float32) for want in wanted if want]
+def _(products: Tensor, targets: Tensor, *rest) -> list[Tensor]:
+    wanted = _wanted(rest[1] is not None, rest[-2])
+    return [products.new_empty(len(targets), dtype=torch.float32) for want in wanted if want]
 
 
 @torch.library.custom_op(
@@ -148,6 +159,8 @@ def _logits(products: Tensor, given: list[Tensor | None], softcap: float, scale:
         torch.get_num_threads(),
         *products.shape,
         products.stride(0),
+        0,
+        0,
         *map(_address, given),
         softcap,
         scale,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from aepo_kernels.chunks import (
     chunk_size,
     join_tokens,
     keeps_logits,
+    keeps_slices,
     slice_size,
     slices,
 )
@@ -21,6 +23,33 @@ from aepo_kernels.gradients import Gradients
 from aepo_kernels.problem import Problem, take
 from aepo_kernels.rows import RowCoefs, RowStats
 from aepo_kernels.sampling import sample_rows, variance_of
+from aepo_kernels.sliced_logits import SlicedLogits
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows for slices of the vocabulary, with their logits where those are still there."""
+
+    tokens: Tokens
+    stats: RowStats
+    coefs: RowCoefs
+    logits: Tensor | SlicedLogits | None
+
+    def dlogits(
+        self, head: Head, rows: slice, out: Tensor | None, bias_grad: Tensor | None
+    ) -> Tensor:
+        """The gradient by the logits at a slice of the vocabulary, in `out` where there is one."""
+        targets = self.tokens.targets
+        inside = (targets >= rows.start) & (targets < rows.stop)
+        local = replace(self.tokens, targets=torch.where(inside, targets - rows.start, -1))
+        if isinstance(self.logits, Tensor):
+            products = self.logits[:, rows]
+        elif self.logits is not None:
+            assert out is not None
+            products = self.logits.read(rows, out)
+        else:
+            products = head.products(local, None if out is None else out.view(-1))
+        return head.dlogits(local, products, self.stats, self.coefs, bias_grad, out)
 
 
 class GradientPass:
@@ -39,15 +68,27 @@ class GradientPass:
         self.total = Gradients(problem, needs, written_once=once)
         self.rows = 0
         self.variance = torch.zeros((), dtype=head.dtype, device=head.hidden.device)
-        self.later: list[tuple[Tokens, RowStats, RowCoefs]] = []
-        self.logits: Tensor | None = None  # of the last of them
+        self.later: list[_Part] = []
+
+    def room(self, tokens: int) -> SlicedLogits | None:
+        """Where logits of at most so many tokens can wait, or None; to be asked once, first."""
+        problem = self.problem
+        if self.slice is None or not (self.total.needs_weight and keeps_slices(problem)):
+            return None
+        tokens = min(tokens, problem.hidden.shape[1])
+        return SlicedLogits(self.total.make_weight(), tokens, self.slice)
 
     def add(
-        self, tokens: Tokens, products: Tensor | None, stats: RowStats, coefs: RowCoefs
+        self,
+        tokens: Tokens,
+        products: Tensor | SlicedLogits | None,
+        stats: RowStats,
+        coefs: RowCoefs,
     ) -> None:
         """Add rows, those with a coefficient alone; products are their raw logits, if still there.
 
-        The logits may be overwritten; they have to last until `finish`, `forget_logits` or `add`.
+        The logits may be overwritten; a tensor of them has to last until `finish`, `forget_logits`
+        or `add`.
         """
         self.forget_logits()
         keep_prob = None
@@ -58,14 +99,16 @@ class GradientPass:
         if active is None:
             return
         if isinstance(active, Tensor):
-            products = None if products is None else _keep_rows(products, active)
+            products = None if products is None else _pick(products, active)
             tokens, stats, coefs = tokens.at(active), stats.select(active), coefs.select(active)
             keep_prob = None if keep_prob is None else keep_prob[active]
         self.rows += len(tokens.targets)
         if self.slice is not None:
-            self.later.append((tokens, stats, coefs))
-            self.logits = products if keeps_logits(self.problem, self.rows) else None
+            if isinstance(products, Tensor) and not keeps_logits(self.problem, self.rows):
+                products = None
+            self.later.append(_Part(tokens, stats, coefs, products))
             return
+        assert not isinstance(products, SlicedLogits)
         if products is not None:
             self._add_chunk(tokens, products, stats, coefs, keep_prob)
             return
@@ -84,40 +127,45 @@ class GradientPass:
 
     def forget_logits(self) -> None:
         """Logits given before may be overwritten from now on."""
-        self.logits = None
+        if self.later and isinstance(self.later[-1].logits, Tensor):
+            self.later[-1] = replace(self.later[-1], logits=None)
 
     def finish(self) -> Gradients:
         """The gradients, once all rows are in."""
-        if self.slice is not None and self.later:
+        if self.later and self.slice is not None:
             self._add_slices(self.slice)
+        elif self.slice is not None:
+            self.total.weight = None  # nothing but room
         self.total.finish()
         return self.total
 
     def _add_slices(self, size: int) -> None:
         """Take all rows a slice of the vocabulary at a time: each of dweight's is written once."""
-        tokens, stats, coefs = _join(self.later)
-        inputs = take(self.head.hidden, tokens.positions)
+        # Neighbours without logits make them in one GEMM.
+        parts = [_join(list(few)) for _, few in groupby(self.later, lambda part: id(part.logits))]
+        positions = join_tokens([part.tokens for part in parts]).positions
+        inputs = take(self.head.hidden, positions)
         hidden = None
         if self.total.hidden is not None:
             hidden = torch.zeros_like(inputs, dtype=self.head.dtype)
         space = self.head.at(slice(size)).space(len(inputs))
-        kept = 0 if self.logits is None else len(self.logits)
-        made = slice(0, len(inputs) - kept)
         for rows in slices(self.head.weight.shape[0], size):
             head, bias = self.head.at(rows), self.total.bias
-            inside = (tokens.targets >= rows.start) & (tokens.targets < rows.stop)
-            local = replace(tokens, targets=torch.where(inside, tokens.targets - rows.start, -1))
             bias_grad = None if bias is None else bias[rows]
-            products = head.products(local.at(made), space)
-            if self.logits is not None:
-                assert space is not None
-                products = space[: len(inputs) * len(head.weight)].view(len(inputs), -1)
-                products[made.stop :] = self.logits[:, rows]
-            dlogits = head.dlogits(local, products, stats, coefs, bias_grad)
+            if space is None:
+                (part,) = parts
+                dlogits = part.dlogits(head, rows, None, bias_grad)
+            else:
+                dlogits = space[: len(inputs) * len(head.weight)].view(len(inputs), -1)
+                start = 0
+                for part in parts:
+                    stop = start + len(part.tokens.targets)
+                    part.dlogits(head, rows, dlogits[start:stop], bias_grad)
+                    start = stop
             self.total.add_slice(dlogits, head.weight, head.lora, inputs, hidden, rows)
             del dlogits
         if self.total.hidden is not None and hidden is not None:
-            self.total.hidden[tokens.positions] = hidden.to(self.total.hidden.dtype)
+            self.total.hidden[positions] = hidden.to(self.total.hidden.dtype)
 
     def _add_chunk(
         self,
@@ -151,8 +199,10 @@ def _active_rows(coefs: RowCoefs, tokens: Tokens, *, look: bool) -> Tensor | sli
     return slice(None) if len(active) == len(tokens.targets) else active
 
 
-def _keep_rows(products: Tensor, active: Tensor) -> Tensor:
+def _pick(products: Tensor | SlicedLogits, active: Tensor) -> Tensor | SlicedLogits:
     """products[active], on a CPU at the front of the same memory; active is ascending."""
+    if isinstance(products, SlicedLogits):
+        return products.pick(active)
     if products.is_cuda:
         return products.index_select(0, active)
     for new, old in enumerate(active.tolist()):
@@ -161,12 +211,14 @@ def _keep_rows(products: Tensor, active: Tensor) -> Tensor:
     return products[: len(active)]
 
 
-def _join(parts: list[tuple[Tokens, RowStats, RowCoefs]]) -> tuple[Tokens, RowStats, RowCoefs]:
-    tokens, stats, coefs = zip(*parts, strict=True)
-    num_rows = [len(part.targets) for part in tokens]
-    columns = [_cat(column, num_rows) for column in zip(*stats, strict=True)]
-    joined = [_cat(column, num_rows) for column in zip(*coefs, strict=True)]
-    return join_tokens(tokens), RowStats(*columns), RowCoefs(*joined)  # type: ignore[arg-type]
+def _join(parts: list[_Part]) -> _Part:
+    if len(parts) == 1:
+        return parts[0]
+    num_rows = [len(part.tokens.targets) for part in parts]
+    stats = [_cat(column, num_rows) for column in zip(*(part.stats for part in parts), strict=True)]
+    coefs = [_cat(column, num_rows) for column in zip(*(part.coefs for part in parts), strict=True)]
+    tokens = join_tokens([part.tokens for part in parts])
+    return _Part(tokens, RowStats(*stats), RowCoefs(*coefs), None)  # type: ignore[arg-type]
 
 
 def _cat(column: Sequence[Tensor | None], num_rows: list[int]) -> Tensor | None:

@@ -57,6 +57,13 @@ class Gradients:
         if self.lora_b is not None and lora is not None:
             add_product(self.lora_b, dlogits.T, (inputs @ lora[0].T).mul_(self.lora_scale))
 
+    def make_weight(self) -> Tensor:
+        """The weight's gradient for `add_slice`, as it is; at first it holds anything."""
+        if self.weight is None:
+            dtype = self.dtypes[1]
+            self.weight = torch.empty(self.weight_shape, dtype=dtype, device=self.device)
+        return self.weight
+
     def add_slice(
         self,
         dlogits: Tensor,
@@ -73,13 +80,11 @@ class Gradients:
         if hidden is not None:
             add_product(hidden, dlogits, weight)
         if self.needs_weight:
-            if self.weight is None:
-                dtype = self.dtypes[1]
-                self.weight = torch.empty(self.weight_shape, dtype=dtype, device=self.device)
-            if self.weight.dtype == dlogits.dtype:
-                torch.mm(dlogits.T, inputs, out=self.weight[rows])
+            weight_grad = self.make_weight()
+            if weight_grad.dtype == dlogits.dtype:
+                torch.mm(dlogits.T, inputs, out=weight_grad[rows])
             else:
-                self.weight[rows] = product(dlogits.T, inputs, self.weight.dtype)
+                weight_grad[rows] = product(dlogits.T, inputs, weight_grad.dtype)
         through = self._add_lora_a(dlogits, lora, inputs)
         if lora is None or through is None:
             return

@@ -14,6 +14,9 @@ struct AepoLogits {
   std::int32_t dtype;
   std::int32_t threads;
   std::int64_t rows, vocab, row_stride;
+  // For aepo_row_stats alone: 0, or columns a to b = a + slice of all rows lie together, [rows, b - a]
+  // without gaps from a * slice_room on; row_stride is then ignored.
+  std::int64_t slice, slice_room;
   const std::int64_t* targets;      // below 0: no logit of this row's target is here
   const float* inv_temperature;     // per row
   const float* second_inv_temperature;

@@ -20,20 +20,21 @@ template <typename Value>
 struct Row {
   const Value* products;
   const AepoLogits& logits;
+  std::int64_t end;
 
-  // A vector of logits from a column on; those beyond the vocabulary are -inf.
+  // A vector of logits from a column on; those from the end on are -inf.
   Floats at(std::int64_t column) const {
-    if (column + kLanes <= logits.vocab) return map(load(products + column), column);
-    if (kParts > 1 && column >= logits.vocab) return all(-INFINITY);
+    if (column + kLanes <= end) return map(load(products + column), column);
+    if (kParts > 1 && column >= end) return all(-INFINITY);
     Value padded[kLanes] = {};
-    const std::int64_t count = logits.vocab - column;
-    std::copy(products + column, products + logits.vocab, padded);
+    const std::int64_t count = end - column;
+    std::copy(products + column, products + end, padded);
     Floats value = map(load(padded), column, count);
     for (std::int64_t lane = count; lane < kLanes; ++lane) value[lane] = -INFINITY;
     return value;
   }
 
-  float one(std::int64_t column) const { return at(column / kLanes * kLanes)[column % kLanes]; }
+  float one(std::int64_t column) const { return at(column)[0]; }
 
   Floats map(Floats value, std::int64_t column, std::int64_t count = kLanes) const {
     if (logits.bias != nullptr) {
@@ -49,6 +50,22 @@ struct Row {
     return logits.scale == 1.0f ? value : value * logits.scale;
   }
 };
+
+template <typename Value>
+Row<Value> row_at(const AepoLogits& logits, std::int64_t index) {
+  const auto* products = static_cast<const Value*>(logits.products);
+  return {products + index * logits.row_stride, logits, logits.vocab};
+}
+
+// The part of a row that lies together around a column.
+template <typename Value>
+Row<Value> row_at(const AepoLogits& logits, std::int64_t index, std::int64_t column) {
+  if (logits.slice == 0) return row_at<Value>(logits, index);
+  const auto* products = static_cast<const Value*>(logits.products);
+  const std::int64_t start = column - column % logits.slice;
+  const std::int64_t end = std::min(start + logits.slice, logits.vocab);
+  return {products + start * (logits.slice_room - 1) + index * (end - start), logits, end};
+}
 
 // Sums over a row of w = exp((z - max) / T), kept right as the maximum grows.
 struct Sums {
@@ -78,16 +95,15 @@ Sums block_sums(const Floats* block, std::int64_t count, float max, float invers
 
 template <typename Value>
 void stats_of_row(const AepoLogits& logits, const AepoStats& stats, std::int64_t index) {
-  const auto* products = static_cast<const Value*>(logits.products);
-  const Row<Value> row{products + index * logits.row_stride, logits};
   const float inverse = logits.inv_temperature[index];
   const bool has_second = logits.second_inv_temperature != nullptr;
   const float second_inverse = has_second ? logits.second_inv_temperature[index] : 0;
   float max = -std::numeric_limits<float>::infinity();
   Sums first, second;
   Floats block[kBlock / kLanes];
-  for (std::int64_t start = 0; start < logits.vocab; start += kBlock) {
-    const std::int64_t end = std::min(start + kBlock, logits.vocab);
+  for (std::int64_t start = 0, end; start < logits.vocab; start = end) {
+    const Row<Value> row = row_at<Value>(logits, index, start);
+    end = std::min(start + kBlock, row.end);
     std::int64_t count = 0;
     Floats largest = all(-INFINITY);
     for (std::int64_t column = start; column < end; column += kWide) {
@@ -114,7 +130,8 @@ void stats_of_row(const AepoLogits& logits, const AepoStats& stats, std::int64_t
     if (has_second) second.weights += block_sums(block, count, base, second_inverse, false).weights;
   }
   const double log_sum = std::log(first.weights);
-  const float target = row.one(std::max<std::int64_t>(logits.targets[index], 0)) - max;
+  const std::int64_t column = std::max<std::int64_t>(logits.targets[index], 0);
+  const float target = row_at<Value>(logits, index, column).one(column) - max;
   stats.max_logit[index] = max;
   stats.log_sum[index] = float(log_sum);
   stats.logprob[index] = float(double(target * inverse) - log_sum);
@@ -163,8 +180,7 @@ GradOfRow prepare(const AepoLogits& logits, const AepoStats& stats, const AepoCo
 template <typename Value, typename Out>
 void grad_of_part(const AepoLogits& logits, const GradOfRow& row_grad, const AepoGrad& grad,
                   std::int64_t index, std::int64_t start, std::int64_t end, double* sums) {
-  const auto* products = static_cast<const Value*>(logits.products);
-  const Row<Value> row{products + index * logits.row_stride, logits};
+  const Row<Value> row = row_at<Value>(logits, index);
   auto* out = static_cast<Out*>(grad.out) + index * grad.row_stride;
   for (std::int64_t column = start; column < end; column += kLanes) {
     const Floats z = row.at(column);
@@ -196,8 +212,7 @@ void grad_of_part(const AepoLogits& logits, const GradOfRow& row_grad, const Aep
 
 template <typename Value>
 void sample_row(const AepoLogits& logits, const AepoSample& sample, std::int64_t index) {
-  const auto* products = static_cast<const Value*>(logits.products);
-  const Row<Value> row{products + index * logits.row_stride, logits};
+  const Row<Value> row = row_at<Value>(logits, index);
   const float inverse = logits.inv_temperature[index];
   Floats largest = all(-INFINITY);
   for (std::int64_t column = 0; column < logits.vocab; column += kLanes) {

@@ -151,7 +151,7 @@ struct Case {
       for (auto& coef : coefs) coef.push_back(normal(random));
     }
     for (std::int64_t column = 0; column < vocab; ++column) bias.push_back(normal(random));
-    logits = {products.at(1), in, 1, kRows, vocab, stride, targets.data(), inverse.data(),
+    logits = {products.at(1), in, 1, kRows, vocab, stride, 0, 0, targets.data(), inverse.data(),
               options.second ? second_inverse.data() : nullptr,
               options.bias ? bias.data() : nullptr, options.softcap, options.scale};
     given.logprob = coefs[0].data();
@@ -163,17 +163,43 @@ struct Case {
 
   std::int64_t first(std::int64_t row) const { return 1 + row * stride; }
 
+  AepoStats stats_into(Run& run) {
+    auto* stat = run.stats;
+    for (int number = 0; number < 7; ++number) stat[number].assign(kRows, NAN);
+    return {stat[0].data(), stat[1].data(), stat[2].data(), stat[3].data(),
+            options.second ? stat[4].data() : nullptr, options.second ? stat[5].data() : nullptr,
+            options.squares ? stat[6].data() : nullptr};
+  }
+
+  // The statistics alone, of the same logits a slice of columns after the other.
+  Run run_sliced(std::int32_t isa, std::int64_t slice, std::int64_t room) {
+    const std::int64_t last = (vocab - 1) / slice * slice;
+    Buffer sliced(in, last * room + kRows * (vocab - last));
+    for (std::int64_t row = 0; row < kRows; ++row) {
+      for (std::int64_t column = 0; column < vocab; ++column) {
+        const std::int64_t start = column - column % slice;
+        const std::int64_t width = std::min(slice, vocab - start);
+        const std::int64_t to = start * room + row * width + column - start;
+        std::memcpy(sliced.at(to), products.at(first(row) + column), products.size());
+      }
+    }
+    AepoLogits call = logits;
+    call.products = sliced.at(0);
+    call.row_stride = -1;
+    call.slice = slice;
+    call.slice_room = room;
+    Run run{{}, Buffer(out, 0), {}};
+    const AepoStats stats = stats_into(run);
+    expect(aepo_row_stats(&call, &stats, isa) == 0, "row_stats", isa);
+    return run;
+  }
+
   Run run(std::int32_t isa, std::int32_t threads) {
     Run run{{}, Buffer(out, 1 + (kRows - 1) * out_stride + vocab), {}};
     Buffer kept = products;
     AepoLogits call = logits;
     call.threads = threads;
-    for (auto& stat : run.stats) stat.assign(kRows, NAN);
-    auto* stat = run.stats;
-    AepoStats stats{stat[0].data(), stat[1].data(), stat[2].data(), stat[3].data(),
-                    options.second ? stat[4].data() : nullptr,
-                    options.second ? stat[5].data() : nullptr,
-                    options.squares ? stat[6].data() : nullptr};
+    const AepoStats stats = stats_into(run);
     if (options.bias_grad) run.bias_grad.assign(vocab, 0.5f);
     AepoGrad grad{run.out.at(1), out, out_stride,
                   options.bias_grad ? run.bias_grad.data() : nullptr};
@@ -187,9 +213,7 @@ struct Case {
     return run;
   }
 
-  void check(Run& run, const std::vector<RowTruth>& truth, const std::string& name) {
-    std::vector<Bounded> bias_grad(vocab, Bounded{0.5, 0});
-    expect(std::isnan(run.out.get(0)), name + ": before the rows", 0);
+  void check_stats(Run& run, const std::vector<RowTruth>& truth, const std::string& name) {
     for (std::int64_t row = 0; row < kRows; ++row) {
       const auto stat = [&](int number, Bounded right, const char* what) {
         near(run.stats[number][row], right, 0,
@@ -204,6 +228,14 @@ struct Case {
       if (options.second && targets[row] >= 0) stat(4, two.logprob, ", second logprob");
       if (options.second) stat(5, two.log_sum, ", second log_sum");
       if (options.squares) stat(6, one.squares, ", squares");
+    }
+  }
+
+  void check(Run& run, const std::vector<RowTruth>& truth, const std::string& name) {
+    std::vector<Bounded> bias_grad(vocab, Bounded{0.5, 0});
+    expect(std::isnan(run.out.get(0)), name + ": before the rows", 0);
+    check_stats(run, truth, name);
+    for (std::int64_t row = 0; row < kRows; ++row) {
       const std::vector<Bounded> grad = gradient_of(logits, given, truth[row], row);
       for (std::int64_t column = 0; column < vocab; ++column) {
         const Bounded& right = grad[column];
@@ -240,13 +272,20 @@ void numbers(const Options& options, std::int64_t vocab, std::int32_t in, std::i
     const std::string name = std::string(aepo_isa_name(isa)) + ", " + options.name + ", " +
                              std::to_string(vocab) + ", dtypes " + std::to_string(in) +
                              std::to_string(out);
+    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+      return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+    };
     Run one = test.run(isa, 1);
     test.check(one, truth, name);
+    for (const std::int64_t slice : {7, 50, 2048, 4096}) {
+      if (in != out) break;  // it has no output in `out`
+      Run other = test.run_sliced(isa, slice, slice == 7 ? kRows : 2 * kRows + 1);
+      test.check_stats(other, truth, name + ", slices of " + std::to_string(slice));
+      if (slice % 2048 != 0 && slice < vocab) continue;  // sums in another order
+      for (int i = 0; i < 7; ++i) expect(same(one.stats[i], other.stats[i]), name, double(slice));
+    }
     for (const std::int32_t threads : {2, 8}) {
       const Run other = test.run(isa, threads);
-      const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
-        return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-      };
       for (int i = 0; i < 7; ++i) expect(same(one.stats[i], other.stats[i]), name, threads);
       expect(one.out.bytes == other.out.bytes, name + ": threads", threads);
       expect(same(one.bias_grad, other.bias_grad), name + ": threads", threads);
@@ -263,8 +302,8 @@ void nan_stays(std::int64_t vocab, std::int64_t from, float before) {
   for (std::int64_t column = from; column < vocab; ++column) {
     row[column] = NAN;
     for (std::int32_t isa = 0; aepo_isa_runs(isa); ++isa) {
-      const AepoLogits logits{row.data(), kFloat32, 1, 1, vocab, vocab, &target, &one,
-                              nullptr, nullptr, 0, 1};
+      const AepoLogits logits{row.data(), kFloat32, 1, 1, vocab, vocab, 0, 0, &target,
+                              &one, nullptr, nullptr, 0, 1};
       const AepoStats stats{&stat[0], &stat[1], &stat[2], &stat[3], nullptr, nullptr, nullptr};
       aepo_row_stats(&logits, &stats, isa);
       const AepoCoefs coefs{&one, nullptr, nullptr, nullptr};
