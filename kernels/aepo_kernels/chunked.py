@@ -210,14 +210,18 @@ def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
     return tokens.at(others.to(torch.uint8).argsort(stable=True)), num_active
 
 
-def _chunks_apart(
-    problem: Problem, kept: int, num_active: int, num_tokens: int
-) -> Iterator[slice]:
-    """Chunks that hold either active tokens or others; the first `kept` active ones are one."""
-    if kept:
-        yield slice(0, kept)
-    for start, stop in ((kept, num_active), (num_active, num_tokens)):
-        for index in slices(stop - start, forward_chunk_size(problem)):
+def _chunks_apart(problem: Problem, kept: int, num_active: int, num_tokens: int) -> Iterator[slice]:
+    """Chunks that hold either active tokens or others; the first `kept` active ones are one.
+
+    The last of the active ones is full, since its logits may be kept for the gradient.
+    """
+    size = forward_chunk_size(problem)
+    first = (num_active - kept) % size
+    for start, stop in ((0, kept), (kept, kept + first)):
+        if start < stop:
+            yield slice(start, stop)
+    for start, stop in ((kept + first, num_active), (num_active, num_tokens)):
+        for index in slices(stop - start, size):
             yield slice(index.start + start, index.stop + start)
 
 

@@ -275,7 +275,7 @@ def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:
 def keeps_logits(problem: Problem, rows: int) -> bool:
     """Whether slices of so many rows take the last chunk's logits instead of making them again."""
     wide = 4 * rows * problem.hidden.shape[1]  # hidden's gradient, added up in float32
-    return problem.hidden.device.type == "cpu" and wide <= _CPU_SLICE_BYTES // 2
+    return problem.hidden.device.type == "cpu" and wide <= _CPU_SLICE_BYTES // 4
 
 
 def keeps_slices(problem: Problem) -> bool:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from aepo_kernels import RowSampling, chunks, linear_logprob
+from aepo_kernels import RowSampling, chunks, cpu_library, cpu_rows, linear_logprob
 from aepo_kernels.gradients import Gradients
+from aepo_kernels.rows import LogitMap
+from aepo_kernels.sliced_logits import SlicedLogits
 from tests.kernels.oracle import (
     OPTIONS,
     assert_as_accurate,
@@ -24,6 +26,10 @@ from tests.kernels.test_token_loss import (
     make_columns,
     policy_gradient,
     run,
+)
+
+needs_cpp = pytest.mark.skipif(
+    cpu_library.unavailable_reason() is not None, reason="torch's row operations know whole rows"
 )
 
 
@@ -63,6 +69,45 @@ def test_half_precision_on_a_cpu_takes_slices_unasked(
     for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
         assert ours.dtype == torch.bfloat16
         assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
+
+
+@needs_cpp
+@pytest.mark.parametrize(("tokens", "again"), [(64, 0), (80, 0), (110, 14)])
+def test_on_a_cpu_few_logits_are_made_twice(
+    tokens: int, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 64 tokens' logits wait in the gradient of a weight of 64 columns, those of the last chunk of
+    # at most 32 where they are.
+    monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", 2 * 1000 * 32)
+    made: list[int] = []
+    products = chunks.Head.products
+
+    def counted(self: chunks.Head, *arguments: Any) -> torch.Tensor:
+        result = products(self, *arguments)
+        made.append(result.numel())
+        return result
+
+    monkeypatch.setattr(chunks.Head, "products", counted)
+    leaves = make_case(tokens, 64, 1000, dtype=torch.bfloat16).fresh()
+    run(leaves, policy_gradient, torch.randn(tokens), chunk_tokens=None).loss.backward()
+    assert sum(made) == (tokens + again) * 1000
+
+
+@needs_cpp
+@pytest.mark.parametrize("size", [2048, 4096, 20000])
+def test_statistics_of_sliced_logits_have_the_bits_of_whole_rows(size: int) -> None:
+    vocab, tokens, room = 9001, 5, 6
+    logits = torch.randn(tokens, vocab, dtype=torch.bfloat16)
+    sliced = SlicedLogits(torch.full((vocab, room), torch.nan).bfloat16(), tokens, size)
+    for rows in chunks.slices(vocab, size):
+        sliced.at(rows).copy_(logits[:, rows])
+    targets = torch.tensor([0, 2047, 2048, 9000, -1])
+    law = 1.3, 0.7, LogitMap(torch.randn(vocab), 20.0, 1.5), torch.float32
+    found = cpu_rows.row_stats(sliced, targets, *law, squares=True)
+    wanted = cpu_rows.row_stats(logits, targets, *law, squares=True)
+    for one, other in zip(found, wanted, strict=True):
+        assert one is not None and other is not None
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("weight_slice", [1, 64, 300, 5000])
