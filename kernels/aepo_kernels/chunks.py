@@ -255,14 +255,14 @@ def chunk_size(problem: Problem) -> int:
 def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:
     """Rows of weight whose gradient is made at once, or None where chunks of tokens add it up.
 
-    Slices are the caller's choice, or on a CPU that of a half-precision gradient which takes more
-    than one chunk: to add it up in float32 would take more memory than all else.
+    Slices are the caller's choice, or on a CPU that of half-precision GEMMs which take more than
+    one chunk: to add up their weight gradient in float32 would take more time and memory.
     """
     if problem.weight_slice is not None:
         return problem.weight_slice
     weight, hidden = problem.weight, problem.hidden
     plain = (problem.weight_grad, problem.row_sampling, problem.chunk_tokens) == (None, None, None)
-    narrow = weight.dtype == hidden.dtype != problem.stats_dtype
+    narrow = hidden.dtype != problem.stats_dtype and weight.dtype in (hidden.dtype, torch.float32)
     if not (needs_weight and plain and narrow and hidden.device.type == "cpu"):
         return None
     if problem.backend != "chunked" or rows <= chunk_size(problem):
@@ -280,8 +280,8 @@ def keeps_logits(problem: Problem, rows: int) -> bool:
 
 def keeps_slices(problem: Problem) -> bool:
     """Whether logits can wait in the memory of the weight's gradient, made a slice at a time."""
-    same = problem.weight.dtype == problem.hidden.dtype
-    return same and problem.backend == "chunked" and row_operations(problem.hidden) is cpu_rows
+    wide = problem.weight.element_size() >= problem.hidden.element_size()
+    return wide and problem.backend == "chunked" and row_operations(problem.hidden) is cpu_rows
 
 
 def forward_chunk_size(problem: Problem) -> int:

@@ -38,11 +38,18 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def product(
+    left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
+) -> Tensor:
     """left @ right in `dtype`, rounded to the operands' dtype first where there is no GPU."""
-    if left.is_cuda or dtype == left.dtype:
-        return matmul(left, right, dtype)
-    total = torch.empty(len(left), right.shape[1], dtype=dtype, device=left.device)
+    if dtype == left.dtype:
+        return matmul(left, right, out=out)
+    if left.is_cuda:
+        wide = matmul(left, right, dtype)
+        return wide if out is None else out.copy_(wide)
+    total = out
+    if total is None:
+        total = torch.empty(len(left), right.shape[1], dtype=dtype, device=left.device)
     for rows, block in _blocks(left, right):
         total[rows] = block
     return total

@@ -75,8 +75,8 @@ class GradientPass:
         problem = self.problem
         if self.slice is None or not (self.total.needs_weight and keeps_slices(problem)):
             return None
-        tokens = min(tokens, problem.hidden.shape[1])
-        return SlicedLogits(self.total.make_weight(), tokens, self.slice)
+        memory = self.total.make_weight().view(problem.hidden.dtype)
+        return SlicedLogits(memory, min(tokens, memory.shape[1]), self.slice)
 
     def add(
         self,

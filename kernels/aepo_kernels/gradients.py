@@ -80,11 +80,8 @@ class Gradients:
         if hidden is not None:
             add_product(hidden, dlogits, weight)
         if self.needs_weight:
-            weight_grad = self.make_weight()
-            if weight_grad.dtype == dlogits.dtype:
-                torch.mm(dlogits.T, inputs, out=weight_grad[rows])
-            else:
-                weight_grad[rows] = product(dlogits.T, inputs, weight_grad.dtype)
+            weight_grad = self.make_weight()[rows]
+            product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
         through = self._add_lora_a(dlogits, lora, inputs)
         if lora is None or through is None:
             return

@@ -1,8 +1,9 @@
 """Logits that wait for their gradient in memory which is written only then: the weight's gradient.
 
 A slice of S rows of the vocabulary has S x H numbers of gradient, and for T <= H tokens S x T
-logits. A slice's logits are read for the last time just before its gradient is written, so that
-both have room, and no logit of those tokens is made twice.
+logits (T <= 2 H where the gradient's numbers are twice as wide). A slice's logits are read for the
+last time just before its gradient is written, so that both have room, and no logit of those tokens
+is made twice.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 class SlicedLogits:
     """Raw logits of `tokens` tokens, [T, V], a slice of `size` columns after the other.
 
-    memory: contiguous [V, H] with T <= H; rows a to b have columns a to b at their front. picked:
-    indices [M] of the tokens that are still wanted, or None for all.
+    memory: contiguous [V, room] with T <= room; rows a to b have columns a to b at their front.
+    picked: indices [M] of the tokens that are still wanted, or None for all.
     """
 
     memory: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,9 +42,10 @@ def test_token_loss_matches_float64(option: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", ["all active", "active first", "some without coefficients"])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("option", ["plain", "all"])
 def test_half_precision_on_a_cpu_takes_slices_unasked(
-    option: str, rows: str, monkeypatch: pytest.MonkeyPatch
+    option: str, weight_dtype: torch.dtype, rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 32 tokens a chunk, some 400 rows of the vocabulary a slice; the last chunk's logits are kept.
     monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", 2 * 1000 * 32)
@@ -63,11 +65,12 @@ def test_half_precision_on_a_cpu_takes_slices_unasked(
     _, _, truth = by_autograd(case.fresh(torch.float64), policy_gradient, advantage)
     _, _, base = by_autograd(case.fresh(), policy_gradient, advantage)
     leaves = case.fresh()
+    leaves = replace(leaves, weight=leaves.weight.detach().to(weight_dtype).requires_grad_())
     output = run(leaves, policy_gradient, advantage, chunk_tokens=None, **more)
     grads = torch.autograd.grad(output.loss, leaves.tensors())
     assert len(slices) >= 2
+    assert grads[1].dtype == weight_dtype
     for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
-        assert ours.dtype == torch.bfloat16
         assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
 
 
