@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,12 @@ class Policy:
         self.backbone = backbone_of(model)
         self.head = head_of(model)
         self.device = model.device
+        embedding = model.get_input_embeddings()
+        tied = isinstance(embedding, torch.nn.Embedding) and embedding.weight is self.head.weight
+        if tied and self.device.type == "cpu":
+            # The rows of the batch's tokens are added to the head's gradient, instead of V x H
+            # numbers that are mostly zero.
+            embedding.sparse = True  # type: ignore[union-attr]
         self.dtype = getattr(torch, cfg.compute_dtype)
         self.layout: Layout = choose_layout(model, trainer.layout)
         self.max_tokens = trainer.tokens_per_microbatch
@@ -88,6 +95,16 @@ class Policy:
     def row_kernels(self) -> str:
         """Which row operations the head runs."""
         return row_kernels(self.device.type, self.dtype, self.backend)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextmanager
+    def same_weights(self) -> Iterator[None]:
+        """While the weights stay the same: they are cast once for all micro-batches."""
+        # Autocast forgets its casts at the end of the outermost context.
+        with self._autocast(), torch.autocast(self.device.type, enabled=False):
+            yield
 
     def microbatches(self, rows: Sequence[Row], indices: Sequence[int]) -> list[MicroBatch]:
         """Lay rows[indices] out for the model."""
@@ -101,7 +118,7 @@ class Policy:
             # Eager attention adds its mask to the scores.
             low = torch.finfo(self.dtype).min
             mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill(~mask, low)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self._autocast():
             output = self.backbone(
                 input_ids=batch.input_ids.to(self.device),
                 position_ids=batch.position_ids.to(self.device),
@@ -140,12 +157,13 @@ class Policy:
         """Score rows[indices] without gradients, the others as 0; `check` runs in between."""
         offsets = token_offsets(rows)
         columns = [torch.zeros(int(offsets[-1])) for _ in range(3)]
-        for batch in self.microbatches(rows, indices):
-            check()
-            output = self.logprobs(batch, second_temperature=second_temperature)
-            index = token_index(offsets, batch.rows)
-            columns[0][index] = output.logprob.cpu()
-            columns[1][index] = output.entropy.cpu()
-            if output.second_logprob is not None:
-                columns[2][index] = output.second_logprob.cpu()
+        with self.same_weights():
+            for batch in self.microbatches(rows, indices):
+                check()
+                output = self.logprobs(batch, second_temperature=second_temperature)
+                index = token_index(offsets, batch.rows)
+                columns[0][index] = output.logprob.cpu()
+                columns[1][index] = output.entropy.cpu()
+                if output.second_logprob is not None:
+                    columns[2][index] = output.second_logprob.cpu()
         return Scores(columns[0], columns[1], columns[2] if second_temperature else None)

@@ -58,21 +58,23 @@ def update(
     batches = [(batch, True) for batch in policy.microbatches(rows, active)]
     batches += [(batch, False) for batch in policy.microbatches(rows, passive)]
     try:
-        for batch, with_gradient in batches:
-            check()
-            index = token_index(offsets, batch.rows)
-            columns = {
-                name: values[index].to(policy.device) for name, values in objective.columns.items()
-            }
-            # Rows without a gradient are only measured, which leaves out their backward pass.
-            with torch.set_grad_enabled(with_gradient):
-                done = _forward_backward(policy, batch, objective, columns)
-            total += done.loss
-            for name, value in done.metrics.items():
-                sums[name] = sums.get(name, 0) + value
-            logprob[index] = done.logprob.cpu()
-            model_tokens += batch.input_ids.numel()
-            active_tokens += done.active_tokens
+        with policy.same_weights():
+            for batch, with_gradient in batches:
+                check()
+                index = token_index(offsets, batch.rows)
+                columns = {
+                    name: values[index].to(policy.device)
+                    for name, values in objective.columns.items()
+                }
+                # Rows without a gradient are only measured, which leaves out their backward pass.
+                with torch.set_grad_enabled(with_gradient):
+                    done = _forward_backward(policy, batch, objective, columns)
+                total += done.loss
+                for name, value in done.metrics.items():
+                    sums[name] = sums.get(name, 0) + value
+                logprob[index] = done.logprob.cpu()
+                model_tokens += batch.input_ids.numel()
+                active_tokens += done.active_tokens
     except BaseException:
         optimizer.zero_grad(set_to_none=True)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,32 @@ def test_a_sliding_window_is_never_hidden_behind_a_shared_prompt(tiny_model_dir:
     assert choose_layout(policy.model, "auto") == "padded"
     with pytest.raises(ConfigError, match="trainer.layout"):
         choose_layout(policy.model, "shared")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_casting_weights_once_and_sparse_embeddings_change_no_gradient(
+    tiny_model_dir: Path, checkpointing: bool
+) -> None:
+    cfg = ModelConfig(path=str(tiny_model_dir), gradient_checkpointing=checkpointing)
+    model = load_model(cfg, tiny_model_dir, torch.device("cpu"))
+    policy = Policy(model, cfg, TrainerConfig(tokens_per_microbatch=20))
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    assert embedding.sparse == (embedding.weight is policy.head.weight)
+    rows = make_rows([4, 1, 9, 3])
+    batches = policy.microbatches(rows, range(4))
+    assert len(batches) > 1
+
+    def gradients(context: AbstractContextManager[None], sparse: bool) -> list[torch.Tensor]:
+        embedding.sparse = sparse
+        model.zero_grad()
+        with context:
+            for batch in batches:
+                policy.logprobs(batch).logprob.sum().backward()
+        found = [parameter.grad for parameter in model.parameters()]
+        assert all(grad is not None and grad.layout == torch.strided for grad in found)
+        return [grad.clone() for grad in found if grad is not None]
+
+    wanted = gradients(nullcontext(), False)
+    for ours, theirs in zip(gradients(policy.same_weights(), True), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
