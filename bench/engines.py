@@ -42,18 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
 
 
+def model_folder(name: str) -> str:
+    """The folder of a model by name, or of new random weights for random:NAME."""
+    from aepo_fast.models import resolve
+
+    if name.startswith("random:"):
+        return _random_weights(name.removeprefix("random:"))
+    return str(resolve(name))
+
+
 def load_trained(arguments: argparse.Namespace) -> tuple[str, torch.nn.Module]:
     """The model's folder and the model as a trainer holds it."""
     # The other benchmarks run without the trainer's packages.
     from transformers import AutoModelForCausalLM
 
-    from aepo_fast.models import resolve
-
-    name = arguments.model
-    if name.startswith("random:"):
-        folder = _random_weights(name.removeprefix("random:"))
-    else:
-        folder = str(resolve(name))
+    folder = model_folder(arguments.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         folder,

@@ -61,7 +61,18 @@ def scores(
     wants_entropy: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """logprob, entropy (without gradient) and second log-prob, [N] float32."""
-    logits = (hidden @ weight.T).float()
+    return scores_of_logits(hidden @ weight.T, targets, temperature, second, wants_entropy)
+
+
+def scores_of_logits(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    second: float | None,
+    wants_entropy: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same from logits [N, V]."""
+    logits = logits.float()
     law = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)
     logprob = law.gather(1, targets[:, None])[:, 0]
     entropy = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 import torch
+from torch import Tensor
 
 from bench.peers.peer import (
     Inputs,
@@ -35,23 +36,35 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def run(inputs: Inputs, mode: Mode) -> Outputs:
     """Log-prob and entropy, and the loss on them."""
-    logprob, entropy = _call(inputs, inputs.temperature, mode.loss != "ce")
-    second = _call(inputs, inputs.second_temperature, False)[0] if mode.second else None
+    problem = inputs.hidden, inputs.weight, inputs.targets
+    logprob, entropy = scores(*problem, inputs.temperature, wants_entropy=mode.loss != "ce")
+    second = None
+    if mode.second:
+        second, _ = scores(*problem, inputs.second_temperature, wants_entropy=False)
     return Outputs(logprob, entropy, second, shared_loss(inputs, mode, logprob))
 
 
-def _call(
-    inputs: Inputs, temperature: float, wants_entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def scores(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    *,
+    wants_entropy: bool,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob and entropy, [N] float32."""
     logprob, entropy, *_ = importlib.import_module(MODULE).ChunkedLogProbFunction.apply(
-        inputs.hidden,
-        inputs.weight,
-        None,
-        inputs.targets,
+        hidden,
+        weight,
+        bias,
+        targets,
         temperature,
-        min(CHUNK_VOCAB, len(inputs.weight)),
-        None,
-        1.0,
+        min(CHUNK_VOCAB, len(weight)),
+        softcap,
+        logit_scale,
         ("entropy",) if wants_entropy else (),
     )
     return logprob, entropy
