@@ -1,0 +1,168 @@
+"""How long is a whole training step: model, head and loss, backward pass, AdamW?"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.engines import SHAPES, model_folder, write
+from bench.environment import RESULTS
+from bench.peers.peer import package_version
+from bench.timing import (
+    Stopwatch,
+    clocks,
+    describe_error,
+    interleave,
+    peak_extra_bytes,
+    release,
+    summary,
+)
+
+OURS = "ours"
+FULL = {"prompts": 12, "samples": 8, "tokens": 24, "rounds": 10}
+QUICK = {"prompts": 3, "samples": 4, "tokens": 12, "rounds": 2}
+
+
+def add_command(commands: Any) -> None:
+    """Add `step` to the benchmark's commands."""
+    parser = commands.add_parser("step", help=__doc__)
+    parser.add_argument(
+        "--model",
+        default="package:smollm2-135m-instruct",
+        help=f"a model, or random:NAME for random weights of {', '.join(SHAPES)}",
+    )
+    parser.add_argument("--quick", action="store_true", help="few rows, few rounds")
+    parser.add_argument("--prompts", type=int, help="a third of them without an advantage (12)")
+    parser.add_argument("--samples", type=int, help="of each prompt (8)")
+    parser.add_argument("--prompt-tokens", type=int, default=40)
+    parser.add_argument("--tokens", type=int, help="most of a sample, of 4 at least (24)")
+    parser.add_argument("--tokens-per-microbatch", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, help="timed steps each (10)")
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="NAME", help="part of a name; repeatable"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.set_defaults(run=time_steps)
+
+
+def time_steps(arguments: argparse.Namespace) -> None:
+    """Gate, memory and times of every candidate over the same rows from the same weights."""
+    # The other benchmarks run without the trainer's packages.
+    from bench import step_candidates, step_gate
+
+    for name, value in (QUICK if arguments.quick else FULL).items():
+        if vars(arguments)[name] is None:
+            setattr(arguments, name, value)
+    fewest = step_candidates.FEWEST_TOKENS
+    if arguments.tokens < fewest:
+        raise SystemExit(f"--tokens {arguments.tokens}: must be {fewest} at least")
+    problem = step_candidates.load_problem(
+        model_folder(arguments.model),
+        prompts=arguments.prompts,
+        samples=arguments.samples,
+        prompt_tokens=arguments.prompt_tokens,
+        tokens=arguments.tokens,
+        tokens_per_microbatch=arguments.tokens_per_microbatch,
+        seed=arguments.seed,
+    )
+    device = problem.ours.device
+    candidates = [
+        one
+        for one in step_candidates.all_candidates(problem)
+        if not any(part.lower() in one.name.lower() for part in arguments.skip)
+    ]
+    reference, found = step_gate.gated(problem, candidates)
+    time_candidates(
+        {one.name: one.step for one in candidates if found[one.name]["status"] == "ok"},
+        found,
+        functools.partial(problem.optimizer.zero_grad, set_to_none=True),
+        num_tokens=problem.num_tokens,
+        device=device,
+        rounds=arguments.rounds,
+        seed=arguments.seed,
+    )
+    print(table(found))
+    write(
+        "step",
+        arguments,
+        {
+            "clocks": clocks(device),
+            "threads": torch.get_num_threads(),
+            "row_kernels": problem.ours.row_kernels,
+            "trl": package_version("trl"),
+            "learning_rate": problem.cfg.trainer.lr,
+            "completion_tokens": problem.num_tokens,
+            "gate": {"limit": step_gate.LIMIT, "epsilon": step_gate.EPSILON, "errors": reference},
+            "candidates": found,
+        },
+    )
+
+
+def time_candidates(
+    steps: dict[str, Callable[[], object]],
+    found: dict[str, dict[str, Any]],
+    before: Callable[[], None],
+    *,
+    num_tokens: int,
+    device: torch.device,
+    rounds: int,
+    seed: int,
+) -> None:
+    """Add memory, times and ratios to the records `found`; num_tokens: of the completions."""
+    calls: dict[str, Callable[[], None]] = {}
+    for name, step in steps.items():
+        call = functools.partial(_call, step)
+        try:
+            call()  # warm-up beyond the gate's step, which may have compiled
+            found[name]["peak_extra_bytes"] = peak_extra_bytes(call, before, 0, device)
+        # Whatever another project's kernel raises is that candidate's result.
+        except Exception as error:
+            found[name] |= {"status": "failed", "message": describe_error(error)}
+            before()
+            release(device)
+            continue
+        calls[name] = call
+    times, failures = interleave(
+        calls, before, Stopwatch(device), rounds=rounds, seed=seed, deadline=float("inf")
+    )
+    before()
+    for name, values in times.items():
+        if name in failures:
+            found[name] |= {"status": "failed", "message": failures[name]}
+            continue
+        found[name] |= summary(values)
+        found[name]["tokens_per_s"] = 1000 * num_tokens / found[name]["median_ms"]
+    for one in found.values():
+        if "median_ms" in one and "median_ms" in found.get(OURS, {}):
+            one["ratio_to_ours"] = one["median_ms"] / found[OURS]["median_ms"]
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """A row per candidate, as Markdown."""
+    heads = ["candidate", "ms (p20 to p80)", f"/ {OURS}", "completion tokens/s", "model tokens"]
+    heads += ["peak extra memory", "says"]
+    rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name, one in found.items():
+        cells = [one["status"], "-", "-", "-", "-", one["message"]]
+        if "median_ms" in one:
+            memory, ratio = one["peak_extra_bytes"], one.get("ratio_to_ours")
+            cells = [
+                f"{one['median_ms']:.4g} ({one['p20_ms']:.4g} to {one['p80_ms']:.4g})",
+                "-" if ratio is None else f"{ratio:.2f}",
+                f"{one['tokens_per_s']:.0f}",
+                str(one["model_tokens"]),
+                "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB",
+                "",
+            ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _call(step: Callable[[], object]) -> None:
+    step()
