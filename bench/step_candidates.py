@@ -1,7 +1,8 @@
 """Whole training steps over the same rows: ours, and plain trainers with other heads.
 
-All share the weights, the optimizer, the budget of a micro-batch and the loss function. Ours differs
-in the layout, the attention, the head, and in rows without an advantage, which it only measures.
+All share the weights, the optimizer, the budget of a micro-batch and the loss function. Ours
+differs in the layout, the attention, the head, and in rows without an advantage, which it only
+measures.
 """
 
 from __future__ import annotations
