@@ -55,21 +55,26 @@ def token_loss(
     with torch.no_grad(), computing_on(problem.hidden.device):
         head, tokens = head_of(problem), tokens_of(problem)
         tokens, num_active = _active_first(problem, tokens)
+        num_active = num_active if any(needs) else 0
         gradients = GradientPass(problem, head, needs, num_active)
         loss = torch.zeros((), dtype=head.dtype, device=problem.hidden.device)
         metrics: dict[str, Tensor] = {}
         parts: list[RowStats] = []
         num_tokens, room = len(tokens.targets), gradients.room(num_active)
         kept = 0 if room is None else room.tokens
-        space = head.space(min(forward_chunk_size(problem), num_tokens - kept))
-        for index in _chunks_apart(problem, kept, num_active, num_tokens):
+        size, scoring_size = forward_chunk_size(problem), scoring_chunk_size(problem)
+        space = head.space(min(size, num_active - kept))
+        scores = head.scoring_space(min(scoring_size, num_tokens - num_active))
+        for index in _chunks_apart(kept, num_active, num_tokens, size, scoring_size):
             chunk = tokens.at(index)
+            wants_grad = index.start < num_active
             if room is not None and index.stop <= kept:
                 products, stats = room, head.forward_into(room, chunk)
-            else:
+            elif wants_grad:
                 products, stats = head.forward(chunk, space)
+            else:
+                products, stats = None, head.score(chunk, scores)
             columns = [take(tensor, chunk.positions) for tensor in token_tensors]
-            wants_grad = any(needs) and index.start < num_active
             chunk_loss, chunk_metrics, coefs = _evaluate(loss_fn, stats, columns, wants_grad)
             loss += chunk_loss
             for name, value in chunk_metrics.items():
@@ -106,8 +111,8 @@ def forward(problem: Problem) -> tuple[Tokens, RowStats]:
     with computing_on(problem.hidden.device):
         head, tokens = head_of(problem), tokens_of(problem)
         count, size = len(tokens.targets), scoring_chunk_size(problem)
-        space = head.space(min(count, size))
-        parts = [head.forward(tokens.at(index), space)[1] for index in slices(count, size)]
+        space = head.scoring_space(min(count, size))
+        parts = [head.score(tokens.at(index), space) for index in slices(count, size)]
         return tokens, _join(parts, head, tokens)
 
 
@@ -210,18 +215,19 @@ def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
     return tokens.at(others.to(torch.uint8).argsort(stable=True)), num_active
 
 
-def _chunks_apart(problem: Problem, kept: int, num_active: int, num_tokens: int) -> Iterator[slice]:
+def _chunks_apart(
+    kept: int, num_active: int, num_tokens: int, size: int, scoring_size: int
+) -> Iterator[slice]:
     """Chunks that hold either active tokens or others; the first `kept` active ones are one.
 
     The last of the active ones is full, since its logits may be kept for the gradient.
     """
-    size = forward_chunk_size(problem)
-    first = (num_active - kept) % size
-    for start, stop in ((0, kept), (kept, kept + first)):
+    first = kept + (num_active - kept) % size
+    for start, stop in ((0, kept), (kept, first)):
         if start < stop:
             yield slice(start, stop)
-    for start, stop in ((kept + first, num_active), (num_active, num_tokens)):
-        for index in slices(stop - start, size):
+    for start, stop, most in ((first, num_active, size), (num_active, num_tokens, scoring_size)):
+        for index in slices(stop - start, most):
             yield slice(index.start + start, index.stop + start)
 
 

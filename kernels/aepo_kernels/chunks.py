@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from aepo_kernels.sliced_logits import SlicedLogits
 # Bytes of a chunk's logits, and its most tokens. The size never depends on N, so that a token's
 # results do not depend on its batch; larger chunks update the weight's fp32 gradient less often.
 _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 5 * 2**23, 1024
-_CPU_SCORING_TOKENS = 256
+# Where no gradient follows: tokens, and with C++ rows columns, whose logits stay cached.
+_CPU_SCORING_TOKENS, _CPU_SCORING_COLUMNS = 256, 16384
 _CPU_SLICE_BYTES, _ROW_BLOCK = 2**24, 2048
 _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
 # "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
@@ -54,6 +55,11 @@ class Tokens:
             _pick(self.second_inv_temperature, index),
         )
 
+    def within(self, rows: slice) -> Tokens:
+        """The same with targets of a slice of the vocabulary, -1 where they are not in it."""
+        inside = (self.targets >= rows.start) & (self.targets < rows.stop)
+        return replace(self, targets=torch.where(inside, self.targets - rows.start, -1))
+
 
 def join_tokens(parts: Sequence[Tokens]) -> Tokens:
     """Several sets of tokens as one."""
@@ -79,6 +85,7 @@ class Head:
     """The head as GEMMs and rows read it: weight, lora (A, B) in hidden's dtype, bias in `dtype`.
 
     logits_dtype: of the first GEMM's output. fused: the forward pass does not write logits.
+    by_slices: rows can come a slice of their columns after the other.
     """
 
     hidden: Tensor
@@ -87,6 +94,7 @@ class Head:
     dtype: torch.dtype
     logits_dtype: torch.dtype
     fused: bool
+    by_slices: bool
     lora: tuple[Tensor, Tensor] | None
     lora_scale: float
     shard: VocabShard | None
@@ -113,25 +121,56 @@ class Head:
         products = self.products(tokens, space)
         return products, self.stats(tokens, products)
 
-    def forward_into(self, room: SlicedLogits, tokens: Tokens) -> RowStats:
-        """The same a slice of the vocabulary at a time, into memory that keeps the logits."""
-        for rows in slices(len(self.weight), room.size):
-            self.at(rows).products(tokens, room.at(rows).view(-1))
-        return self.stats(tokens, room)
+    def scoring_space(self, tokens: int) -> Tensor | None:
+        """Room for `score`."""
+        if self.by_slices:
+            return self.hidden.new_empty(tokens * min(_CPU_SCORING_COLUMNS, len(self.weight)))
+        return self.space(tokens)
 
-    def stats(self, tokens: Tokens, products: Tensor | SlicedLogits) -> RowStats:
+    def score(self, tokens: Tokens, space: Tensor | None) -> RowStats:
+        """Statistics without logits that last, on a CPU while they are cached."""
+        if not self.by_slices:
+            return self.forward(tokens, space)[1]
+        return self._stats_by_slices(tokens, _CPU_SCORING_COLUMNS, lambda rows: space)
+
+    def forward_into(self, room: SlicedLogits, tokens: Tokens) -> RowStats:
+        """Statistics, with the logits in memory that keeps them."""
+        return self._stats_by_slices(tokens, room.size, lambda rows: room.at(rows).view(-1))
+
+    def _stats_by_slices(
+        self, tokens: Tokens, size: int, space: Callable[[slice], Tensor | None]
+    ) -> RowStats:
+        count = len(self.weight)
+        state, stats = cpu_rows.new_state(len(tokens.targets)), None
+        for rows in slices(count, size):
+            head, local = self.at(rows), tokens.within(rows)
+            products = head.products(local, space(rows))
+            first_and_last = {"is_first": rows.start == 0, "is_last": rows.stop == count}
+            stats = head.row_stats(local, products, state=state, **first_and_last)
+        assert stats is not None
+        return self._whole(stats, tokens)
+
+    def stats(self, tokens: Tokens, products: Tensor) -> RowStats:
         """Statistics of the rows of raw logits; of whole rows where the vocabulary is sharded."""
-        temperatures = tokens.inv_temperature, tokens.second_inv_temperature
-        stats = row_operations(self.hidden).row_stats(
+        return self._whole(self.row_stats(tokens, products), tokens)
+
+    def row_stats(self, tokens: Tokens, products: Tensor, **part: Any) -> Any:
+        """The row operation of that name; `part` is for slices of the columns."""
+        return row_operations(products).row_stats(
             products,
             tokens.targets,
-            *temperatures,
+            tokens.inv_temperature,
+            tokens.second_inv_temperature,
             self.logit_map,
             self.dtype,
             squares=self.squares,
+            **part,
         )
+
+    def _whole(self, stats: RowStats, tokens: Tokens) -> RowStats:
         if self.shard is None:
             return stats
+        temperatures = tokens.inv_temperature, tokens.second_inv_temperature
         return combine(stats, tokens.targets, *temperatures, self.shard)
 
     def at(self, rows: slice) -> Head:
@@ -212,6 +251,7 @@ def head_of(problem: Problem) -> Head:
         dtype,
         problem.logits_dtype or hidden.dtype,
         problem.backend == "fused",
+        problem.backend == "chunked" and row_operations(hidden) is cpu_rows,
         lora,
         float(problem.lora_scale),
         problem.shard,
@@ -278,12 +318,6 @@ def keeps_logits(problem: Problem, rows: int) -> bool:
     return problem.hidden.device.type == "cpu" and wide <= _CPU_SLICE_BYTES // 4
 
 
-def keeps_slices(problem: Problem) -> bool:
-    """Whether logits can wait in the memory of the weight's gradient, made a slice at a time."""
-    wide = problem.weight.element_size() >= problem.hidden.element_size()
-    return wide and problem.backend == "chunked" and row_operations(problem.hidden) is cpu_rows
-
-
 def forward_chunk_size(problem: Problem) -> int:
     """Tokens that go through the forward pass at once."""
     return _FUSED_FORWARD_TOKENS if problem.backend == "fused" else chunk_size(problem)
@@ -292,8 +326,10 @@ def forward_chunk_size(problem: Problem) -> int:
 def scoring_chunk_size(problem: Problem) -> int:
     """The same where no gradient follows: on a CPU few enough for their logits to stay cached."""
     size = forward_chunk_size(problem)
-    small = problem.hidden.device.type == "cpu" and problem.chunk_tokens is None
-    return min(size, _CPU_SCORING_TOKENS) if small else size
+    if problem.hidden.device.type != "cpu" or problem.chunk_tokens is not None:
+        return size
+    by_slices = row_operations(problem.hidden) is cpu_rows  # whose size is no matter of V
+    return _CPU_SCORING_TOKENS if by_slices else min(size, _CPU_SCORING_TOKENS)
 
 
 def slices(num_tokens: int, size: int) -> Iterator[slice]:

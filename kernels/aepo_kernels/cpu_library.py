@@ -27,8 +27,6 @@ class Logits(ctypes.Structure):
         ("rows", _LONG),
         ("vocab", _LONG),
         ("row_stride", _LONG),
-        ("slice", _LONG),
-        ("slice_room", _LONG),
         ("targets", _POINTER),
         ("inv_temperature", _POINTER),
         ("second_inv_temperature", _POINTER),
@@ -45,6 +43,10 @@ class Stats(ctypes.Structure):
             "logprob entropy max_logit log_sum second_logprob second_log_sum sum_squares".split()
         )
     ]
+
+
+class State(ctypes.Structure):
+    _fields_ = [("numbers", _POINTER), ("is_first", _INT), ("is_last", _INT)]
 
 
 class Coefs(ctypes.Structure):
@@ -67,7 +69,7 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded = ctypes.CDLL(spec.origin)
     loaded.aepo_isa_name.restype = ctypes.c_char_p
-    loaded.aepo_row_stats.argtypes = [_POINTER, _POINTER, _INT]
+    loaded.aepo_row_stats.argtypes = [_POINTER, _POINTER, _POINTER, _INT]
     loaded.aepo_sample_rows.argtypes = [_POINTER, _POINTER, _INT]
     loaded.aepo_row_grad.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT]
     return loaded

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aepo_kernels.cpu_library import DTYPES, Coefs, Grad, Logits, Sample, Stats, call
+from aepo_kernels.cpu_library import DTYPES, Coefs, Grad, Logits, Sample, State, Stats, call
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
-from aepo_kernels.sliced_logits import SlicedLogits
+
+_STATE_SIZE = 6  # of rows.h
 
 
 def row_stats(
-    products: Tensor | SlicedLogits,
+    products: Tensor,
     targets: Tensor,
     inv_temperature: float | Tensor,
     second_inv_temperature: float | Tensor | None,
@@ -25,16 +26,28 @@ def row_stats(
     dtype: torch.dtype,
     *,
     squares: bool = False,
-) -> RowStats:
-    """See `rows.row_stats`; dtype is torch.float32."""
+    state: Tensor | None = None,
+    is_first: bool = True,
+    is_last: bool = True,
+) -> RowStats | None:
+    """See `rows.row_stats`; dtype is torch.float32.
+
+    Rows may come a slice of their columns after the other, with targets -1 outside of it and a
+    `state` from `new_state`; the last one gives what whole rows would, the others None. The bits
+    are the same where the others' columns are multiples of 2048.
+    """
     assert dtype == torch.float32
-    law = _law(len(targets), inv_temperature, second_inv_temperature, logit_map)
-    size = 0
-    if isinstance(products, SlicedLogits):
-        products, size = products.memory, products.size
-    found = iter(_stats(products, targets, *law, squares, size))
+    law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
+    found = iter(_stats(products, targets, *law, squares, state, is_first, is_last))
     wanted = _wanted(second_inv_temperature is not None, squares)
+    if not is_last:
+        return None
     return RowStats(*(next(found) if want else None for want in wanted))  # type: ignore[arg-type]
+
+
+def new_state(count: int) -> Tensor:
+    """What `row_stats` keeps of so many rows from slice to slice: float64."""
+    return torch.empty(count, _STATE_SIZE, dtype=torch.float64)
 
 
 def row_grad(
@@ -76,7 +89,7 @@ def _(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor,
     return logits.new_empty(size, dtype=torch.int64), logits.new_empty(size, dtype=torch.float32)
 
 
-@torch.library.custom_op("aepo_kernels::cpu_row_stats", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("aepo_kernels::cpu_row_stats", mutates_args=("state",), device_types="cpu")
 def _stats(
     products: Tensor,
     targets: Tensor,
@@ -86,28 +99,30 @@ def _stats(
     softcap: float,
     scale: float,
     squares: bool,
-    slice_size: int,
+    state: Tensor | None,
+    is_first: bool,
+    is_last: bool,
 ) -> list[Tensor]:
-    """Those of RowStats that are wanted, in their order; softcap 0 is none.
-
-    products: [C, V], or with a slice_size the memory of SlicedLogits.
-    """
+    """Those of RowStats that are wanted, in order, after the last slice; softcap 0 is none."""
     law = _floats(inv_temperature, second_inv_temperature, bias)
     given = [targets.contiguous(), *law]
     wanted = _wanted(second_inv_temperature is not None, squares)
-    found = [torch.empty(len(targets)) if want else None for want in wanted]
-    logits = _logits(products, given, softcap, scale)
-    if slice_size:
-        logits.rows, logits.vocab = len(targets), len(products)
-        logits.slice, logits.slice_room = slice_size, products.shape[1]
-    call("aepo_row_stats", logits, Stats(*map(_address, found)))
-    return [x for x in found if x is not None]
+    found = [torch.empty(len(products)) if want else None for want in wanted]
+    call(
+        "aepo_row_stats",
+        _logits(products, given, softcap, scale),
+        Stats(*map(_address, found)),
+        State(_address(state), is_first, is_last),
+    )
+    return [x for x in found if x is not None] if is_last else []
 
 
 @_stats.register_fake
-def _(products: Tensor, targets: Tensor, *rest) -> list[Tensor]:
-    wanted = _wanted(rest[1] is not None, rest[-2])
-    return [products.new_empty(len(targets), dtype=torch.float32) for want in wanted if want]
+def _(products: Tensor, *rest) -> list[Tensor]:
+    size, (squares, _, _, is_last) = products.shape[:1], rest[-4:]
+    wanted = _wanted(rest[2] is not None, squares)
+    made = [products.new_empty(size, dtype=torch.float32) for want in wanted if want]
+    return made if is_last else []
 
 
 @torch.library.custom_op(
@@ -159,8 +174,6 @@ def _logits(products: Tensor, given: list[Tensor | None], softcap: float, scale:
         torch.get_num_threads(),
         *products.shape,
         products.stride(0),
-        0,
-        0,
         *map(_address, given),
         softcap,
         scale,

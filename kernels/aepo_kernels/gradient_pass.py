@@ -15,7 +15,6 @@ from aepo_kernels.chunks import (
     chunk_size,
     join_tokens,
     keeps_logits,
-    keeps_slices,
     slice_size,
     slices,
 )
@@ -39,9 +38,7 @@ class _Part:
         self, head: Head, rows: slice, out: Tensor | None, bias_grad: Tensor | None
     ) -> Tensor:
         """The gradient by the logits at a slice of the vocabulary, in `out` where there is one."""
-        targets = self.tokens.targets
-        inside = (targets >= rows.start) & (targets < rows.stop)
-        local = replace(self.tokens, targets=torch.where(inside, targets - rows.start, -1))
+        local = self.tokens.within(rows)
         if isinstance(self.logits, Tensor):
             products = self.logits[:, rows]
         elif self.logits is not None:
@@ -72,10 +69,11 @@ class GradientPass:
 
     def room(self, tokens: int) -> SlicedLogits | None:
         """Where logits of at most so many tokens can wait, or None; to be asked once, first."""
-        problem = self.problem
-        if self.slice is None or not (self.total.needs_weight and keeps_slices(problem)):
+        hidden, weight = self.problem.hidden, self.problem.weight
+        wide = weight.element_size() >= hidden.element_size()
+        if self.slice is None or not (wide and self.total.needs_weight and self.head.by_slices):
             return None
-        memory = self.total.make_weight().view(problem.hidden.dtype)
+        memory = self.total.make_weight().view(hidden.dtype)
         return SlicedLogits(memory, min(tokens, memory.shape[1]), self.slice)
 
     def add(

@@ -205,6 +205,34 @@ def test_any_number_of_threads_gives_the_same_bits(bias: bool) -> None:
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("size", [2048, 4096, 20000])
+def test_slices_of_columns_give_the_bits_of_whole_rows(size: int) -> None:
+    vocab = 9001
+    products, bias = products_of(5, vocab, torch.bfloat16), torch.randn(vocab)
+    products[1, :5000] = -torch.inf
+    targets = torch.tensor([0, 8000, 2047, 2048, 9000])
+    law, names = (1.3, 0.7), {"dtype": torch.float32, "squares": True}
+    wanted = cpu_rows.row_stats(products, targets, *law, LogitMap(bias, 20.0, 1.5), **names)
+    state, found = cpu_rows.new_state(5), None
+    for start in range(0, vocab, size):
+        stop = min(start + size, vocab)
+        assert found is None
+        found = cpu_rows.row_stats(
+            products[:, start:stop],
+            torch.where((targets >= start) & (targets < stop), targets - start, -1),
+            *law,
+            LogitMap(bias[start:stop], 20.0, 1.5),
+            **names,
+            state=state,
+            is_first=start == 0,
+            is_last=stop == vocab,
+        )
+    assert found is not None and wanted is not None
+    for one, other in zip(found, wanted, strict=True):
+        assert one is not None and other is not None
+        assert torch.equal(one, other)
+
+
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu_library.ISA_VARIABLE, "mmx")
     with pytest.raises(ValueError, match=f"AEPO_CPU_ISA = 'mmx'.*{NAMES[0]}"):

@@ -56,6 +56,10 @@ def work(rank: int, world_size: int, folder: str, row_kernels: str) -> None:
         output = run(part, grpo_like, *make_columns(case), shard=shard, chunk_tokens=25)
         output.loss.backward()
         results[f"loss {option}"] = output.loss.detach(), [x.grad for x in part.tensors()]
+        part, shard = shard_of(case, BOUNDS[world_size], rank)
+        output = run(part, grpo_like, *make_columns(case), shard=shard, weight_slice=150)
+        output.loss.backward()
+        results[f"slices {option}"] = output.loss.detach(), [x.grad for x in part.tensors()]
     results["lora"] = with_lora(rank, world_size)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -77,7 +81,10 @@ def with_lora(rank: int, world_size: int) -> list[torch.Tensor]:
 OPTIONS = ("plain", "token_second", "all", "shift_down")
 
 
-@pytest.mark.parametrize(("world_size", "row_kernels"), [(2, "torch"), (3, "torch"), (2, "triton")])
+CASES = [(2, "default"), (3, "default"), (2, "triton")]
+
+
+@pytest.mark.parametrize(("world_size", "row_kernels"), CASES)
 def test_ranks_together_match_the_whole(world_size: int, row_kernels: str, tmp_path: Path) -> None:
     if row_kernels == "triton":
         pytest.importorskip("triton")
@@ -87,6 +94,7 @@ def test_ranks_together_match_the_whole(world_size: int, row_kernels: str, tmp_p
         case = make_case(60, 32, 1000, option=option)
         check_logprob(case, [rank[f"logprob {option}"] for rank in ranks])
         check_loss(case, [rank[f"loss {option}"] for rank in ranks])
+        check_loss(case, [rank[f"slices {option}"] for rank in ranks])
     check_lora([rank["lora"] for rank in ranks])
 
 

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from aepo_kernels import RowSampling, chunks, cpu_library, cpu_rows, linear_logprob
+from aepo_kernels import RowSampling, chunks, cpu_library, linear_logprob
 from aepo_kernels.gradients import Gradients
-from aepo_kernels.rows import LogitMap
-from aepo_kernels.sliced_logits import SlicedLogits
 from tests.kernels.oracle import (
     OPTIONS,
     assert_as_accurate,
@@ -94,23 +92,6 @@ def test_on_a_cpu_few_logits_are_made_twice(
     leaves = make_case(tokens, 64, 1000, dtype=torch.bfloat16).fresh()
     run(leaves, policy_gradient, torch.randn(tokens), chunk_tokens=None).loss.backward()
     assert sum(made) == (tokens + again) * 1000
-
-
-@needs_cpp
-@pytest.mark.parametrize("size", [2048, 4096, 20000])
-def test_statistics_of_sliced_logits_have_the_bits_of_whole_rows(size: int) -> None:
-    vocab, tokens, room = 9001, 5, 6
-    logits = torch.randn(tokens, vocab, dtype=torch.bfloat16)
-    sliced = SlicedLogits(torch.full((vocab, room), torch.nan).bfloat16(), tokens, size)
-    for rows in chunks.slices(vocab, size):
-        sliced.at(rows).copy_(logits[:, rows])
-    targets = torch.tensor([0, 2047, 2048, 9000, -1])
-    law = 1.3, 0.7, LogitMap(torch.randn(vocab), 20.0, 1.5), torch.float32
-    found = cpu_rows.row_stats(sliced, targets, *law, squares=True)
-    wanted = cpu_rows.row_stats(logits, targets, *law, squares=True)
-    for one, other in zip(found, wanted, strict=True):
-        assert one is not None and other is not None
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("weight_slice", [1, 64, 300, 5000])

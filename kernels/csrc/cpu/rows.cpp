@@ -42,8 +42,9 @@ const char* aepo_isa_name(std::int32_t isa) {
 
 int aepo_isa_runs(std::int32_t isa) { return isa >= 0 && isa < kCount && kIsas[isa].runs(); }
 
-int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats, std::int32_t isa) {
-  return kIsas[isa].kernels->row_stats(*logits, *stats);
+int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats, const AepoState* state,
+                   std::int32_t isa) {
+  return kIsas[isa].kernels->row_stats(*logits, *stats, *state);
 }
 
 int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,

@@ -14,9 +14,6 @@ struct AepoLogits {
   std::int32_t dtype;
   std::int32_t threads;
   std::int64_t rows, vocab, row_stride;
-  // For aepo_row_stats alone: 0, or columns a to b = a + slice of all rows lie together, [rows, b - a]
-  // without gaps from a * slice_room on; row_stride is then ignored.
-  std::int64_t slice, slice_room;
   const std::int64_t* targets;      // below 0: no logit of this row's target is here
   const float* inv_temperature;     // per row
   const float* second_inv_temperature;
@@ -29,6 +26,15 @@ struct AepoStats {
   float *logprob, *entropy, *max_logit, *log_sum;
   float *second_logprob, *second_log_sum, *sum_squares;
 };
+
+// For rows that come a slice of their columns after the other, whatever `vocab` each has: what is
+// known of them so far, [rows, kStateSize]. The first slice sets it up, the last one gives the stats,
+// which are those of whole rows to the bit if all others are a multiple of 2048 columns.
+struct AepoState {
+  double* numbers;  // null: these are whole rows
+  std::int32_t is_first, is_last;
+};
+constexpr int kStateSize = 6;
 
 // Derivatives of the loss by each row's outputs.
 struct AepoCoefs {
@@ -54,7 +60,8 @@ struct AepoSample {
 
 extern "C" {
 // All return 0, or 1 where a dtype is unknown. isa: see aepo_isa_name.
-AEPO_EXPORT int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats, std::int32_t isa);
+AEPO_EXPORT int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats,
+                               const AepoState* state, std::int32_t isa);
 AEPO_EXPORT int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,
                   const AepoGrad* grad, std::int32_t isa);
 // Ignores the targets. A row whose logits are all -inf, or NaN, gives token -1.

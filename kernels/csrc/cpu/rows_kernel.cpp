@@ -20,15 +20,14 @@ template <typename Value>
 struct Row {
   const Value* products;
   const AepoLogits& logits;
-  std::int64_t end;
 
-  // A vector of logits from a column on; those from the end on are -inf.
+  // A vector of logits from a column on; those beyond the vocabulary are -inf.
   Floats at(std::int64_t column) const {
-    if (column + kLanes <= end) return map(load(products + column), column);
-    if (kParts > 1 && column >= end) return all(-INFINITY);
+    if (column + kLanes <= logits.vocab) return map(load(products + column), column);
+    if (kParts > 1 && column >= logits.vocab) return all(-INFINITY);
     Value padded[kLanes] = {};
-    const std::int64_t count = end - column;
-    std::copy(products + column, products + end, padded);
+    const std::int64_t count = logits.vocab - column;
+    std::copy(products + column, products + logits.vocab, padded);
     Floats value = map(load(padded), column, count);
     for (std::int64_t lane = count; lane < kLanes; ++lane) value[lane] = -INFINITY;
     return value;
@@ -54,17 +53,7 @@ struct Row {
 template <typename Value>
 Row<Value> row_at(const AepoLogits& logits, std::int64_t index) {
   const auto* products = static_cast<const Value*>(logits.products);
-  return {products + index * logits.row_stride, logits, logits.vocab};
-}
-
-// The part of a row that lies together around a column.
-template <typename Value>
-Row<Value> row_at(const AepoLogits& logits, std::int64_t index, std::int64_t column) {
-  if (logits.slice == 0) return row_at<Value>(logits, index);
-  const auto* products = static_cast<const Value*>(logits.products);
-  const std::int64_t start = column - column % logits.slice;
-  const std::int64_t end = std::min(start + logits.slice, logits.vocab);
-  return {products + start * (logits.slice_room - 1) + index * (end - start), logits, end};
+  return {products + index * logits.row_stride, logits};
 }
 
 // Sums over a row of w = exp((z - max) / T), kept right as the maximum grows.
@@ -93,17 +82,40 @@ Sums block_sums(const Floats* block, std::int64_t count, float max, float invers
   return {sum(weights), sum(tempered), sum(squared)};
 }
 
+// What is known of a row after some of its columns.
+struct RowState {
+  float max = -std::numeric_limits<float>::infinity(), target = 0;
+  Sums first, second;
+
+  static RowState read(const double* from) {
+    RowState state;
+    state.max = float(from[0]);
+    state.target = float(from[1]);
+    state.first = {from[2], from[3], from[4]};
+    state.second.weights = from[5];
+    return state;
+  }
+
+  void write(double* to) const {
+    const double numbers[kStateSize] = {max,           target,        first.weights,
+                                        first.tempered, first.squares, second.weights};
+    std::copy(numbers, numbers + kStateSize, to);
+  }
+};
+
 template <typename Value>
-void stats_of_row(const AepoLogits& logits, const AepoStats& stats, std::int64_t index) {
+void add_columns(const AepoLogits& logits, const AepoStats& stats, std::int64_t index,
+                 bool is_first, RowState& state) {
+  const Row<Value> row = row_at<Value>(logits, index);
   const float inverse = logits.inv_temperature[index];
   const bool has_second = logits.second_inv_temperature != nullptr;
   const float second_inverse = has_second ? logits.second_inv_temperature[index] : 0;
-  float max = -std::numeric_limits<float>::infinity();
-  Sums first, second;
+  // Copies: through the reference, the sums would go through memory for every block.
+  float max = state.max;
+  Sums first = state.first, second = state.second;
   Floats block[kBlock / kLanes];
-  for (std::int64_t start = 0, end; start < logits.vocab; start = end) {
-    const Row<Value> row = row_at<Value>(logits, index, start);
-    end = std::min(start + kBlock, row.end);
+  for (std::int64_t start = 0; start < logits.vocab; start += kBlock) {
+    const std::int64_t end = std::min(start + kBlock, logits.vocab);
     std::int64_t count = 0;
     Floats largest = all(-INFINITY);
     for (std::int64_t column = start; column < end; column += kWide) {
@@ -129,20 +141,45 @@ void stats_of_row(const AepoLogits& logits, const AepoStats& stats, std::int64_t
     first.squares += more.squares;
     if (has_second) second.weights += block_sums(block, count, base, second_inverse, false).weights;
   }
-  const double log_sum = std::log(first.weights);
-  const std::int64_t column = std::max<std::int64_t>(logits.targets[index], 0);
-  const float target = row_at<Value>(logits, index, column).one(column) - max;
-  stats.max_logit[index] = max;
+  const std::int64_t target = logits.targets[index];
+  if (target >= 0 || is_first) state.target = row.one(std::max<std::int64_t>(target, 0));
+  state.max = max;
+  state.first = first;
+  state.second = second;
+}
+
+void finish_row(const AepoLogits& logits, const AepoStats& stats, std::int64_t index,
+                const RowState& state) {
+  const double log_sum = std::log(state.first.weights);
+  const float inverse = logits.inv_temperature[index], target = state.target - state.max;
+  stats.max_logit[index] = state.max;
   stats.log_sum[index] = float(log_sum);
   stats.logprob[index] = float(double(target * inverse) - log_sum);
-  stats.entropy[index] = float(log_sum - first.tempered / first.weights);
+  stats.entropy[index] = float(log_sum - state.first.tempered / state.first.weights);
   if (stats.sum_squares != nullptr) {
-    stats.sum_squares[index] = float(first.squares / (first.weights * first.weights));
+    const double weights = state.first.weights;
+    stats.sum_squares[index] = float(state.first.squares / (weights * weights));
   }
-  if (has_second) {
-    const double second_log_sum = std::log(second.weights);
+  if (logits.second_inv_temperature != nullptr) {
+    const double second_log_sum = std::log(state.second.weights);
     stats.second_log_sum[index] = float(second_log_sum);
-    stats.second_logprob[index] = float(double(target * second_inverse) - second_log_sum);
+    const float tempered = target * logits.second_inv_temperature[index];
+    stats.second_logprob[index] = float(double(tempered) - second_log_sum);
+  }
+}
+
+template <typename Value>
+void stats_of_row(const AepoLogits& logits, const AepoStats& stats, const AepoState& known,
+                  std::int64_t index) {
+  const bool is_whole = known.numbers == nullptr;
+  const bool is_first = is_whole || known.is_first, is_last = is_whole || known.is_last;
+  double* numbers = is_whole ? nullptr : known.numbers + index * kStateSize;
+  RowState state = is_first ? RowState{} : RowState::read(numbers);
+  add_columns<Value>(logits, stats, index, is_first, state);
+  if (is_last) {
+    finish_row(logits, stats, index, state);
+  } else {
+    state.write(numbers);
   }
 }
 
@@ -268,9 +305,11 @@ void all_samples(const AepoLogits& logits, const AepoSample& sample) {
 }
 
 template <typename Value>
-void all_stats(const AepoLogits& logits, const AepoStats& stats) {
+void all_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState& state) {
 #pragma omp parallel for schedule(static) num_threads(logits.threads)
-  for (std::int64_t index = 0; index < logits.rows; ++index) stats_of_row<Value>(logits, stats, index);
+  for (std::int64_t index = 0; index < logits.rows; ++index) {
+    stats_of_row<Value>(logits, stats, state, index);
+  }
 }
 
 template <typename Value, typename Out>
@@ -308,11 +347,11 @@ int grads_from(const AepoLogits& logits, const AepoStats& stats, const AepoCoefs
   }
 }
 
-int row_stats(const AepoLogits& logits, const AepoStats& stats) {
+int row_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState& state) {
   switch (logits.dtype) {
-    case kFloat32: all_stats<float>(logits, stats); return 0;
-    case kBFloat16: all_stats<BFloat16>(logits, stats); return 0;
-    case kFloat16: all_stats<Float16>(logits, stats); return 0;
+    case kFloat32: all_stats<float>(logits, stats, state); return 0;
+    case kBFloat16: all_stats<BFloat16>(logits, stats, state); return 0;
+    case kFloat16: all_stats<Float16>(logits, stats, state); return 0;
     default: return 1;
   }
 }
