@@ -153,7 +153,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         if "median_ms" in one:
             memory, ratio = one["peak_extra_bytes"], one.get("ratio_to_ours")
             cells = [
-                f"{one['median_ms']:.4g} ({one['p20_ms']:.4g} to {one['p80_ms']:.4g})",
+                f"{_ms(one['median_ms'])} ({_ms(one['p20_ms'])} to {_ms(one['p80_ms'])})",
                 "-" if ratio is None else f"{ratio:.2f}",
                 f"{one['tokens_per_s']:.0f}",
                 str(one["model_tokens"]),
@@ -162,6 +162,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _call(step: Callable[[], object]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from bench import kernel_table
 from bench.entropy import table
 from bench.environment import RESULTS, ROOT
+from bench.step import table as step_table
 
 README = ROOT / "README.md"
 
@@ -33,7 +34,12 @@ def main(arguments: argparse.Namespace) -> None:
 
 def render(readme: str) -> str:
     """The README with every generated block made anew; a block without results stays empty."""
-    blocks = {"first-light": first_light(), "entropy": entropy(), "kernels": kernels()}
+    blocks = {
+        "first-light": first_light(),
+        "entropy": entropy(),
+        "kernels": kernels(),
+        "step": step(),
+    }
     for name, block in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         readme, count = re.subn(
@@ -124,6 +130,26 @@ def kernels() -> str:
         figure = path.with_suffix(".png")
         if figure.exists():
             parts.append(f"![time over the bare GEMMs']({_link(figure)})\n")
+    return "\n".join(parts)
+
+
+def step() -> str:
+    """The newest benchmark of a whole training step on each device."""
+    newest_by_device: dict[str, Path] = {}
+    for path in sorted(RESULTS.glob("*/step-*.json"), key=lambda path: path.name):
+        newest_by_device[path.parent.name] = path
+    parts = []
+    for path in newest_by_device.values():
+        record = json.loads(path.read_text())
+        where, settings = record["environment"], record["settings"]
+        device = where["cpu"] if where["device"] == "cpu" else where["device"]
+        parts.append(
+            f"{device}, torch {where['torch']}, {settings['model']}: {settings['prompts']} prompts "
+            f"of {settings['prompt_tokens']} tokens, {settings['samples']} samples each of 4 to "
+            f"{settings['tokens']}, medians of {settings['rounds']} interleaved rounds "
+            f"([raw]({_link(path)})).\n"
+        )
+        parts.append(step_table(record["candidates"]) + "\n")
     return "\n".join(parts)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aepo_fast.batch import MicroBatch
 from aepo_fast.policy import Policy
-from bench import step_candidates, step_gate
+from bench import step_candidates, step_gate, tables
 from bench.__main__ import main
 from bench.engines import model_folder
 from bench.peers import materialised
@@ -124,6 +124,10 @@ def test_command_writes_a_record(
         assert one["status"] == "ok" and len(one["times_ms"]) == 1
         assert one["ratio_to_ours"] > 0 and one["model_tokens"] > 0 and one["tokens_per_s"] > 0
         assert set(one["errors"]) == {"loss", "grad_norm", "entropy", "logprob", "gradient"}
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    block = tables.step()
+    assert "1 prompts of 40 tokens, 2 samples each" in block and "| ours | " in block
 
 
 def test_too_few_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
