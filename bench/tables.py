@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,9 @@ def _entropy_note(path: Path, record: dict[str, Any], runs: list[dict[str, Any]]
 
 def kernels() -> str:
     """The newest kernel benchmark of each device: summary, figure and what was left out."""
-    newest_by_device: dict[str, Path] = {}
-    for path in sorted(RESULTS.glob("*/kernels-*.json"), key=lambda path: path.name):
-        newest_by_device[path.parent.name] = path
     parts = []
-    for path in newest_by_device.values():
-        record = json.loads(path.read_text())
+    for path, record, device in _newest_by_device("*/kernels-*.json"):
         where, settings = record["environment"], record["settings"]
-        device = where["cpu"] if where["device"] == "cpu" else where["device"]
         parts.append(
             f"{device}, {settings['dtype']}, torch {where['torch']}, triton {where['triton']}: "
             f"time over the bare GEMMs' in the same run, medians of {settings['rounds']} "
@@ -135,14 +131,9 @@ def kernels() -> str:
 
 def step() -> str:
     """The newest benchmark of a whole training step on each device."""
-    newest_by_device: dict[str, Path] = {}
-    for path in sorted(RESULTS.glob("*/step-*.json"), key=lambda path: path.name):
-        newest_by_device[path.parent.name] = path
     parts = []
-    for path in newest_by_device.values():
-        record = json.loads(path.read_text())
+    for path, record, device in _newest_by_device("*/step-*.json"):
         where, settings = record["environment"], record["settings"]
-        device = where["cpu"] if where["device"] == "cpu" else where["device"]
         parts.append(
             f"{device}, torch {where['torch']}, {settings['model']}: {settings['prompts']} prompts "
             f"of {settings['prompt_tokens']} tokens, {settings['samples']} samples each of 4 to "
@@ -151,6 +142,17 @@ def step() -> str:
         )
         parts.append(step_table(record["candidates"]) + "\n")
     return "\n".join(parts)
+
+
+def _newest_by_device(pattern: str) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """The newest result of a kind on each device, with its record and the device's name."""
+    latest: dict[str, Path] = {}
+    for path in sorted(RESULTS.glob(pattern), key=lambda path: path.name):
+        latest[path.parent.name] = path
+    for path in latest.values():
+        record = json.loads(path.read_text())
+        where = record["environment"]
+        yield path, record, where["cpu"] if where["device"] == "cpu" else where["device"]
 
 
 def _link(path: Path) -> str:

@@ -200,7 +200,7 @@ def _active_rows(coefs: RowCoefs, tokens: Tokens, *, look: bool) -> Tensor | sli
 def _pick(products: Tensor | SlicedLogits, active: Tensor) -> Tensor | SlicedLogits:
     """products[active], on a CPU at the front of the same memory; active is ascending."""
     if isinstance(products, SlicedLogits):
-        return products.pick(active)
+        return replace(products, picked=active)
     if products.is_cuda:
         return products.index_select(0, active)
     for new, old in enumerate(active.tolist()):

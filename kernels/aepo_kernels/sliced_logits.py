@@ -8,7 +8,7 @@ is made twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,10 +31,6 @@ class SlicedLogits:
         """The logits of all tokens at one slice of the vocabulary: [T, columns]."""
         part = self.memory[rows]
         return part.view(-1)[: self.tokens * len(part)].view(self.tokens, len(part))
-
-    def pick(self, tokens: Tensor) -> SlicedLogits:
-        """The same memory with fewer tokens."""
-        return replace(self, picked=tokens)
 
     def read(self, rows: slice, space: Tensor) -> Tensor:
         """The logits of the wanted tokens at one slice, in `space` where they have to be picked."""

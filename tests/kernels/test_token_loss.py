@@ -93,10 +93,10 @@ def by_autograd(case: Case, loss: Any, *columns: Tensor) -> tuple[Tensor, dict, 
     return value, metrics, list(torch.autograd.grad(value, case.tensors()))
 
 
-def check(case: Case, **more: Any) -> None:
-    """Loss and gradients of grpo_like against float64."""
+def check(case: Case, **more: Any) -> tuple[TokenLossOutput, dict]:
+    """Loss and gradients of grpo_like against float64; returns the output and the true metrics."""
     columns = make_columns(case)
-    exact, _, truth = by_autograd(case.fresh(torch.float64), grpo_like, *columns)
+    exact, exact_metrics, truth = by_autograd(case.fresh(torch.float64), grpo_like, *columns)
     base_loss, _, base = by_autograd(case.fresh(), grpo_like, *columns)
     leaves = case.fresh()
     output = run(leaves, grpo_like, *columns, **more)
@@ -105,6 +105,7 @@ def check(case: Case, **more: Any) -> None:
     for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
         assert ours.dtype == case.hidden.dtype
         assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
+    return output, exact_metrics
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,22 +126,13 @@ def check(case: Case, **more: Any) -> None:
 )
 def test_matches_float64(shape: tuple, option: str, dtype: torch.dtype, backend: str) -> None:
     case = make_case(*shape, dtype=dtype, option=option, seed=3)
-    columns = make_columns(case)
-    exact, exact_metrics, exact_grads = by_autograd(case.fresh(torch.float64), grpo_like, *columns)
-    base, _, base_grads = by_autograd(case.fresh(), grpo_like, *columns)
-    leaves = case.fresh()
-    output = run(leaves, grpo_like, *columns, backend=backend)
+    output, exact_metrics = check(case, backend=backend)
     assert isinstance(output, TokenLossOutput) and output.backend == backend
-    assert_as_accurate(output.loss, base, exact, "loss")
     if dtype == torch.float32 and not option.startswith("shift"):
         for name, value in exact_metrics.items():
             torch.testing.assert_close(
                 output.metrics[name].double(), value.double(), rtol=1e-5, atol=0
             )
-    grads = torch.autograd.grad(output.loss, leaves.tensors())
-    for index, (ours, theirs, truth) in enumerate(zip(grads, base_grads, exact_grads, strict=True)):
-        assert ours.dtype == dtype
-        assert_as_accurate(ours, theirs, truth, f"gradient {index}")
     base_outputs = materialised(case)
     truth_outputs = materialised(case.fresh(torch.float64))
     for name, index in (("logprob", 0), ("entropy", 1), ("second_logprob", 3)):
