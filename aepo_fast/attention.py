@@ -5,7 +5,7 @@ end to end are told apart by their position_ids, which restart at 0. With a mask
 cache (rollouts) it is sdpa.
 
 grouped: eager attention whose query heads share their keys and values as they are, instead of
-copies of them, and whose probabilities are never in float32.
+copies of them, and whose probabilities are never in float32. Single tokens are decoded in C++.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
+
+from aepo_kernels import cpu_layers, cpu_library
 
 # The layers of a model share one position_ids tensor: its segments are found once, since finding
 # them waits for the GPU.
@@ -92,6 +94,10 @@ def grouped_attention(
         if options.get(name) is not None:
             raise ValueError(f'model.attention = "grouped": cannot apply {name}; use "eager"')
     batch, heads, length, width = query.shape
+    if length == 1 and not torch.is_grad_enabled() and decodes_in_place(query.device):
+        mask = None if attention_mask is None else attention_mask[:, 0, 0, : key.shape[2]]
+        query, key = query[:, :, 0].to(value.dtype), key.to(value.dtype)
+        return cpu_layers.decode_attention(query, key, value, mask, scaling)[:, None], None
     shared, total = key.shape[1:3]
     with torch.autocast(query.device.type, enabled=False):
         query = (query * scaling).to(value.dtype).reshape(batch * shared, -1, width)
@@ -103,6 +109,11 @@ def grouped_attention(
         weights = torch.softmax(scores, -1).view(batch * shared, -1, total)
         output = torch.bmm(weights, value.reshape(batch * shared, total, -1))
     return output.view(batch, heads, length, -1).transpose(1, 2), None
+
+
+def decodes_in_place(device: torch.device) -> bool:
+    """Whether grouped attention of single tokens reads keys and values without a copy of them."""
+    return device.type == "cpu" and cpu_library.unavailable_reason() is None
 
 
 def varlen_groups_heads() -> bool:

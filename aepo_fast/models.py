@@ -24,6 +24,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from aepo_fast.attention import register, varlen_groups_heads
 from aepo_fast.config import ConfigError, ModelConfig
+from aepo_fast.fused_layers import fuse_layers
 from aepo_fast.packages import PREFIX, find_package, resolve_package
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -101,6 +102,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> PreTrainedModel:
     """Load a model for training onto `device` in cfg.dtype, in train mode, without dropout.
 
+    On a CPU its layers use our C++ operations, see `fused_layers`.
+
     Raises ConfigError where cfg.attention or cfg.liger cannot be had, or the folder's head is not
     one that `head_of` describes.
     """
@@ -119,6 +122,7 @@ def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> Pr
     model.to(device)  # type: ignore[arg-type]
     if cfg.liger:
         _apply_liger(model)
+    fuse_layers(model)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()

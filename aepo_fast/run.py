@@ -9,6 +9,7 @@ from typing import Any
 from aepo_fast.checkpoint import complete_checkpoints, save_checkpoint
 from aepo_fast.config import Config
 from aepo_fast.evaluate import EvalResult, evaluate
+from aepo_fast.fused_layers import fused_kinds
 from aepo_fast.interrupt import Interrupted, InterruptGuard
 from aepo_fast.memory import keep_freed_memory
 from aepo_fast.metrics import MetricsLogger
@@ -38,7 +39,9 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
             keep_freed_memory()
         trainer = Trainer(cfg, inputs, guard)
         policy = trainer.policy
-        print(f"head: {policy.backend}, rows {policy.row_kernels}", flush=True)
+        layers = ", ".join(fused_kinds(policy.model)) or "none"
+        head = f"head: {policy.backend}, rows {policy.row_kernels}"
+        print(f"{head}; fused layers: {layers}", flush=True)
         try:
             return _Run(cfg, trainer, logger).run()
         finally:

@@ -17,11 +17,16 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from aepo_fast.attention import decodes_in_place
 from aepo_fast.rollout.base import Completion, Request, RolloutError
+from aepo_fast.rollout.cache import make_room
+from aepo_fast.rollout.packed import packed_linears
 from aepo_kernels import cpu_library, cpu_rows
 
 # Dropping rows copies the key-value cache, so wait until enough rows have finished.
 COMPACT_BELOW = 0.75
+# Prompts that begin with so many tokens in common, as chat templates do, have them prefilled once.
+_LEAST_SHARED = 8
 
 
 @dataclass
@@ -56,6 +61,10 @@ class HfRollout:
         self.shared = model.dtype == dtype
         self.model = model if self.shared else copy.deepcopy(model)
         nn.Module.to(self.model, dtype)
+        # Only a copy stays the same from one sync to the next.
+        self._linears = [] if self.shared else packed_linears(self.model)
+        for linear in self._linears:
+            linear.pack()
         self.eos_ids = frozenset(eos_ids)
         self.batch_rows = batch_rows
         self.weights_version = 0
@@ -68,6 +77,8 @@ class HfRollout:
             ours = dict(self.model.named_parameters())
             for name, parameter in model.named_parameters():
                 ours[name].copy_(parameter)
+            for linear in self._linears:
+                linear.pack()
         self.weights_version = version
 
     def sleep(self) -> None:
@@ -76,6 +87,7 @@ class HfRollout:
     def close(self) -> None:
         """Forget the model, so that its memory can be reused."""
         self.__dict__.pop("model", None)
+        self._linears.clear()
 
     def generate(
         self,
@@ -143,7 +155,11 @@ class HfRollout:
         logits, mask, cache = self._prefill([requests[index].prompt_ids for index in unique])
         expand = torch.tensor([unique.index(row.request) for row in rows], device=device)
         logits, mask = logits[expand], mask[expand]
-        cache.batch_select_indices(expand)
+        in_place = self.model.config._attn_implementation == "grouped" and decodes_in_place(device)
+        if in_place:
+            make_room(cache, expand, max_new_tokens)
+        else:
+            cache.batch_select_indices(expand)
         active = list(rows)
         for step in range(max_new_tokens):
             ids, logprobs = sample_tokens(
@@ -175,16 +191,25 @@ class HfRollout:
     def _prefill(
         self, prompts: list[tuple[int, ...]]
     ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        width = max(len(prompt) for prompt in prompts)
+        device = self.model.device
+        cache = DynamicCache(config=self.model.config)
+        shared = _shared_length(prompts)
+        # A window counts columns, and so would count the padding behind what is shared.
+        if len(prompts) == 1 or shared < _LEAST_SHARED or any(cache.is_sliding):
+            shared = 0
+        if shared:
+            ids = torch.tensor([prompts[0][:shared]], device=device)
+            self._forward(ids, torch.ones_like(ids), cache)
+            cache.batch_repeat_interleave(len(prompts))
+        width = max(len(prompt) for prompt in prompts) - shared
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.ones(len(prompts), shared + width, dtype=torch.long)
         for index, prompt in enumerate(prompts):
             # Left padding keeps every row's next position in the last column. Rows are told apart
             # by this mask, never by a pad id, which may equal the end-of-sequence id.
-            ids[index, width - len(prompt) :] = torch.tensor(prompt)
-            mask[index, width - len(prompt) :] = 1
-        device = self.model.device
-        cache = DynamicCache(config=self.model.config)
+            padding = shared + width - len(prompt)
+            ids[index, padding:] = torch.tensor(prompt[shared:])
+            mask[index, shared : shared + padding] = 0
         mask = mask.to(device)
         output = self._forward(ids.to(device), mask, cache)
         return output.logits[:, -1], mask, cache
@@ -199,6 +224,14 @@ class HfRollout:
             use_cache=True,
             logits_to_keep=1,
         )
+
+
+def _shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all prompts begin with, such that each has another one."""
+    first, last = min(prompts), max(prompts)  # all others lie between them
+    most = min(len(prompt) for prompt in prompts) - 1
+    same = (a == b for a, b in zip(first[:most], last[:most], strict=False))
+    return next((index for index, equal in enumerate(same) if not equal), max(most, 0))
 
 
 def sample_tokens(

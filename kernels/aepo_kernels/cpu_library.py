@@ -95,11 +95,15 @@ def unavailable_reason() -> str | None:
 
 def chosen() -> str:
     """The instruction set in use; raises ValueError where AEPO_CPU_ISA names none that runs."""
+    return _choose(os.environ.get(ISA_VARIABLE))
+
+
+@functools.cache
+def _choose(name: str | None) -> str:
     known = instruction_sets()
-    name = os.environ.get(ISA_VARIABLE) or known[-1]
-    if name not in known:
+    if name and name not in known:
         raise ValueError(f"{ISA_VARIABLE} = {name!r}: does not run here; use {', '.join(known)}")
-    return name
+    return name or known[-1]
 
 
 @functools.cache

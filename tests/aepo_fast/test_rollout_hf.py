@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from aepo_fast.config import ModelConfig
+from aepo_fast.models import load_model
 from aepo_fast.rollout.base import Completion, Request, RolloutError
 from aepo_fast.rollout.hf import HfRollout, sample_tokens
+from aepo_fast.rollout.packed import packed_linears
 from aepo_kernels import cpu_library
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16)]
@@ -71,6 +75,36 @@ def test_a_sample_does_not_depend_on_its_neighbours(model: PreTrainedModel) -> N
         together = engine_of(model, batch_rows=rows).generate(requests, max_new_tokens=10)[1]
         assert [c.completion_ids for c in together] == [c.completion_ids for c in alone]
     assert alone[0].completion_ids != alone[1].completion_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_read_in_place_and_a_shared_beginning_change_nothing(
+    tiny_model_dir: Path, dtype: torch.dtype
+) -> None:
+    cfg = ModelConfig(path=str(tiny_model_dir), attention="grouped")
+    model = load_model(cfg, tiny_model_dir, torch.device("cpu"))
+    start = tuple(range(20, 32))
+    requests = [Request((*start, *end), 6, 1.0, 2) for end in ((5, 6, 7), (9,), (11, 12))]
+    engine = HfRollout(model, dtype=dtype, eos_ids=range(40), batch_rows=64)
+    found = [c for group in engine.generate(requests, max_new_tokens=12) for c in group]
+    assert len({len(completion.completion_ids) for completion in found}) > 2  # rows were dropped
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    for completion in found:
+        expected = logprobs_of(plain, completion)
+        actual = torch.tensor(completion.logprobs, dtype=torch.float64)
+        tolerance = 2e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def test_packed_weights_are_the_same_weights(model: PreTrainedModel) -> None:
+    half = copy.deepcopy(model).bfloat16()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = half(ids).logits
+        for linear in packed_linears(half):
+            linear.pack()
+        torch.testing.assert_close(half(ids).logits, expected, atol=0.02, rtol=0.02)
+    assert packed_linears(model) == []  # of float32
 
 
 def test_rows_stop_at_any_end_token_and_truncation_is_flagged(model: PreTrainedModel) -> None:

@@ -1,14 +1,16 @@
 // The C interface: which instruction sets there are, which run here, and calls into one of them.
 
+#include "layers.h"
+#include "layers_kernel.h"
 #include "rows.h"
-
 #include "rows_kernel.h"
 
 namespace {
 
 struct Isa {
   const char* name;
-  const RowKernels* kernels;
+  const RowKernels* rows;
+  const LayerKernels* layers;
   bool (*runs)();
 };
 
@@ -19,11 +21,11 @@ constexpr const char* kFirst = "portable";
 #endif
 
 const Isa kIsas[] = {
-    {kFirst, &kPortableRows, [] { return true; }},
+    {kFirst, &kPortableRows, &kPortableLayers, [] { return true; }},
 #if defined(__x86_64__)
-    {"avx2", &kAvx2Rows,
+    {"avx2", &kAvx2Rows, &kAvx2Layers,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-    {"avx512", &kAvx512Rows,
+    {"avx512", &kAvx512Rows, &kAvx512Layers,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -44,16 +46,40 @@ int aepo_isa_runs(std::int32_t isa) { return isa >= 0 && isa < kCount && kIsas[i
 
 int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats, const AepoState* state,
                    std::int32_t isa) {
-  return kIsas[isa].kernels->row_stats(*logits, *stats, *state);
+  return kIsas[isa].rows->row_stats(*logits, *stats, *state);
 }
 
 int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,
                   const AepoGrad* grad, std::int32_t isa) {
-  return kIsas[isa].kernels->row_grad(*logits, *stats, *coefs, *grad);
+  return kIsas[isa].rows->row_grad(*logits, *stats, *coefs, *grad);
 }
 
 int aepo_sample_rows(const AepoLogits* logits, const AepoSample* sample, std::int32_t isa) {
-  return kIsas[isa].kernels->sample_rows(*logits, *sample);
+  return kIsas[isa].rows->sample_rows(*logits, *sample);
+}
+
+int aepo_rms_norm(const AepoNorm* norm, std::int32_t isa) {
+  return kIsas[isa].layers->rms_norm(*norm);
+}
+
+int aepo_rms_norm_grad(const AepoNorm* norm, std::int32_t isa) {
+  return kIsas[isa].layers->rms_norm_grad(*norm);
+}
+
+int aepo_swiglu(const AepoSwiglu* swiglu, std::int32_t isa) {
+  return kIsas[isa].layers->swiglu(*swiglu);
+}
+
+int aepo_swiglu_grad(const AepoSwiglu* swiglu, std::int32_t isa) {
+  return kIsas[isa].layers->swiglu_grad(*swiglu);
+}
+
+int aepo_rotary(const AepoRotary* rotary, std::int32_t isa) {
+  return kIsas[isa].layers->rotary(*rotary);
+}
+
+int aepo_decode(const AepoDecode* decode, std::int32_t isa) {
+  return kIsas[isa].layers->decode(*decode);
 }
 
 }

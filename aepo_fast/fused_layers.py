@@ -1,0 +1,127 @@
+"""The C++ operations of `aepo_kernels.cpu_layers` inside a transformers model on a CPU.
+
+A model's norms, SwiGLUs and rotary embeddings are recognised by what they compute: each kind of
+module is tried on a few numbers first, and stays as it is where the results differ.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from aepo_kernels import cpu_layers, cpu_library
+
+_ROTARY = "apply_rotary_pos_emb"  # what transformers' attention modules call
+_KIND = "fused_kind"
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Let a model's layers use the C++ operations, by way of subclasses of what they are.
+
+    Nothing happens off the CPU and where the C++ part is missing. Under autocast norms of float32,
+    as of the residual stream, give its dtype: the GEMMs behind them would cast to it.
+    """
+    if model.device.type != "cpu" or cpu_library.unavailable_reason() is not None:
+        return
+    classes: dict[type, type] = {}
+    for module in list(model.modules()):
+        plain = type(module)
+        if plain not in classes:
+            own = _own(module)
+            members = {**own, "__module__": plain.__module__} if own else {}
+            classes[plain] = type(plain.__name__, (plain,), members) if own else plain
+        module.__class__ = classes[plain]
+
+
+def fused_kinds(model: PreTrainedModel) -> list[str]:
+    """What of a model runs in C++: any of "norm", "rotary", "swiglu"."""
+    kinds = {getattr(type(module), _KIND, None) for module in model.modules()}
+    return sorted(kind for kind in kinds if kind is not None)
+
+
+@torch.no_grad()
+def _own(module: nn.Module) -> dict[str, Any] | None:
+    """The members of a module's new class, its kind and `forward`; None where it keeps its own."""
+    if _is_norm(module):
+        return {_KIND: "norm", "forward": _norm}
+    if _is_swiglu(module):
+        return {_KIND: "swiglu", "forward": _swiglu}
+    forward = type(module).forward
+    if isinstance(forward, FunctionType) and _ROTARY in forward.__code__.co_names:
+        rotary = forward.__globals__.get(_ROTARY)
+        if rotary is not None and _is_rotary(rotary):
+            return {_KIND: "rotary", "forward": _with_rotary(forward, rotary)}
+    return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+        return False
+    if not isinstance(weight, Tensor) or weight.ndim != 1:
+        return False
+    x = _numbers(3, len(weight)).to(weight.dtype)
+    return _close(module(x), _norm(module, x))
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    dtype = torch.promote_types(self.weight.dtype, hidden_states.dtype)
+    if hidden_states.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    return cpu_layers.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
+
+
+def _is_swiglu(module: nn.Module) -> bool:
+    names = {name for name, _ in module.named_children()}
+    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return False
+    weight = module.gate_proj.weight  # type: ignore[union-attr]
+    x = _numbers(3, weight.shape[1]).to(weight.dtype)
+    return _close(module(x), _swiglu(module, x))
+
+
+def _swiglu(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(cpu_layers.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _is_rotary(rotary: Callable[..., Any]) -> bool:
+    query, key = _numbers(2, 3, 4, 8), _numbers(2, 1, 4, 8)
+    angles = _numbers(2, 4, 4).repeat(1, 1, 2)
+    truth = rotary(query, key, angles.cos(), angles.sin())
+    found = _rotary(rotary, query, key, angles.cos(), angles.sin())
+    return all(_close(a, b) for a, b in zip(truth, found, strict=True))
+
+
+def _rotary(
+    plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    if options or cos.shape[1:] != q.shape[2:]:
+        return plain(q, k, cos, sin, **options)
+    return cpu_layers.rotary(q, cos, sin), cpu_layers.rotary(k, cos, sin)
+
+
+def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> FunctionType:
+    """A copy of an attention's `forward` that calls ours; the original's module is left alone."""
+    names = {**forward.__globals__, _ROTARY: functools.partial(_rotary, rotary)}
+    copy = FunctionType(
+        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _close(truth: Tensor, found: Tensor) -> bool:
+    if truth.shape != found.shape or truth.dtype != found.dtype:
+        return False
+    error = 1e-4 if truth.dtype == torch.float32 else 0.02
+    return torch.allclose(truth, found, rtol=error, atol=error * float(truth.abs().max()))

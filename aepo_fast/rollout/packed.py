@@ -1,0 +1,46 @@
+"""Linear layers whose weights lie as oneDNN's GEMMs read them, for a model that samples on a CPU.
+
+A GEMM of few rows otherwise spends much of its time on laying the weights out, in every call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with a second, packed copy of its weight; no gradient, the same bits."""
+
+    packed: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x W^T + b."""
+        ops = torch.ops.mkldnn
+        return ops._linear_pointwise(input, self.packed, self.bias, "none", [], "")
+
+    def pack(self) -> None:
+        """Lay the weight out again, after it has changed."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether this torch and processor have such GEMMs for a model's dtype and device."""
+    parameter = next(model.parameters())
+    return (
+        parameter.device.type == "cpu"
+        and parameter.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def packed_linears(model: nn.Module) -> list[PackedLinear]:
+    """Turn a model's linear layers into packed ones, where that is possible."""
+    if not can_pack(model):
+        return []
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    for linear in linears:
+        linear.__class__ = PackedLinear
+    return linears  # type: ignore[return-value]
