@@ -60,7 +60,7 @@ def _own(module: nn.Module) -> dict[str, Any] | None:
     return None
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
         return False
@@ -77,11 +77,11 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     return cpu_layers.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
 
 
-def _is_swiglu(module: nn.Module) -> bool:
+def _is_swiglu(module: Any) -> bool:
     names = {name for name, _ in module.named_children()}
     if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
-    weight = module.gate_proj.weight  # type: ignore[union-attr]
+    weight = module.gate_proj.weight
     x = _numbers(3, weight.shape[1]).to(weight.dtype)
     return _close(module(x), _swiglu(module, x))
 

@@ -12,6 +12,9 @@ from transformers.cache_utils import DynamicLayer
 class RoomyLayer(DynamicLayer):
     """One layer's keys and values, [rows, heads, tokens so far, D], within larger tensors."""
 
+    keys: torch.Tensor  # type: ignore[assignment]
+    values: torch.Tensor  # type: ignore[assignment]
+
     def __init__(self, layer: DynamicLayer, rows: torch.Tensor, room: int) -> None:
         super().__init__()
         assert layer.keys is not None and layer.values is not None
@@ -56,4 +59,4 @@ def make_room(cache: DynamicCache, rows: torch.Tensor, room: int) -> None:
         if type(layer) is DynamicLayer and layer.is_initialized:
             cache.layers[index] = RoomyLayer(layer, rows, room)
         else:
-            layer.batch_select_indices(rows)
+            layer.batch_select_indices(rows)  # type: ignore[union-attr]

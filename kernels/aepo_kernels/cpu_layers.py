@@ -169,7 +169,8 @@ class _RotaryFunction(torch.autograd.Function):
         (grad,) = grads
         batch, heads, length, width = grad.shape
         x_grad = torch.empty(batch, length, heads, width, dtype=grad.dtype).transpose(1, 2)
-        return _rotate(grad, *ctx.saved_tensors, x_grad, transpose=True), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, x_grad, transpose=True), None, None
 
 
 def decode_attention(
