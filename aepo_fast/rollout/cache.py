@@ -18,19 +18,18 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer, rows: torch.Tensor, room: int) -> None:
         super().__init__()
         assert layer.keys is not None and layer.values is not None
-        self.dtype, self.device = layer.dtype, layer.device
-        self.is_initialized = True
-        self.room = room  # tokens that may still come
-        self._take(layer.keys, layer.values, rows)
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self._keep(layer.keys, layer.values, rows, layer.keys.shape[2] + room)
 
-    def _take(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> None:
-        self._keys, self._values = (self._roomy(old, rows) for old in (keys, values))
+    def _keep(
+        self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, capacity: int
+    ) -> None:
+        self._keys, self._values = (
+            old.new_empty(len(rows), old.shape[1], capacity, old.shape[3]) for old in (keys, values)
+        )
         self._show(keys.shape[2])
-
-    def _roomy(self, old: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        _, heads, length, width = old.shape
-        new = old.new_empty(len(rows), heads, length + self.room, width)
-        return new.index_copy_(2, torch.arange(length, device=old.device), old[rows])
+        self.keys.copy_(keys[rows])
+        self.values.copy_(values[rows])
 
     def _show(self, length: int) -> None:
         self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
@@ -40,14 +39,13 @@ class RoomyLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
-        self.room -= end - start
         self._keys[:, :, start:end] = key_states
         self._values[:, :, start:end] = value_states
         self._show(end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._take(self.keys, self.values, indices)
+        self._keep(self.keys, self.values, indices, self._keys.shape[2])
 
 
 def make_room(cache: DynamicCache, rows: torch.Tensor, room: int) -> None:

@@ -24,7 +24,7 @@ class PackedLinear(nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
 
 
-def can_pack(model: nn.Module) -> bool:
+def _can_pack(model: nn.Module) -> bool:
     """Whether this torch and processor have such GEMMs for a model's dtype and device."""
     parameter = next(model.parameters())
     return (
@@ -38,7 +38,7 @@ def can_pack(model: nn.Module) -> bool:
 
 def packed_linears(model: nn.Module) -> list[PackedLinear]:
     """Turn a model's linear layers into packed ones, where that is possible."""
-    if not can_pack(model):
+    if not _can_pack(model):
         return []
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     for linear in linears:

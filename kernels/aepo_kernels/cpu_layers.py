@@ -73,6 +73,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
 
     x: [..., C]. weight: [C]. Gradients by both.
     """
+    _check(x, weight)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {list(weight.shape)}: does not fit x {list(x.shape)}")
     if not torch.is_grad_enabled():
@@ -108,6 +109,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of two tensors of one shape and dtype; gradients by both."""
+    _check(gate, up)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
             f"gate is {list(gate.shape)} {gate.dtype}, up {list(up.shape)} {up.dtype}: "
@@ -145,6 +147,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x: [B, heads, L, D], D even, any strides. cos, sin: [B or 1, L, D], no gradient. Returns a
     contiguous tensor; its gradient by x is contiguous as [B, L, heads, D].
     """
+    _check(x, cos, sin)
     batch, _, length, width = x.shape
     fits = cos.shape[0] in (1, batch) and cos.shape[1:] == (length, width)
     if not fits or cos.shape != sin.shape or cos.dtype != sin.dtype or width % 2:
@@ -181,6 +184,7 @@ def decode_attention(
     query: [B, heads, D]. key, value: [B, shared heads, S, D], any strides but the last. mask: [B or
     1, S], added to the scores. Returns [B, heads, D] in query's dtype, 0 where all keys are masked.
     """
+    _check(query, key, value, *([] if mask is None else [mask]))
     batch, heads, width = query.shape
     shared, keys = key.shape[1:3]
     fits = key.shape == value.shape == (batch, shared, keys, width) and heads % shared == 0
@@ -213,6 +217,14 @@ def decode_attention(
         ),
     )
     return out
+
+
+def _check(*tensors: Tensor) -> None:
+    # The library gets addresses: of another device's memory they would end the process.
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype) for dtype in DTYPES)
+            raise TypeError(f"got {tensor.dtype} on {tensor.device}: use {known} on the CPU")
 
 
 def _adjacent(x: Tensor) -> Tensor:

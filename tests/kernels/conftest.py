@@ -1,4 +1,4 @@
-"""Memory that nobody wrote holds NaN, so that an output left out shows."""
+"""What all kernel tests share: memory that nobody wrote holds NaN; the C++ instruction sets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from aepo_kernels import cpu_library
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +18,18 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=cpu_library.instruction_sets() or ["none"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set of the C++ library in turn."""
+    monkeypatch.setenv(cpu_library.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts torch's number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

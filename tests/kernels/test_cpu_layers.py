@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,24 +10,13 @@ from torch import Tensor
 
 from aepo_kernels import cpu_layers, cpu_library
 
-pytestmark = pytest.mark.skipif(cpu_library.library() is None, reason="without the C++ part")
-NAMES = cpu_library.instruction_sets() or ["none"]
+pytestmark = [
+    pytest.mark.skipif(cpu_library.library() is None, reason="without the C++ part"),
+    pytest.mark.usefixtures("isa", "threads"),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One rounding to the dtype, on top of a few in float32.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-@pytest.fixture(params=NAMES, autouse=True)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(cpu_library.ISA_VARIABLE, request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> Tensor:
@@ -88,14 +77,17 @@ def test_rms_norm_to_another_dtype_rounds_once() -> None:
     assert torch.equal(half, cpu_layers.rms_norm(x, weight.bfloat16().float(), 1e-6))
 
 
+def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 3, 1536), (40_001,), (0, 4)])
 def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     gate, up = random(*shape, dtype=dtype, size=4.0), random(1, *shape, dtype=dtype)[0]
     grad = random(2, *shape)[1].to(dtype)
     found, grads = with_grads(cpu_layers.swiglu, gate, up, grad=grad)
-    plain = lambda g, u: torch.nn.functional.silu(g) * u  # noqa: E731
-    truth, exact = with_grads(plain, gate.double(), up.double(), grad=grad.double())
+    truth, exact = with_grads(plain_swiglu, gate.double(), up.double(), grad=grad.double())
     close(found, truth, rounding=ROUNDING[dtype])
     close(grads[0], exact[0], rounding=ROUNDING[dtype], size=1e-3)
     close(grads[1], exact[1], rounding=ROUNDING[dtype])
@@ -204,6 +196,10 @@ def test_what_does_not_fit_raises() -> None:
         cpu_layers.rms_norm(x, random(5), 1e-5)
     with pytest.raises(ValueError, match="must be alike"):
         cpu_layers.swiglu(x, x.half())
+    with pytest.raises(TypeError, match="float64"):
+        cpu_layers.rms_norm(x.double(), random(6), 1e-5)
+    with pytest.raises(TypeError, match="on meta"):
+        cpu_layers.swiglu(x.to("meta"), x)
     with pytest.raises(ValueError, match="cos"):
         cpu_layers.rotary(x, random(2, 4, 4), random(2, 4, 4))
     with pytest.raises(ValueError, match="query"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,22 +9,11 @@ from torch import Tensor
 from aepo_kernels import cpu_library, cpu_rows, rows
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
 
-pytestmark = pytest.mark.skipif(cpu_library.library() is None, reason="without the C++ part")
-NAMES = cpu_library.instruction_sets() or ["none"]
+pytestmark = [
+    pytest.mark.skipif(cpu_library.library() is None, reason="without the C++ part"),
+    pytest.mark.usefixtures("isa", "threads"),
+]
 PLAIN = LogitMap(None, None, 1.0)
-
-
-@pytest.fixture(params=NAMES, autouse=True)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(cpu_library.ISA_VARIABLE, request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def products_of(count: int, vocab: int, dtype: torch.dtype, *, size: float = 4.0) -> Tensor:
@@ -235,7 +222,9 @@ def test_slices_of_columns_give_the_bits_of_whole_rows(size: int) -> None:
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu_library.ISA_VARIABLE, "mmx")
-    with pytest.raises(ValueError, match=f"AEPO_CPU_ISA = 'mmx'.*{NAMES[0]}"):
+    with pytest.raises(
+        ValueError, match=f"AEPO_CPU_ISA = 'mmx'.*{cpu_library.instruction_sets()[0]}"
+    ):
         cpu_library.chosen()
 
 
