@@ -148,7 +148,8 @@ def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if factor is None:
+    # To multiply a whole weight by one would take a CPU as long as a GEMM.
+    if factor is None or (factor.device.type == "cpu" and factor.item() == 1):
         return value.to(dtype)
     if value.dtype != dtype and value.is_cuda:
         return torch.mul(value, factor, out=torch.empty_like(value, dtype=dtype))
