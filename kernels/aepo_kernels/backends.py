@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -71,6 +72,21 @@ def row_operations(products: torch.Tensor) -> ModuleType:
     if products.is_cuda:
         return importlib.import_module("aepo_kernels.triton_rows")
     return rows if cpu_library.unavailable_reason() else cpu_rows
+
+
+def gemms_want_columns(hidden: torch.Tensor) -> bool:
+    """Whether logits of these hidden states should lie by columns: weight @ hidden.T.
+
+    With AMX, oneDNN's bfloat16 GEMMs take their first operand as it lies in memory and rearrange
+    the second, which should be the small one.
+    """
+    narrow = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu"
+    return narrow and row_operations(hidden) is cpu_rows and _has_amx()
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def row_kernels(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aepo_kernels import cpu_rows
-from aepo_kernels.backends import row_operations
+from aepo_kernels import cpu_rows, huge_pages
+from aepo_kernels.backends import gemms_want_columns, row_operations
 from aepo_kernels.gemm import add_product, matmul
 from aepo_kernels.options import VocabShard
 from aepo_kernels.problem import Problem, take
@@ -65,15 +66,8 @@ def join_tokens(parts: Sequence[Tokens]) -> Tokens:
     """Several sets of tokens as one."""
     if len(parts) == 1:
         return parts[0]
-    device = parts[0].targets.device
-    positions = [
-        part.positions
-        if isinstance(part.positions, Tensor)
-        else torch.arange(part.positions.start, part.positions.stop, device=device)
-        for part in parts
-    ]
     return Tokens(
-        torch.cat(positions),
+        _join_positions([part.positions for part in parts], parts[0].targets.device),
         torch.cat([part.targets for part in parts]),
         _cat([part.inv_temperature for part in parts]),
         _cat([part.second_inv_temperature for part in parts]),
@@ -85,7 +79,8 @@ class Head:
     """The head as GEMMs and rows read it: weight, lora (A, B) in hidden's dtype, bias in `dtype`.
 
     logits_dtype: of the first GEMM's output. fused: the forward pass does not write logits.
-    by_slices: rows can come a slice of their columns after the other.
+    by_slices: rows can come a slice of their columns after the other. by_columns: logits lie by
+    columns, as the transpose of a contiguous matrix.
     """
 
     hidden: Tensor
@@ -95,6 +90,7 @@ class Head:
     logits_dtype: torch.dtype
     fused: bool
     by_slices: bool
+    by_columns: bool
     lora: tuple[Tensor, Tensor] | None
     lora_scale: float
     shard: VocabShard | None
@@ -107,7 +103,28 @@ class Head:
         """
         if self.hidden.is_cuda or self.fused:
             return None
-        return self.hidden.new_empty(tokens * len(self.weight))
+        return self._memory(tokens * len(self.weight))
+
+    def by_rows_space(self, tokens: int) -> Tensor | None:
+        """Room for the logits' gradient once more, by rows, where logits lie by columns; [C, V]."""
+        if not self.by_columns:
+            return None
+        width = len(self.weight)
+        # Rows a power of two apart would fall into the same few lines of the cache, and oneDNN
+        # multiplies up to 31 numbers beyond each row by zero.
+        space = self._memory(tokens, width + 32)
+        space[:, width:] = 0
+        return space[:, :width]
+
+    def _memory(self, *shape: int) -> Tensor:
+        return huge_pages.empty(shape, self.hidden.dtype, self.hidden.device)
+
+    def logits_in(self, space: Tensor, tokens: int) -> Tensor:
+        """[C, V] at the front of contiguous memory, as logits lie."""
+        front = space.view(-1)[: tokens * len(self.weight)]
+        if self.by_columns:
+            return front.view(len(self.weight), tokens).T
+        return front.view(tokens, len(self.weight))
 
     def forward(
         self, tokens: Tokens, space: Tensor | None = None
@@ -118,33 +135,35 @@ class Head:
         """
         if self.fused:
             return None, self._fused_stats(tokens)
-        products = self.products(tokens, space)
+        out = None if space is None else self.logits_in(space, len(tokens.targets))
+        products = self.products(tokens, out)
         return products, self.stats(tokens, products)
 
     def scoring_space(self, tokens: int) -> Tensor | None:
         """Room for `score`."""
         if self.by_slices:
-            return self.hidden.new_empty(tokens * min(_CPU_SCORING_COLUMNS, len(self.weight)))
+            return self._memory(tokens * min(_CPU_SCORING_COLUMNS, len(self.weight)))
         return self.space(tokens)
 
     def score(self, tokens: Tokens, space: Tensor | None) -> RowStats:
         """Statistics without logits that last, on a CPU while they are cached."""
         if not self.by_slices:
             return self.forward(tokens, space)[1]
+        assert space is not None
         return self._stats_by_slices(tokens, _CPU_SCORING_COLUMNS, lambda rows: space)
 
     def forward_into(self, room: SlicedLogits, tokens: Tokens) -> RowStats:
         """Statistics, with the logits in memory that keeps them."""
-        return self._stats_by_slices(tokens, room.size, lambda rows: room.at(rows).view(-1))
+        return self._stats_by_slices(tokens, room.size, lambda rows: room.memory[rows])
 
     def _stats_by_slices(
-        self, tokens: Tokens, size: int, space: Callable[[slice], Tensor | None]
+        self, tokens: Tokens, size: int, space: Callable[[slice], Tensor]
     ) -> RowStats:
         count = len(self.weight)
         state, stats = cpu_rows.new_state(len(tokens.targets)), None
         for rows in slices(count, size):
             head, local = self.at(rows), tokens.within(rows)
-            products = head.products(local, space(rows))
+            products = head.products(local, head.logits_in(space(rows), len(local.targets)))
             first_and_last = {"is_first": rows.start == 0, "is_last": rows.stop == count}
             stats = head.row_stats(local, products, state=state, **first_and_last)
         assert stats is not None
@@ -183,13 +202,14 @@ class Head:
             lora=None if lora is None else (lora[0], lora[1][rows]),
         )
 
-    def products(self, tokens: Tokens, space: Tensor | None = None) -> Tensor:
-        """GEMM 1: the raw logits of some tokens, [C, V], in `space` where there is one."""
+    def products(self, tokens: Tokens, out: Tensor | None = None) -> Tensor:
+        """GEMM 1: the raw logits of some tokens, [C, V], in `out` where there is one."""
         inputs = take(self.hidden, tokens.positions)
-        out, shape = None, (len(inputs), len(self.weight))
-        if space is not None:
-            out = space[: shape[0] * shape[1]].view(shape)
-        products = matmul(inputs, self.weight.T, self.logits_dtype, out=out)
+        if self.by_columns:
+            transposed = None if out is None else out.T
+            products = matmul(self.weight, inputs.T, self.logits_dtype, out=transposed).T
+        else:
+            products = matmul(inputs, self.weight.T, self.logits_dtype, out=out)
         if self.lora is not None:
             down, up = self.lora
             add_product(products, (inputs @ down.T).mul_(self.lora_scale), up.T)
@@ -203,8 +223,12 @@ class Head:
         coefs: RowCoefs,
         bias_grad: Tensor | None,
         out: Tensor | None = None,
+        by_rows: Tensor | None = None,
     ) -> Tensor:
-        """The loss's gradient by the raw logits, in hidden's dtype; may overwrite `products`."""
+        """The loss's gradient by the raw logits, in hidden's dtype; may overwrite `products`.
+
+        by_rows: see `by_rows_space`; gets the gradient as well.
+        """
         if out is None:
             in_place = products.dtype == self.hidden.dtype
             out = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
@@ -218,6 +242,7 @@ class Head:
             coefs,
             out=out,
             bias_grad=bias_grad,
+            **({} if by_rows is None else {"by_rows": by_rows}),
         )
         return out
 
@@ -252,6 +277,7 @@ def head_of(problem: Problem) -> Head:
         problem.logits_dtype or hidden.dtype,
         problem.backend == "fused",
         problem.backend == "chunked" and row_operations(hidden) is cpu_rows,
+        problem.backend == "chunked" and gemms_want_columns(hidden),
         lora,
         float(problem.lora_scale),
         problem.shard,
@@ -281,6 +307,8 @@ def chunk_size(problem: Problem) -> int:
     hidden = problem.hidden
     width = hidden.element_size()
     budget, most = _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS
+    if problem.backend == "chunked" and gemms_want_columns(hidden):
+        budget //= 2  # their gradient is written twice
     if hidden.device.type != "cpu":
         budget, most = _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS
         if problem.logits_dtype not in (None, hidden.dtype):
@@ -342,6 +370,17 @@ def _inverse(value: float | Tensor | None, dtype: torch.dtype) -> float | Tensor
     if isinstance(value, Tensor):
         return value.to(dtype).reciprocal()
     return None if value is None else 1.0 / value
+
+
+def _join_positions(parts: list[Tensor | slice], device: torch.device) -> Tensor | slice:
+    spans = [part for part in parts if isinstance(part, slice)]
+    if len(spans) == len(parts) and all(a.stop == b.start for a, b in pairwise(spans)):
+        return slice(spans[0].start, spans[-1].stop)  # which takes rows without a copy
+    wanted = [
+        part if isinstance(part, Tensor) else torch.arange(part.start, part.stop, device=device)
+        for part in parts
+    ]
+    return torch.cat(wanted)
 
 
 def _cat(values: list[Any]) -> Any:

@@ -27,6 +27,7 @@ class Logits(ctypes.Structure):
         ("rows", _LONG),
         ("vocab", _LONG),
         ("row_stride", _LONG),
+        ("column_stride", _LONG),
         ("targets", _POINTER),
         ("inv_temperature", _POINTER),
         ("second_inv_temperature", _POINTER),
@@ -58,7 +59,15 @@ class Sample(ctypes.Structure):
 
 
 class Grad(ctypes.Structure):
-    _fields_ = [("out", _POINTER), ("dtype", _INT), ("row_stride", _LONG), ("bias_grad", _POINTER)]
+    _fields_ = [
+        ("out", _POINTER),
+        ("dtype", _INT),
+        ("row_stride", _LONG),
+        ("column_stride", _LONG),
+        ("bias_grad", _POINTER),
+        ("by_rows", _POINTER),
+        ("by_rows_stride", _LONG),
+    ]
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Row operations in C++ for the CPU; same interface as `aepo_kernels.rows`.
 
+Products lie by rows or, bfloat16 ones, by columns: the transpose of a contiguous matrix.
 They compute in float32, sum in float64, and give the same bits for any number of threads. Each is
 an operator, torch.ops.aepo_kernels.cpu_row_stats and so on.
 """
@@ -61,10 +62,14 @@ def row_grad(
     *,
     out: Tensor,
     bias_grad: Tensor | None,
+    by_rows: Tensor | None = None,
 ) -> None:
-    """See `rows.row_grad`."""
+    """See `rows.row_grad`.
+
+    by_rows: where products and `out` lie by columns, [C, V] by rows to take the gradient as well.
+    """
     law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
-    _grad(products, targets, *law, list(stats), list(coefs), out, bias_grad)
+    _grad(products, targets, *law, list(stats), list(coefs), out, bias_grad, by_rows)
 
 
 @torch.library.custom_op("aepo_kernels::cpu_sample_rows", mutates_args=(), device_types="cpu")
@@ -126,7 +131,7 @@ def _(products: Tensor, *rest) -> list[Tensor]:
 
 
 @torch.library.custom_op(
-    "aepo_kernels::cpu_row_grad", mutates_args=("out", "bias_grad"), device_types="cpu"
+    "aepo_kernels::cpu_row_grad", mutates_args=("out", "bias_grad", "by_rows"), device_types="cpu"
 )
 def _grad(
     products: Tensor,
@@ -140,6 +145,7 @@ def _grad(
     coefs: Sequence[Tensor | None],
     out: Tensor,
     bias_grad: Tensor | None,
+    by_rows: Tensor | None,
 ) -> None:
     """The gradient by the products into `out`, which may be the products themselves."""
     law = _floats(inv_temperature, second_inv_temperature, bias)
@@ -151,8 +157,17 @@ def _grad(
         _logits(products, given, softcap, scale),
         Stats(*map(_address, known)),
         Coefs(*map(_address, factors)),
-        Grad(out.data_ptr(), DTYPES[out.dtype], out.stride(0), _address(bias_grad)),
+        Grad(
+            out.data_ptr(),
+            DTYPES[out.dtype],
+            *_strides(out),
+            _address(bias_grad),
+            _address(by_rows),
+            0 if by_rows is None else by_rows.stride(0),
+        ),
     )
+    if by_rows is not None and _strides(products)[1] == _strides(out)[1] == 1:
+        by_rows.copy_(out)  # one row, or one column, lies both ways
 
 
 def _wanted(second: bool, squares: bool) -> tuple[bool, ...]:
@@ -167,17 +182,24 @@ def _floats(*values: Tensor | None) -> list[Tensor | None]:
 
 def _logits(products: Tensor, given: list[Tensor | None], softcap: float, scale: float) -> Logits:
     """The C arguments; `given` (targets, temperatures, bias) has to outlive the call."""
-    assert products.stride(1) == 1 or products.shape[1] == 1
     return Logits(
         products.data_ptr(),
         DTYPES[products.dtype],
         torch.get_num_threads(),
         *products.shape,
-        products.stride(0),
+        *_strides(products),
         *map(_address, given),
         softcap,
         scale,
     )
+
+
+def _strides(matrix: Tensor) -> tuple[int, int]:
+    """By rows and by columns, as the library reads them: 1 by columns is a matrix by rows."""
+    if matrix.stride(1) == 1 or matrix.shape[1] == 1:
+        return matrix.stride(0), 1
+    assert matrix.stride(0) == 1 or matrix.shape[0] == 1
+    return 1, matrix.stride(1)
 
 
 def _law(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Bytes of a product that is made and added to a wider sum at a time, while it is cached.
-_BLOCK_BYTES = 2**20
+_BLOCK_BYTES = 2**21
 
 
 def matmul(

@@ -35,7 +35,12 @@ class _Part:
     logits: Tensor | SlicedLogits | None
 
     def dlogits(
-        self, head: Head, rows: slice, out: Tensor | None, bias_grad: Tensor | None
+        self,
+        head: Head,
+        rows: slice,
+        out: Tensor | None,
+        bias_grad: Tensor | None,
+        by_rows: Tensor | None,
     ) -> Tensor:
         """The gradient by the logits at a slice of the vocabulary, in `out` where there is one."""
         local = self.tokens.within(rows)
@@ -43,10 +48,10 @@ class _Part:
             products = self.logits[:, rows]
         elif self.logits is not None:
             assert out is not None
-            products = self.logits.read(rows, out)
+            products = self.logits.read(head, rows, out)
         else:
-            products = head.products(local, None if out is None else out.view(-1))
-        return head.dlogits(local, products, self.stats, self.coefs, bias_grad, out)
+            products = head.products(local, out)
+        return head.dlogits(local, products, self.stats, self.coefs, bias_grad, out, by_rows)
 
 
 class GradientPass:
@@ -66,6 +71,7 @@ class GradientPass:
         self.rows = 0
         self.variance = torch.zeros((), dtype=head.dtype, device=head.hidden.device)
         self.later: list[_Part] = []
+        self.by_rows: Tensor | None = None
 
     def room(self, tokens: int) -> SlicedLogits | None:
         """Where logits of at most so many tokens can wait, or None; to be asked once, first."""
@@ -114,7 +120,8 @@ class GradientPass:
         space = self.head.space(min(count, size))
         for index in slices(count, size):
             chunk = tokens.at(index)
-            products = self.head.products(chunk, space)
+            out = None if space is None else self.head.logits_in(space, len(chunk.targets))
+            products = self.head.products(chunk, out)
             # A fused forward rounds its logits differently, or not at all: with its normaliser, the
             # probabilities of these would not add up to one.
             fused = self.head.fused
@@ -146,21 +153,25 @@ class GradientPass:
         hidden = None
         if self.total.hidden is not None:
             hidden = torch.zeros_like(inputs, dtype=self.head.dtype)
-        space = self.head.at(slice(size)).space(len(inputs))
+        first = self.head.at(slice(size))
+        space, second_space = first.space(len(inputs)), first.by_rows_space(len(inputs))
         for rows in slices(self.head.weight.shape[0], size):
             head, bias = self.head.at(rows), self.total.bias
             bias_grad = None if bias is None else bias[rows]
+            by_rows = None if second_space is None else second_space[:, : len(head.weight)]
             if space is None:
                 (part,) = parts
-                dlogits = part.dlogits(head, rows, None, bias_grad)
+                dlogits = part.dlogits(head, rows, None, bias_grad, by_rows)
             else:
-                dlogits = space[: len(inputs) * len(head.weight)].view(len(inputs), -1)
+                dlogits = head.logits_in(space, len(inputs))
                 start = 0
                 for part in parts:
-                    stop = start + len(part.tokens.targets)
-                    part.dlogits(head, rows, dlogits[start:stop], bias_grad)
-                    start = stop
-            self.total.add_slice(dlogits, head.weight, head.lora, inputs, hidden, rows)
+                    some = slice(start, start + len(part.tokens.targets))
+                    copy = None if by_rows is None else by_rows[some]
+                    part.dlogits(head, rows, dlogits[some], bias_grad, copy)
+                    start = some.stop
+            by_rows = dlogits if by_rows is None else by_rows
+            self.total.add_slice(dlogits, by_rows, head.weight, head.lora, inputs, hidden, rows)
             del dlogits
         if self.total.hidden is not None and hidden is not None:
             self.total.hidden[positions] = hidden.to(self.total.hidden.dtype)
@@ -173,9 +184,14 @@ class GradientPass:
         coefs: RowCoefs,
         keep_prob: Tensor | None,
     ) -> None:
-        dlogits = self.head.dlogits(tokens, products, stats, coefs, self.total.bias)
+        count, total = len(tokens.targets), self.total
+        if self.by_rows is None or len(self.by_rows) < count:
+            self.by_rows = self.head.by_rows_space(count)
+        by_rows = None if self.by_rows is None else self.by_rows[:count]
+        dlogits = self.head.dlogits(tokens, products, stats, coefs, total.bias, by_rows=by_rows)
+        by_rows = dlogits if by_rows is None else by_rows
         inputs = take(self.head.hidden, tokens.positions)
-        self.total.add(dlogits, self.head.weight, self.head.lora, inputs, tokens.positions)
+        total.add(dlogits, by_rows, self.head.weight, self.head.lora, inputs, tokens.positions)
         if keep_prob is not None:
             self.variance += variance_of(dlogits, keep_prob)
 
@@ -203,6 +219,8 @@ def _pick(products: Tensor | SlicedLogits, active: Tensor) -> Tensor | SlicedLog
         return replace(products, picked=active)
     if products.is_cuda:
         return products.index_select(0, active)
+    if products.stride(0) == 1 and products.stride(1) > 1:  # by columns
+        return products.T.index_select(1, active).T
     for new, old in enumerate(active.tolist()):
         if new != old:
             products[new] = products[old]

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aepo_kernels import huge_pages
 from aepo_kernels.gemm import add_product, product
 from aepo_kernels.problem import Problem
 
@@ -41,32 +42,39 @@ class Gradients:
     def add(
         self,
         dlogits: Tensor,
+        by_rows: Tensor,
         weight: Tensor,
         lora: tuple[Tensor, Tensor] | None,
         inputs: Tensor,
         at: Tensor | slice,
     ) -> None:
-        """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora: (A, B)."""
-        through = self._add_lora_a(dlogits, lora, inputs)
+        """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora: (A, B).
+
+        by_rows: dlogits once more where they lie by columns, which suits GEMM 3 but not GEMM 2.
+        """
+        through = self._add_lora_a(by_rows, lora, inputs)
         if self.hidden is not None:
-            self._add_hidden(dlogits, weight, None if lora is None else lora[0], through, at)
+            self._add_hidden(by_rows, weight, None if lora is None else lora[0], through, at)
         if self.weight is not None:
             add_product(self.weight, dlogits.T, inputs)
         elif self.needs_weight:
-            self.weight = product(dlogits.T, inputs, self.weight_dtype)
+            out = None if dlogits.is_cuda else self.make_weight(self.weight_dtype)
+            self.weight = product(dlogits.T, inputs, self.weight_dtype, out=out)
         if self.lora_b is not None and lora is not None:
             add_product(self.lora_b, dlogits.T, (inputs @ lora[0].T).mul_(self.lora_scale))
 
-    def make_weight(self) -> Tensor:
-        """The weight's gradient for `add_slice`, as it is; at first it holds anything."""
+    def make_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight's gradient, in its own dtype or another; at first it holds anything."""
         if self.weight is None:
-            dtype = self.dtypes[1]
-            self.weight = torch.empty(self.weight_shape, dtype=dtype, device=self.device)
+            dtype = dtype or self.dtypes[1]
+            assert dtype is not None
+            self.weight = huge_pages.empty(self.weight_shape, dtype, self.device)
         return self.weight
 
     def add_slice(
         self,
         dlogits: Tensor,
+        by_rows: Tensor,
         weight: Tensor,
         lora: tuple[Tensor, Tensor] | None,
         inputs: Tensor,
@@ -78,11 +86,11 @@ class Gradients:
         The gradient of inputs is added to `hidden`.
         """
         if hidden is not None:
-            add_product(hidden, dlogits, weight)
+            add_product(hidden, by_rows, weight)
         if self.needs_weight:
             weight_grad = self.make_weight()[rows]
             product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
-        through = self._add_lora_a(dlogits, lora, inputs)
+        through = self._add_lora_a(by_rows, lora, inputs)
         if lora is None or through is None:
             return
         if hidden is not None:

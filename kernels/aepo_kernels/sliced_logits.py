@@ -9,16 +9,21 @@ is made twice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from aepo_kernels.chunks import Head
 
 
 @dataclass(frozen=True)
 class SlicedLogits:
     """Raw logits of `tokens` tokens, [T, V], a slice of `size` columns after the other.
 
-    memory: contiguous [V, room] with T <= room; rows a to b have columns a to b at their front.
+    memory: contiguous [V, room] with T <= room; rows a to b have columns a to b at their front, as
+    the head's `logits_in` lays them out.
     picked: indices [M] of the tokens that are still wanted, or None for all.
     """
 
@@ -27,13 +32,11 @@ class SlicedLogits:
     size: int
     picked: Tensor | None = None
 
-    def at(self, rows: slice) -> Tensor:
-        """The logits of all tokens at one slice of the vocabulary: [T, columns]."""
-        part = self.memory[rows]
-        return part.view(-1)[: self.tokens * len(part)].view(self.tokens, len(part))
-
-    def read(self, rows: slice, space: Tensor) -> Tensor:
-        """The logits of the wanted tokens at one slice, in `space` where they have to be picked."""
+    def read(self, head: Head, rows: slice, out: Tensor) -> Tensor:
+        """The logits of the wanted tokens at one slice, in `out` where they have to be picked."""
+        logits = head.logits_in(self.memory[rows], self.tokens)
         if self.picked is None:
-            return self.at(rows)
-        return torch.index_select(self.at(rows), 0, self.picked, out=space)
+            return logits
+        if head.by_columns:
+            return torch.index_select(logits.T, 1, self.picked, out=out.T).T
+        return torch.index_select(logits, 0, self.picked, out=out)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from aepo_kernels import cpu_library
+from aepo_kernels import backends, cpu_library
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,13 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set of the C++ library in turn."""
     monkeypatch.setenv(cpu_library.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture(params=["rows", "columns"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way in which a CPU's bfloat16 logits can lie, whichever this machine would choose."""
+    monkeypatch.setattr(backends, "_has_amx", lambda: request.param == "columns")
     return request.param
 
 

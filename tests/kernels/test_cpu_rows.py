@@ -25,6 +25,11 @@ def targets_of(count: int, vocab: int) -> Tensor:
     return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(vocab))
 
 
+def laid(matrix: Tensor, by_columns: bool) -> Tensor:
+    """The same matrix with unit stride along its columns."""
+    return matrix.T.contiguous().T if by_columns else matrix
+
+
 def double(value: float | Tensor | None) -> float | Tensor | None:
     return value.double() if isinstance(value, Tensor) else value
 
@@ -38,8 +43,10 @@ def check(
     logit_map: LogitMap = PLAIN,
     out_dtype: torch.dtype | None = None,
     rtol: float = 2e-6,
+    by_columns: bool = False,
 ) -> tuple[RowStats, Tensor]:
     """Both operations against float64; errors relative to the largest gradient of a row."""
+    products = laid(products, by_columns)
     exact = LogitMap(double(logit_map.bias), logit_map.softcap, logit_map.scale)  # type: ignore[arg-type]
     args = (targets, inverse, second, logit_map, torch.float32)
     truth_args = (targets, double(inverse), double(second), exact, torch.float64)
@@ -74,7 +81,12 @@ def check(
         bias_grad=exact_bias,  # type: ignore[arg-type]
     )
     grad = torch.full((count, vocab), float("nan"), dtype=out_dtype or products.dtype)
-    cpu_rows.row_grad(products, *args[:4], found, coefs, out=grad, bias_grad=bias_grad)
+    again = torch.full_like(grad, float("nan")) if by_columns else None
+    grad = laid(grad, by_columns)
+    cpu_rows.row_grad(
+        products, *args[:4], found, coefs, out=grad, bias_grad=bias_grad, by_rows=again
+    )
+    assert again is None or torch.equal(again, grad)
     # One rounding to the output's dtype, and float32 inside.
     unit = torch.finfo(grad.dtype).eps / 2
     scale = right_grad.abs().amax(1, keepdim=True).clamp(min=1e-30)

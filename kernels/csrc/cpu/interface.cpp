@@ -1,5 +1,6 @@
 // The C interface: which instruction sets there are, which run here, and calls into one of them.
 
+#include "columns_kernel.h"
 #include "layers.h"
 #include "layers_kernel.h"
 #include "rows.h"
@@ -10,6 +11,7 @@ namespace {
 struct Isa {
   const char* name;
   const RowKernels* rows;
+  const ColumnKernels* columns;
   const LayerKernels* layers;
   bool (*runs)();
 };
@@ -21,11 +23,11 @@ constexpr const char* kFirst = "portable";
 #endif
 
 const Isa kIsas[] = {
-    {kFirst, &kPortableRows, &kPortableLayers, [] { return true; }},
+    {kFirst, &kPortableRows, &kPortableColumns, &kPortableLayers, [] { return true; }},
 #if defined(__x86_64__)
-    {"avx2", &kAvx2Rows, &kAvx2Layers,
+    {"avx2", &kAvx2Rows, &kAvx2Columns, &kAvx2Layers,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-    {"avx512", &kAvx512Rows, &kAvx512Layers,
+    {"avx512", &kAvx512Rows, &kAvx512Columns, &kAvx512Layers,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -46,11 +48,15 @@ int aepo_isa_runs(std::int32_t isa) { return isa >= 0 && isa < kCount && kIsas[i
 
 int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats, const AepoState* state,
                    std::int32_t isa) {
+  if (logits->column_stride != 1) return kIsas[isa].columns->row_stats(*logits, *stats, *state);
   return kIsas[isa].rows->row_stats(*logits, *stats, *state);
 }
 
 int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,
                   const AepoGrad* grad, std::int32_t isa) {
+  if (logits->column_stride != 1 || grad->column_stride != 1) {  // one row lies either way
+    return kIsas[isa].columns->row_grad(*logits, *stats, *coefs, *grad);
+  }
   return kIsas[isa].rows->row_grad(*logits, *stats, *coefs, *grad);
 }
 

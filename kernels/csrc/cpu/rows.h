@@ -1,7 +1,8 @@
 // Row operations on a chunk of logits: the C interface, free of torch, that Python loads.
 //
-// "Products" are the raw output of the head's first GEMM, [rows, vocab] with unit stride along the
-// vocabulary; z = softcap * tanh(scale * (x + bias) / softcap), or scale * (x + bias) with
+// "Products" are the raw output of the head's first GEMM, [rows, vocab]: by rows, with unit stride
+// along the vocabulary, or in bf16 by columns, with unit stride along the rows and a column stride
+// other than 1. z = softcap * tanh(scale * (x + bias) / softcap), or scale * (x + bias) with
 // softcap 0. Per-row arguments are fp32 [rows]; optional ones may be null.
 #pragma once
 
@@ -13,7 +14,7 @@ struct AepoLogits {
   const void* products;
   std::int32_t dtype;
   std::int32_t threads;
-  std::int64_t rows, vocab, row_stride;
+  std::int64_t rows, vocab, row_stride, column_stride;
   const std::int64_t* targets;      // below 0: no logit of this row's target is here
   const float* inv_temperature;     // per row
   const float* second_inv_temperature;
@@ -41,12 +42,15 @@ struct AepoCoefs {
   const float *logprob, *entropy, *lse, *second_logprob;
 };
 
-// The gradient by the products, [rows, vocab]; `out` may be `products` in the same dtype.
+// The gradient by the products, [rows, vocab], in their layout; `out` may be `products` in the same
+// dtype.
 struct AepoGrad {
   void* out;
   std::int32_t dtype;
-  std::int64_t row_stride;
+  std::int64_t row_stride, column_stride;
   float* bias_grad;  // [vocab], added to
+  void* by_rows;     // of products by columns: the gradient once more, by rows; may be null
+  std::int64_t by_rows_stride;
 };
 
 // One draw of each row's softmax(z / T), by inverting its distribution at `uniform` in [0, 1).
@@ -64,7 +68,7 @@ AEPO_EXPORT int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats,
                                const AepoState* state, std::int32_t isa);
 AEPO_EXPORT int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,
                   const AepoGrad* grad, std::int32_t isa);
-// Ignores the targets. A row whose logits are all -inf, or NaN, gives token -1.
+// Of products by rows; ignores the targets. A row whose logits are all -inf, or NaN, gives token -1.
 AEPO_EXPORT int aepo_sample_rows(const AepoLogits* logits, const AepoSample* sample, std::int32_t isa);
 // The instruction sets compiled in, by number; null beyond the last. 0 runs everywhere: "neon" on
 // ARM in 64 bits, "portable" elsewhere.

@@ -5,16 +5,12 @@
 #include <limits>
 #include <memory>
 
+#include "row_math.h"
 #include "rows.h"
 #include "rows_kernel.h"
 #include "vector.h"
 
 namespace {
-
-// A block stays in the first-level cache between the search for its maximum and its sums.
-constexpr std::int64_t kBlock = 2048;
-// Stands in for -inf: its exp is 0 as well, but 0 times it is 0 and not NaN.
-constexpr float kFloor = -1e30f;
 
 template <typename Value>
 struct Row {
@@ -43,10 +39,7 @@ struct Row {
         for (std::int64_t lane = 0; lane < count; ++lane) value[lane] += logits.bias[column + lane];
       }
     }
-    if (logits.softcap != 0) {
-      return tanh_of(value * (logits.scale / logits.softcap)) * logits.softcap;
-    }
-    return logits.scale == 1.0f ? value : value * logits.scale;
+    return shaped(logits, value);
   }
 };
 
@@ -55,18 +48,6 @@ Row<Value> row_at(const AepoLogits& logits, std::int64_t index) {
   const auto* products = static_cast<const Value*>(logits.products);
   return {products + index * logits.row_stride, logits};
 }
-
-// Sums over a row of w = exp((z - max) / T), kept right as the maximum grows.
-struct Sums {
-  double weights = 0, tempered = 0, squares = 0;
-
-  void rescale(double shift) {  // shift = (old maximum - new one) / T <= 0
-    const double factor = std::exp(shift);
-    tempered = factor * (tempered + shift * weights);
-    weights *= factor;
-    squares *= factor * factor;
-  }
-};
 
 Sums block_sums(const Floats* block, std::int64_t count, float max, float inverse, bool squares) {
   Floats weights[kParts] = {}, tempered[kParts] = {}, squared[kParts] = {};
@@ -81,27 +62,6 @@ Sums block_sums(const Floats* block, std::int64_t count, float max, float invers
   }
   return {sum(weights), sum(tempered), sum(squared)};
 }
-
-// What is known of a row after some of its columns.
-struct RowState {
-  float max = -std::numeric_limits<float>::infinity(), target = 0;
-  Sums first, second;
-
-  static RowState read(const double* from) {
-    RowState state;
-    state.max = float(from[0]);
-    state.target = float(from[1]);
-    state.first = {from[2], from[3], from[4]};
-    state.second.weights = from[5];
-    return state;
-  }
-
-  void write(double* to) const {
-    const double numbers[kStateSize] = {max,           target,        first.weights,
-                                        first.tempered, first.squares, second.weights};
-    std::copy(numbers, numbers + kStateSize, to);
-  }
-};
 
 template <typename Value>
 void add_columns(const AepoLogits& logits, const AepoStats& stats, std::int64_t index,
@@ -148,26 +108,6 @@ void add_columns(const AepoLogits& logits, const AepoStats& stats, std::int64_t 
   state.second = second;
 }
 
-void finish_row(const AepoLogits& logits, const AepoStats& stats, std::int64_t index,
-                const RowState& state) {
-  const double log_sum = std::log(state.first.weights);
-  const float inverse = logits.inv_temperature[index], target = state.target - state.max;
-  stats.max_logit[index] = state.max;
-  stats.log_sum[index] = float(log_sum);
-  stats.logprob[index] = float(double(target * inverse) - log_sum);
-  stats.entropy[index] = float(log_sum - state.first.tempered / state.first.weights);
-  if (stats.sum_squares != nullptr) {
-    const double weights = state.first.weights;
-    stats.sum_squares[index] = float(state.first.squares / (weights * weights));
-  }
-  if (logits.second_inv_temperature != nullptr) {
-    const double second_log_sum = std::log(state.second.weights);
-    stats.second_log_sum[index] = float(second_log_sum);
-    const float tempered = target * logits.second_inv_temperature[index];
-    stats.second_logprob[index] = float(double(tempered) - second_log_sum);
-  }
-}
-
 template <typename Value>
 void stats_of_row(const AepoLogits& logits, const AepoStats& stats, const AepoState& known,
                   std::int64_t index) {
@@ -181,37 +121,6 @@ void stats_of_row(const AepoLogits& logits, const AepoStats& stats, const AepoSt
   } else {
     state.write(numbers);
   }
-}
-
-// dz_j = ((c_lp (1{j=y} - p_j) + c_lse p_j - c_H p_j (log p_j + H)) / T + c_2 (1{j=y} - q_j) / T2,
-// written as w_j (constant + slope t_j) + v_j second + what the target adds.
-struct GradOfRow {
-  float max, inverse, second_inverse, constant, slope, second, at_target;
-  std::int64_t target;
-};
-
-GradOfRow prepare(const AepoLogits& logits, const AepoStats& stats, const AepoCoefs& coefs,
-                  std::int64_t index) {
-  const auto at = [index](const float* values) { return values == nullptr ? 0.0f : values[index]; };
-  const float inverse = logits.inv_temperature[index];
-  const float log_sum = stats.log_sum[index], by_entropy = at(coefs.entropy);
-  const float factor = std::exp(-log_sum) * inverse * logits.scale;
-  float constant = at(coefs.lse) - at(coefs.logprob);
-  if (coefs.entropy != nullptr) constant += by_entropy * (log_sum - stats.entropy[index]);
-  GradOfRow grad{};
-  grad.max = stats.max_logit[index];
-  grad.inverse = inverse;
-  grad.constant = constant * factor;
-  grad.slope = -by_entropy * factor;
-  grad.at_target = at(coefs.logprob) * inverse * logits.scale;
-  grad.target = logits.targets[index];
-  if (coefs.second_logprob != nullptr) {
-    grad.second_inverse = logits.second_inv_temperature[index];
-    const float by_second = coefs.second_logprob[index] * grad.second_inverse * logits.scale;
-    grad.second = -by_second * std::exp(-stats.second_log_sum[index]);
-    grad.at_target += by_second;
-  }
-  return grad;
 }
 
 template <typename Value, typename Out>

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace {
 
@@ -68,13 +69,15 @@ inline void store_words(std::uint16_t* to, Words words) {
   std::memcpy(to, &half, sizeof half);
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
-inline void store(BFloat16* to, Floats value) {
+// As bf16, rounded to nearest, ties to even; NaN stays NaN.
+inline Words rounded_bits(Floats value) {
   const Words word = bits<Words>(value);
   const Words rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
   const Words nan = (word >> 16) | 0x40u;
-  store_words(&to->bits, (word & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  return (word & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
 }
+
+inline void store(BFloat16* to, Floats value) { store_words(&to->bits, rounded_bits(value)); }
 
 inline void store(Float16* to, Floats value) {
   const Words word = bits<Words>(value);
@@ -100,6 +103,30 @@ inline double sum(const Floats (&parts)[kParts]) {
     for (int lane = 0; lane < kLanes; ++lane) total += part[lane];
   }
   return total;
+}
+
+// Lane i of a vector where i has the bit, and of the one before it where not, for both halves.
+template <int kBit, std::size_t... kLane>
+inline void swap_blocks(Words& a, Words& b, std::index_sequence<kLane...>) {
+  const Words first = a;
+#if defined(__clang__)
+  a = __builtin_shufflevector(first, b, (kLane & kBit ? kLanes + kLane - kBit : kLane)...);
+  b = __builtin_shufflevector(first, b, (kLane & kBit ? kLanes + kLane : kLane + kBit)...);
+#else
+  a = __builtin_shuffle(first, b, Words{(kLane & kBit ? kLanes + kLane - kBit : kLane)...});
+  b = __builtin_shuffle(first, b, Words{(kLane & kBit ? kLanes + kLane : kLane + kBit)...});
+#endif
+}
+
+// A square of words, in place.
+template <int kBit = kLanes / 2>
+inline void transpose(Words (&square)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kBit) == 0) {
+      swap_blocks<kBit>(square[i], square[i + kBit], std::make_index_sequence<kLanes>());
+    }
+  }
+  if constexpr (kBit > 1) transpose<kBit / 2>(square);
 }
 
 // The largest lane that is a number, -inf where none is.

@@ -88,28 +88,28 @@ struct Options {
   const char* name;
   bool bias = false, second = false, squares = false, only_logprob = false, bias_grad = false;
   float softcap = 0, scale = 1;
-  bool in_place = false;
+  bool in_place = false, by_columns = false;
 };
 
-constexpr std::int64_t kRows = 6;
+constexpr std::int64_t kKinds = 6;  // of rows
 constexpr std::int64_t kSizes[] = {1, 7, 15, 16, 17, 31, 2047, 2048, 2049, 5003};
-constexpr float kInverse[kRows] = {1, 0.5f, 1 / 0.7f, 2, 1, 0.7f};
-constexpr float kSecondInverse[kRows] = {0.8f, 1, 1.25f, 0.5f, 3, 1};
+constexpr float kInverse[kKinds] = {1, 0.5f, 1 / 0.7f, 2, 1, 0.7f};
+constexpr float kSecondInverse[kKinds] = {0.8f, 1, 1.25f, 0.5f, 3, 1};
 
 // A row each of ordinary, equal, large and very negative logits, some of them -inf or the least
 // number of their dtype.
-std::vector<float> products_of(std::int64_t vocab, std::int32_t dtype) {
+std::vector<float> products_of(std::int64_t rows, std::int64_t vocab, std::int32_t dtype) {
   std::mt19937 random(unsigned(vocab) * 3 + dtype);
   std::normal_distribution<float> normal;
   const float least = dtype == kFloat16 ? -65504.0f : dtype == kFloat32 ? -0x1.fffffep127f
                                                                         : -0x1.fep127f;
   std::vector<float> products;
-  for (std::int64_t row = 0; row < kRows; ++row) {
-    const std::int64_t kept = random() % vocab;
+  for (std::int64_t index = 0; index < rows; ++index) {
+    const std::int64_t kept = random() % vocab, row = index % kKinds;
     for (std::int64_t column = 0; column < vocab; ++column) {
       const float x = normal(random);
       const bool hidden = row >= 4 && column != kept && (column < 2100 || x < 0);
-      const float values[kRows] = {4 * x, 0.75f, 1e4f * x, 8 * x - 2e4f, 4 * x, 4 * x};
+      const float values[kKinds] = {4 * x, 0.75f, 1e4f * x, 8 * x - 2e4f, 4 * x, 4 * x};
       products.push_back(!hidden ? values[row] : row == 4 ? -INFINITY : least);
     }
   }
@@ -119,16 +119,32 @@ std::vector<float> products_of(std::int64_t vocab, std::int32_t dtype) {
 // What one call of both operations needs and gives, for one number of threads.
 struct Run {
   std::vector<float> stats[7];
-  Buffer out;
+  Buffer out, by_rows;
   std::vector<float> bias_grad;
 };
+
+// Where the elements of a matrix lie: an odd number apart, after one that is not theirs.
+struct Strides {
+  std::int64_t row, column;
+
+  std::int64_t at(std::int64_t index, std::int64_t place) const {
+    return 1 + index * row + place * column;
+  }
+};
+
+Strides strides_of(const Options& options, std::int64_t rows, std::int64_t vocab,
+                   std::int64_t apart) {
+  if (options.by_columns) return {1, rows + 4 - rows % 2 - 1 + apart};
+  return {vocab + 4 - vocab % 2 - 1 + apart, 1};
+}
 
 struct Case {
   Options options;
   std::int64_t vocab;
   std::int32_t in, out;
-  std::int64_t stride, out_stride;
-  std::vector<float> values;  // kRows * vocab
+  std::int64_t rows;
+  Strides strides, out_strides;
+  std::vector<float> values;  // rows * vocab
   Buffer products;
   std::vector<std::int64_t> targets;
   std::vector<float> inverse, second_inverse, bias, coefs[4];
@@ -136,22 +152,25 @@ struct Case {
   AepoCoefs given{};
 
   Case(const Options& options, std::int64_t vocab, std::int32_t in, std::int32_t out)
-      : options(options), vocab(vocab), in(in), out(out), stride(vocab + 4 - vocab % 2 - 1),
-        out_stride(options.in_place ? stride : stride + 2), values(products_of(vocab, in)),
-        products(in, 1 + (kRows - 1) * stride + vocab), inverse(kInverse, kInverse + kRows),
-        second_inverse(kSecondInverse, kSecondInverse + kRows) {
+      : options(options), vocab(vocab), in(in), out(out), rows(options.by_columns ? 19 : kKinds),
+        strides(strides_of(options, rows, vocab, 0)),
+        out_strides(strides_of(options, rows, vocab, options.in_place ? 0 : 2)),
+        values(products_of(rows, vocab, in)), products(in, strides.at(rows - 1, vocab - 1) + 1) {
     std::mt19937 random(7);
     std::normal_distribution<float> normal;
-    for (std::int64_t row = 0; row < kRows; ++row) {
+    for (std::int64_t row = 0; row < rows; ++row) {
       for (std::int64_t column = 0; column < vocab; ++column) {
-        products.set(first(row) + column, values[row * vocab + column]);
-        values[row * vocab + column] = products.get(first(row) + column);  // as rounded
+        products.set(strides.at(row, column), values[row * vocab + column]);
+        values[row * vocab + column] = products.get(strides.at(row, column));  // as rounded
       }
       targets.push_back(row == 3 ? -1 : (row * 7919 + 6) % vocab);
+      inverse.push_back(kInverse[row % kKinds]);
+      second_inverse.push_back(kSecondInverse[row % kKinds]);
       for (auto& coef : coefs) coef.push_back(normal(random));
     }
     for (std::int64_t column = 0; column < vocab; ++column) bias.push_back(normal(random));
-    logits = {products.at(1), in, 1, kRows, vocab, stride, targets.data(), inverse.data(),
+    logits = {products.at(1), in, 1, rows, vocab, strides.row, strides.column, targets.data(),
+              inverse.data(),
               options.second ? second_inverse.data() : nullptr,
               options.bias ? bias.data() : nullptr, options.softcap, options.scale};
     given.logprob = coefs[0].data();
@@ -161,11 +180,9 @@ struct Case {
     if (options.second) given.second_logprob = coefs[3].data();
   }
 
-  std::int64_t first(std::int64_t row) const { return 1 + row * stride; }
-
   AepoStats stats_into(Run& run) {
     auto* stat = run.stats;
-    for (int number = 0; number < 7; ++number) stat[number].assign(kRows, NAN);
+    for (int number = 0; number < 7; ++number) stat[number].assign(rows, NAN);
     return {stat[0].data(), stat[1].data(), stat[2].data(), stat[3].data(),
             options.second ? stat[4].data() : nullptr, options.second ? stat[5].data() : nullptr,
             options.squares ? stat[6].data() : nullptr};
@@ -173,12 +190,12 @@ struct Case {
 
   // The statistics alone, from the same logits a slice of columns after the other.
   Run run_sliced(std::int32_t isa, std::int64_t slice) {
-    Run run{{}, Buffer(out, 0), {}};
+    Run run{{}, Buffer(out, 0), Buffer(out, 0), {}};
     const AepoStats stats = stats_into(run);
-    std::vector<double> numbers(kRows * kStateSize, NAN);
+    std::vector<double> numbers(rows * kStateSize, NAN);
     for (std::int64_t start = 0; start < vocab; start += slice) {
       AepoLogits call = logits;
-      call.products = products.at(1 + start);
+      call.products = products.at(strides.at(0, start));
       call.vocab = std::min(slice, vocab - start);
       std::vector<std::int64_t> inside;
       for (const std::int64_t target : targets) {
@@ -193,14 +210,16 @@ struct Case {
   }
 
   Run run(std::int32_t isa, std::int32_t threads) {
-    Run run{{}, Buffer(out, 1 + (kRows - 1) * out_stride + vocab), {}};
+    Run run{{}, Buffer(out, out_strides.at(rows - 1, vocab - 1) + 1),
+            Buffer(out, options.by_columns ? rows * (vocab + 3) : 0), {}};
     Buffer kept = products;
     AepoLogits call = logits;
     call.threads = threads;
     const AepoStats stats = stats_into(run);
     if (options.bias_grad) run.bias_grad.assign(vocab, 0.5f);
-    AepoGrad grad{run.out.at(1), out, out_stride,
-                  options.bias_grad ? run.bias_grad.data() : nullptr};
+    AepoGrad grad{run.out.at(1), out, out_strides.row, out_strides.column,
+                  options.bias_grad ? run.bias_grad.data() : nullptr,
+                  options.by_columns ? run.by_rows.at(0) : nullptr, vocab + 3};
     if (options.in_place) {
       call.products = kept.at(1);
       grad.out = kept.at(1);
@@ -213,7 +232,7 @@ struct Case {
   }
 
   void check_stats(Run& run, const std::vector<RowTruth>& truth, const std::string& name) {
-    for (std::int64_t row = 0; row < kRows; ++row) {
+    for (std::int64_t row = 0; row < rows; ++row) {
       const auto stat = [&](int number, Bounded right, const char* what) {
         near(run.stats[number][row], right, 0,
              [&] { return name + ", row " + std::to_string(row) + what; });
@@ -230,15 +249,32 @@ struct Case {
     }
   }
 
+  // Only what is asked for is written, and the same by rows.
+  void check_gaps(Run& run, const std::string& name) {
+    std::vector<bool> is_gap(out_strides.at(rows - 1, vocab - 1) + 1, true);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      for (std::int64_t column = 0; column < vocab + 3; ++column) {
+        if (column < vocab) is_gap[out_strides.at(row, column)] = false;
+        if (!options.by_columns) continue;
+        const float copy = run.by_rows.get(row * (vocab + 3) + column);
+        const float right = column < vocab ? run.out.get(out_strides.at(row, column)) : NAN;
+        expect(std::memcmp(&copy, &right, sizeof copy) == 0 ||
+                   (std::isnan(copy) && std::isnan(right)), name + ": by rows", copy);
+      }
+    }
+    for (std::size_t i = 0; i < is_gap.size(); ++i) {
+      if (is_gap[i]) expect(std::isnan(run.out.get(i)), name + ": a gap", double(i));
+    }
+  }
+
   void check(Run& run, const std::vector<RowTruth>& truth, const std::string& name) {
     std::vector<Bounded> bias_grad(vocab, Bounded{0.5, 0});
-    expect(std::isnan(run.out.get(0)), name + ": before the rows", 0);
     check_stats(run, truth, name);
-    for (std::int64_t row = 0; row < kRows; ++row) {
+    for (std::int64_t row = 0; row < rows; ++row) {
       const std::vector<Bounded> grad = gradient_of(logits, given, truth[row], row);
       for (std::int64_t column = 0; column < vocab; ++column) {
         const Bounded& right = grad[column];
-        const float found = run.out.get(1 + row * out_stride + column);
+        const float found = run.out.get(out_strides.at(row, column));
         const double rounding = rounding_of(out, std::fabs(right.value) + right.off);
         // As float32, the output is the value itself.
         near(found, right, out == kFloat32 ? 0 : rounding, [&] {
@@ -247,11 +283,8 @@ struct Case {
         bias_grad[column].value += right.value;
         bias_grad[column].off += right.off;
       }
-      for (std::int64_t gap = vocab; gap < out_stride && row + 1 < kRows; ++gap) {
-        const float between = run.out.get(1 + row * out_stride + gap);
-        expect(std::isnan(between), name + ": between rows", between);
-      }
     }
+    check_gaps(run, name);
     for (std::size_t column = 0; column < run.bias_grad.size(); ++column) {
       const Bounded& right = bias_grad[column];  // the rows' sum is rounded, and the addition
       const double rounding = kUnit * (std::fabs(right.value - 0.5) + std::fabs(right.value));
@@ -263,7 +296,7 @@ struct Case {
 void numbers(const Options& options, std::int64_t vocab, std::int32_t in, std::int32_t out) {
   Case test(options, vocab, in, out);
   std::vector<RowTruth> truth;
-  for (std::int64_t row = 0; row < kRows; ++row) {
+  for (std::int64_t row = 0; row < test.rows; ++row) {
     truth.push_back(truth_of(test.logits, test.values, row));
   }
   for (std::int32_t isa = 0; aepo_isa_name(isa) != nullptr; ++isa) {
@@ -287,6 +320,7 @@ void numbers(const Options& options, std::int64_t vocab, std::int32_t in, std::i
       const Run other = test.run(isa, threads);
       for (int i = 0; i < 7; ++i) expect(same(one.stats[i], other.stats[i]), name, threads);
       expect(one.out.bytes == other.out.bytes, name + ": threads", threads);
+      expect(one.by_rows.bytes == other.by_rows.bytes, name + ": threads", threads);
       expect(same(one.bias_grad, other.bias_grad), name + ": threads", threads);
     }
   }
@@ -301,13 +335,13 @@ void nan_stays(std::int64_t vocab, std::int64_t from, float before) {
   for (std::int64_t column = from; column < vocab; ++column) {
     row[column] = NAN;
     for (std::int32_t isa = 0; aepo_isa_runs(isa); ++isa) {
-      const AepoLogits logits{row.data(), kFloat32, 1, 1, vocab, vocab, &target, &one,
-                              nullptr, nullptr, 0, 1};
+      const AepoLogits logits{row.data(), kFloat32, 1, 1, vocab, vocab, 1, &target,
+                              &one, nullptr, nullptr, 0, 1};
       const AepoStats stats{&stat[0], &stat[1], &stat[2], &stat[3], nullptr, nullptr, nullptr};
       const AepoState whole{};
       aepo_row_stats(&logits, &stats, &whole, isa);
       const AepoCoefs coefs{&one, nullptr, nullptr, nullptr};
-      const AepoGrad out{grad.data(), kFloat32, vocab, nullptr};
+      const AepoGrad out{grad.data(), kFloat32, vocab, 1, nullptr, nullptr, 0};
       aepo_row_grad(&logits, &stats, &coefs, &out, isa);
       const std::string name = std::string(aepo_isa_name(isa)) + ", NaN of " + std::to_string(vocab);
       for (const int number : {0, 1, 3}) expect(std::isnan(stat[number]), name, double(column));
@@ -330,12 +364,16 @@ int main() {
       {"scale", false, true, false, false, false, 0, 1.3f},
       {"everything", true, true, true, false, true, 5, 0.7f},
       {"in place", true, true, false, false, false, 0, 1, true},
-      {"in place, by columns", true, true, false, false, true, 0, 1, true},
+      {"in place, with bias", true, true, false, false, true, 0, 1, true},
+      {"by columns", false, false, true, false, false, 0, 1, false, true},
+      {"by columns, everything", true, true, true, false, true, 5, 0.7f, false, true},
+      {"by columns, in place", false, true, false, false, false, 0, 1, true, true},
   };
   for (const Options& options : all_options) {
     for (const std::int64_t vocab : kSizes) {
       for (const std::int32_t in : {kFloat32, kBFloat16, kFloat16}) {
         for (const std::int32_t out : {kFloat32, kBFloat16, kFloat16}) {
+          if (options.by_columns && (in != kBFloat16 || out != in)) continue;
           if (!options.in_place || in == out) numbers(options, vocab, in, out);
         }
       }

@@ -1,0 +1,15 @@
+// The same operations on logits that lie by columns; interface.cpp chooses.
+#pragma once
+
+#include "rows.h"
+
+struct ColumnKernels {
+  int (*row_stats)(const AepoLogits&, const AepoStats&, const AepoState&);
+  int (*row_grad)(const AepoLogits&, const AepoStats&, const AepoCoefs&, const AepoGrad&);
+};
+
+extern const ColumnKernels kPortableColumns;
+#if defined(__x86_64__)
+extern const ColumnKernels kAvx2Columns;
+extern const ColumnKernels kAvx512Columns;
+#endif
