@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aepo_kernels import cpu_rows, huge_pages
+from aepo_kernels import cpu_rows
 from aepo_kernels.backends import gemms_want_columns, row_operations
 from aepo_kernels.gemm import add_product, matmul
 from aepo_kernels.options import VocabShard
@@ -25,6 +25,7 @@ _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 5 * 2**23, 1024
 # Where no gradient follows: tokens, and with C++ rows columns, whose logits stay cached.
 _CPU_SCORING_TOKENS, _CPU_SCORING_COLUMNS = 256, 16384
 _CPU_SLICE_BYTES, _ROW_BLOCK = 2**24, 2048
+_CPU_SLICE_COLUMNS = 16384  # where they are rows of a GEMM's first operand
 _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
 # "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
 # in its backward.
@@ -103,7 +104,7 @@ class Head:
         """
         if self.hidden.is_cuda or self.fused:
             return None
-        return self._memory(tokens * len(self.weight))
+        return self.hidden.new_empty(tokens * len(self.weight))
 
     def by_rows_space(self, tokens: int) -> Tensor | None:
         """Room for the logits' gradient once more, by rows, where logits lie by columns; [C, V]."""
@@ -112,12 +113,9 @@ class Head:
         width = len(self.weight)
         # Rows a power of two apart would fall into the same few lines of the cache, and oneDNN
         # multiplies up to 31 numbers beyond each row by zero.
-        space = self._memory(tokens, width + 32)
+        space = self.hidden.new_empty(tokens, width + 32)
         space[:, width:] = 0
         return space[:, :width]
-
-    def _memory(self, *shape: int) -> Tensor:
-        return huge_pages.empty(shape, self.hidden.dtype, self.hidden.device)
 
     def logits_in(self, space: Tensor, tokens: int) -> Tensor:
         """[C, V] at the front of contiguous memory, as logits lie."""
@@ -142,7 +140,7 @@ class Head:
     def scoring_space(self, tokens: int) -> Tensor | None:
         """Room for `score`."""
         if self.by_slices:
-            return self._memory(tokens * min(_CPU_SCORING_COLUMNS, len(self.weight)))
+            return self.hidden.new_empty(tokens * min(_CPU_SCORING_COLUMNS, len(self.weight)))
         return self.space(tokens)
 
     def score(self, tokens: Tokens, space: Tensor | None) -> RowStats:
@@ -335,7 +333,9 @@ def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:
         return None
     if problem.backend != "chunked" or rows <= chunk_size(problem):
         return None
+    most = _CPU_SLICE_COLUMNS if gemms_want_columns(hidden) else len(weight)
     size = max(_CPU_SLICE_BYTES // (hidden.element_size() * rows) // 64 * 64, 64)
+    size = min(size, most)
     # Multiples of the blocks in which rows are added up give the same bits as whole rows.
     return size if size < _ROW_BLOCK else size // _ROW_BLOCK * _ROW_BLOCK
 

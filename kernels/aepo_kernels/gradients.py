@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aepo_kernels import huge_pages
 from aepo_kernels.gemm import add_product, product
 from aepo_kernels.problem import Problem
 
@@ -68,7 +67,7 @@ class Gradients:
         if self.weight is None:
             dtype = dtype or self.dtypes[1]
             assert dtype is not None
-            self.weight = huge_pages.empty(self.weight_shape, dtype, self.device)
+            self.weight = torch.empty(self.weight_shape, dtype=dtype, device=self.device)
         return self.weight
 
     def add_slice(

@@ -20,6 +20,9 @@ constexpr std::int64_t kRun = 128;
 // Rows of a task; its columns are a block, which has sums of its own that are added up in order.
 constexpr std::int64_t kBand = 64;
 
+// Columns that are asked for before they are needed: their pieces are too far apart to be foreseen.
+constexpr std::int64_t kAhead = 32;
+
 const BFloat16* at(const AepoLogits& logits, std::int64_t column, std::int64_t row) {
   return static_cast<const BFloat16*>(logits.products) + column * logits.column_stride + row;
 }
@@ -92,6 +95,7 @@ void add_run(const AepoLogits& logits, bool squares, std::int64_t row, std::int6
              std::int64_t start, std::int64_t end, std::int64_t first, Band& band) {
   Floats block[kRun], largest = load(band.max + first);
   for (std::int64_t column = start; column < end; ++column) {
+    __builtin_prefetch(at(logits, column + kAhead, row));
     const Floats value = logits_of(logits, column, row, count);
     block[column - start] = value;
     largest = largest < value ? value : largest;
@@ -234,6 +238,7 @@ void grad_of_tile(const AepoLogits& logits, const AepoGrad& grad, const GradOfRo
     Words rounded{};
     if (i < columns) {
       const std::int64_t column = start + i;
+      __builtin_prefetch(at(logits, column + kAhead, row));
       const Floats z = logits_of(logits, column, row, count);
       const Floats value = grad_of(logits, rows, has_second, z, column);
       rounded = rounded_bits(value);
