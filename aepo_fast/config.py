@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 
+# "auto" is bfloat16 where the device has instructions for its GEMMs, else float32.
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "eager"]
 
 
@@ -39,7 +41,7 @@ class ModelConfig:
     path: str = ""  # local folder, hub id, or package:NAME (see `aepo-fast doctor`)
     # Of the trained weights; the optimizer holds float32 copies of bfloat16 ones.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # autocast
+    compute_dtype: ComputeDtype = "auto"  # of GEMMs, by autocast where the weights have another
     attention: Attention = "auto"
     gradient_checkpointing: bool = True
     liger: bool = False  # Liger-Kernel for the layers other than the head
@@ -138,7 +140,7 @@ class RolloutConfig:
     backend: Literal["hf", "vllm"] = "hf"
     max_new_tokens: int = 256
     max_prompt_tokens: int = 1024
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: ComputeDtype = "auto"
     batch_rows: int = 256  # rows decoded together, hf
     gpu_memory_utilization: float = 0.3  # of the whole GPU, for weights and cache, vllm
     cpu_kv_cache_gib: float = 1.0  # vllm without a GPU

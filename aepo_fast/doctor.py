@@ -13,7 +13,7 @@ from aepo_fast.models import choose_attention
 from aepo_fast.packages import PACKAGES, PREFIX, cache_root, converted_folder
 from aepo_fast.setup import choose_device, vllm_version
 from aepo_kernels import __version__, backend_status
-from aepo_kernels.backends import row_kernels
+from aepo_kernels.backends import multiplies_bfloat16, row_kernels
 
 _ATTENTION: tuple[Attention, ...] = get_args(Attention)
 _REQUIRED = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")
@@ -38,6 +38,8 @@ def report() -> str:
         lines.append(f"  {name}: {'works' if reason is None else reason}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines.append(f"  rows of chunked: {row_kernels(device)}")
+    fast = multiplies_bfloat16(device)
+    lines.append(f"  bfloat16 GEMMs: {'works' if fast else 'as float32, for want of instructions'}")
     lines += ["", "attention"]
     lines += [f"  {name}: {_attention_status(name)}" for name in _ATTENTION]
     lines += ["", "packages"]
@@ -52,7 +54,7 @@ def report() -> str:
 
 def _attention_status(name: Attention) -> str:
     device = choose_device("auto")
-    cfg = ModelConfig(path="any", attention=name)
+    cfg = ModelConfig(path="any", attention=name, compute_dtype="bfloat16")
     try:
         chosen = choose_attention(cfg, device)
     except ConfigError as error:

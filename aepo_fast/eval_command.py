@@ -17,7 +17,7 @@ from aepo_fast.evaluate import EvalResult, evaluate
 from aepo_fast.models import load_model, load_tokenizer, resolve
 from aepo_fast.rewards import build_reward
 from aepo_fast.rollout.hf import HfRollout
-from aepo_fast.setup import choose_device, eos_ids
+from aepo_fast.setup import choose_device, choose_dtypes, eos_ids
 
 
 def evaluate_model(
@@ -35,6 +35,7 @@ def evaluate_model(
     held-out ones; a source given as `task` is held out whole.
     """
     cfg, path = _configuration(model, config, task, overrides)
+    cfg = choose_dtypes(cfg)
     folder = resolve(path)
     tokenizer = load_tokenizer(folder)
     reward = build_reward(cfg.reward, cfg.data)
@@ -49,6 +50,7 @@ def evaluate_model(
         reason = "holds out no prompt to evaluate on"
         raise ConfigError("data.holdout_fraction", cfg.data.holdout_fraction, reason, "Raise it")
     dtype = cfg.rollout.dtype
+    assert dtype != "auto"
     settings = ModelConfig(path=path, dtype=dtype, compute_dtype=dtype)
     loaded = load_model(settings, folder, choose_device(cfg.trainer.device))
     engine = HfRollout(

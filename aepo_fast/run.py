@@ -16,7 +16,7 @@ from aepo_fast.metrics import MetricsLogger
 from aepo_fast.plot import plot_run
 from aepo_fast.report import RolloutLog
 from aepo_fast.rollout.base import RolloutError
-from aepo_fast.setup import choose_device, load_inputs
+from aepo_fast.setup import choose_device, choose_dtypes, describe_dtypes, load_inputs
 from aepo_fast.trainer import Trainer
 
 
@@ -26,6 +26,7 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     Raises ConfigError before any model loads, and TrainingError, RewardError or CheckpointError
     where the run cannot go on.
     """
+    cfg = choose_dtypes(cfg)
     with InterruptGuard() as guard:
         inputs = load_inputs(cfg, resume=resume, overwrite=overwrite)
         print(inputs.prompts.preview(), flush=True)
@@ -41,7 +42,7 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
         policy = trainer.policy
         layers = ", ".join(fused_kinds(policy.model)) or "none"
         head = f"head: {policy.backend}, rows {policy.row_kernels}"
-        print(f"{head}; fused layers: {layers}", flush=True)
+        print(f"{head}; fused layers: {layers}\n{describe_dtypes(cfg)}", flush=True)
         try:
             return _Run(cfg, trainer, logger).run()
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -25,7 +26,7 @@ from aepo_fast.policy import Policy
 from aepo_fast.rewards import Reward, build_reward
 from aepo_fast.rollout.base import RolloutEngine
 from aepo_fast.rollout.hf import HfRollout
-from aepo_kernels.backends import resolve_backend
+from aepo_kernels.backends import multiplies_bfloat16, resolve_backend
 
 VLLM_TESTED = SpecifierSet(">=0.28,<0.30")
 
@@ -103,6 +104,28 @@ def choose_device(requested: str) -> torch.device:
     if requested == "auto":
         requested = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(requested)
+
+
+def choose_dtypes(cfg: Config) -> Config:
+    """The configuration with the dtype that each "auto" stands for on the run's device."""
+    fast = multiplies_bfloat16(choose_device(cfg.trainer.device).type)
+    auto = "bfloat16" if fast else "float32"
+    model, rollout = cfg.model, cfg.rollout
+    if model.compute_dtype == "auto":
+        model = dataclasses.replace(model, compute_dtype=auto)
+    if rollout.dtype == "auto":
+        rollout = dataclasses.replace(rollout, dtype=auto)
+    return dataclasses.replace(cfg, model=model, rollout=rollout)
+
+
+def describe_dtypes(cfg: Config) -> str:
+    """One line about a run's dtypes, and what a device without bfloat16 GEMMs makes of them."""
+    names = cfg.model.dtype, cfg.model.compute_dtype, cfg.rollout.dtype
+    line = "dtypes: weights {}, compute {}, rollouts {}".format(*names)
+    if multiplies_bfloat16(choose_device(cfg.trainer.device).type):
+        return line
+    line += "; this processor has no bfloat16 instructions"
+    return f"{line}: bfloat16 GEMMs are slow" if "bfloat16" in names else line
 
 
 def choose_backend(cfg: Config) -> str:

@@ -24,7 +24,7 @@ from aepo_fast.objective import Objective, build_objective
 from aepo_fast.optim import build_optimizer, guarded_step
 from aepo_fast.policy import Policy, token_index, token_offsets
 from aepo_fast.rollout.base import Completion
-from aepo_fast.setup import choose_backend, choose_device
+from aepo_fast.setup import choose_backend, choose_device, choose_dtypes
 from aepo_fast.token_objective import StepContext
 from aepo_fast.update import UpdateResult, update
 from bench.peers import materialised, trl
@@ -113,14 +113,12 @@ def load_problem(
     """
     device = choose_device("auto")
     on_gpu = device.type == "cuda"
-    cfg = load_config(
-        "first-light",
-        [
-            f"model.attention={'auto' if on_gpu else 'grouped'}",
-            f"trainer.tokens_per_microbatch={tokens_per_microbatch}",
-            f"trainer.lr={LEARNING_RATE}",
-        ],
-    )
+    settings = [
+        f"model.attention={'auto' if on_gpu else 'grouped'}",
+        f"trainer.tokens_per_microbatch={tokens_per_microbatch}",
+        f"trainer.lr={LEARNING_RATE}",
+    ]
+    cfg = choose_dtypes(load_config("first-light", settings))
     model = load_model(cfg.model, folder, device)
     # Whatever is timed beside ours takes the faster of transformers' own at these lengths.
     twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})

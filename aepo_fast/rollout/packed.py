@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from aepo_kernels.backends import multiplies_bfloat16
+
 
 class PackedLinear(nn.Linear):
     """A linear layer with a second, packed copy of its weight; no gradient, the same bits."""
@@ -32,7 +34,7 @@ def _can_pack(model: nn.Module) -> bool:
         and parameter.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and multiplies_bfloat16("cpu")
     )
 
 

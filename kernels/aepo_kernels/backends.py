@@ -84,6 +84,20 @@ def gemms_want_columns(hidden: torch.Tensor) -> bool:
     return narrow and row_operations(hidden) is cpu_rows and _has_amx()
 
 
+def multiplies_bfloat16(device_type: str) -> bool:
+    """Whether "cpu" or "cuda" has instructions for bfloat16 GEMMs; float32 ones are faster if not.
+
+    x86 has them since AVX-512 (torch takes older CPUs' numbers one by one), 64-bit ARM since 8.6.
+    """
+    return device_type != "cpu" or _cpu_multiplies_bfloat16()
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and supported()
+
+
 @functools.cache
 def _has_amx() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()

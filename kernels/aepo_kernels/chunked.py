@@ -21,7 +21,6 @@ from aepo_kernels.chunks import (
     forward_chunk_size,
     head_of,
     scoring_chunk_size,
-    slices,
     tokens_of,
 )
 from aepo_kernels.gemm import computing_on
@@ -32,6 +31,7 @@ from aepo_kernels.problem import (
     Problem,
     TokenLoss,
     TokenLossOutput,
+    slices,
     sum_losses,
     take,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from aepo_kernels import cpu_rows
 from aepo_kernels.backends import gemms_want_columns, row_operations
-from aepo_kernels.gemm import add_product, matmul
+from aepo_kernels.gemm import WIDENED_BYTES, add_product, is_widened, matmul
 from aepo_kernels.options import VocabShard
-from aepo_kernels.problem import Problem, take
+from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
 from aepo_kernels.sharding import combine, local_targets
 from aepo_kernels.sliced_logits import SlicedLogits
@@ -210,7 +210,7 @@ class Head:
             products = matmul(inputs, self.weight.T, self.logits_dtype, out=out)
         if self.lora is not None:
             down, up = self.lora
-            add_product(products, (inputs @ down.T).mul_(self.lora_scale), up.T)
+            add_product(products, matmul(inputs, down.T).mul_(self.lora_scale), up.T)
         return products
 
     def dlogits(
@@ -307,6 +307,8 @@ def chunk_size(problem: Problem) -> int:
     budget, most = _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS
     if problem.backend == "chunked" and gemms_want_columns(hidden):
         budget //= 2  # their gradient is written twice
+    elif is_widened(hidden):
+        budget -= WIDENED_BYTES
     if hidden.device.type != "cpu":
         budget, most = _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS
         if problem.logits_dtype not in (None, hidden.dtype):
@@ -321,15 +323,17 @@ def chunk_size(problem: Problem) -> int:
 def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:
     """Rows of weight whose gradient is made at once, or None where chunks of tokens add it up.
 
-    Slices are the caller's choice, or on a CPU that of half-precision GEMMs which take more than
-    one chunk: to add up their weight gradient in float32 would take more time and memory.
+    Slices are the caller's choice, or on a CPU that of GEMMs which take more than one chunk: to add
+    up the weight's gradient would take more time, in half precision memory too. In float32 they pay
+    where rows come by slices as well, so that few logits are made twice.
     """
     if problem.weight_slice is not None:
         return problem.weight_slice
     weight, hidden = problem.weight, problem.hidden
     plain = (problem.weight_grad, problem.row_sampling, problem.chunk_tokens) == (None, None, None)
-    narrow = hidden.dtype != problem.stats_dtype and weight.dtype in (hidden.dtype, torch.float32)
-    if not (needs_weight and plain and narrow and hidden.device.type == "cpu"):
+    pays = hidden.dtype != problem.stats_dtype or row_operations(hidden) is cpu_rows
+    pays = pays and weight.dtype in (hidden.dtype, torch.float32)
+    if not (needs_weight and plain and pays and hidden.device.type == "cpu"):
         return None
     if problem.backend != "chunked" or rows <= chunk_size(problem):
         return None
@@ -358,12 +362,6 @@ def scoring_chunk_size(problem: Problem) -> int:
         return size
     by_slices = row_operations(problem.hidden) is cpu_rows  # whose size is no matter of V
     return _CPU_SCORING_TOKENS if by_slices else min(size, _CPU_SCORING_TOKENS)
-
-
-def slices(num_tokens: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` tokens."""
-    for start in range(0, num_tokens, size):
-        yield slice(start, min(start + size, num_tokens))
 
 
 def _inverse(value: float | Tensor | None, dtype: torch.dtype) -> float | Tensor | None:

@@ -1,4 +1,9 @@
-"""The GEMMs: operands in the model's dtype, accumulation in fp32."""
+"""The GEMMs: operands in the model's dtype, accumulation in fp32.
+
+A CPU without bfloat16 instructions would multiply bfloat16 numbers one by one, at a tenth to a
+hundredth of its float32 speed. There the operands become float32 some rows at a time, while they
+are cached, and the product is rounded once, as elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,14 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-# Bytes of a product that is made and added to a wider sum at a time, while it is cached.
+from aepo_kernels import backends
+from aepo_kernels.problem import slices
+
+# Bytes of a product that is made and added to a wider sum at a time, while it is cached; and of
+# some rows of an operand as float32.
 _BLOCK_BYTES = 2**21
+# What widened GEMMs take: three blocks, and a small operand whole.
+WIDENED_BYTES = 2**23
 
 
 def matmul(
@@ -17,9 +28,14 @@ def matmul(
 ) -> Tensor:
     """left @ right in `dtype`, or in the operands'; accumulated in fp32 and rounded once.
 
-    Another dtype than the operands' is float32 from bfloat16, which CUDA alone can do. `out` is of
-    the operands' dtype.
+    Another dtype than the operands' is float32 from bfloat16, which CUDA can do and widened
+    operands can; elsewhere `out` is of the operands' dtype.
     """
+    if is_widened(left):
+        if out is None:
+            shape = len(left), right.shape[1]
+            out = torch.empty(shape, dtype=dtype or left.dtype, device=left.device)
+        return _widened(out, left, right)
     if dtype is None or dtype == left.dtype:
         return torch.mm(left, right, out=out)
     return torch.mm(left, right, out_dtype=dtype)
@@ -27,6 +43,8 @@ def matmul(
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right, in place and accumulated in total's dtype."""
+    if is_widened(left):
+        return _widened(total, left, right, add=True)
     if total.dtype == left.dtype:
         return total.addmm_(left, right)
     if total.is_cuda:
@@ -41,9 +59,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def product(
     left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
 ) -> Tensor:
-    """left @ right in `dtype`, rounded to the operands' dtype first where there is no GPU."""
-    if dtype == left.dtype:
-        return matmul(left, right, out=out)
+    """left @ right in `dtype`; a CPU's bfloat16 GEMMs round it to bfloat16 first."""
+    if dtype == left.dtype or is_widened(left):
+        return matmul(left, right, dtype, out=out)
     if left.is_cuda:
         wide = matmul(left, right, dtype)
         return wide if out is None else out.copy_(wide)
@@ -60,9 +78,70 @@ def _blocks(left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
     count, width = len(left), right.shape[1]
     size = max(64, _BLOCK_BYTES // max(1, width * left.element_size()) // 64 * 64)
     space = left.new_empty(min(size, count), width)
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
-        yield rows, torch.mm(left[rows], right, out=space[: rows.stop - start])
+    for rows in slices(count, size):
+        yield rows, torch.mm(left[rows], right, out=space[: rows.stop - rows.start])
+
+
+def is_widened(operand: Tensor) -> bool:
+    """Whether GEMMs of an operand go by float32."""
+    return operand.dtype == torch.bfloat16 and not backends.multiplies_bfloat16(operand.device.type)
+
+
+def _widened(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> Tensor:
+    """left @ right into `out`, or added to it, by float32 GEMMs over blocks of the longest side."""
+    (rows, inner), columns = left.shape, right.shape[1]
+    if inner > max(rows, columns):
+        _widen_inner(out, left, right, add)
+    elif columns > rows:
+        _widen_rows(out.T, right.T, left.T, add)
+    else:
+        _widen_rows(out, left, right, add)
+    return out
+
+
+def _widen_rows(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    (rows, inner), columns = left.shape, right.shape[1]
+    size = _block_size(rows, max(inner, columns))
+    space, product = _space_like(left, size), _space_like(out, size)
+    right = right.float()
+    for block in slices(rows, size):
+        wide = _front(space, block).copy_(left[block])
+        if out.dtype == torch.float32:
+            torch.addmm(out[block], wide, right, beta=float(add), out=out[block])
+        elif add:
+            out[block] += torch.mm(wide, right, out=_front(product, block))
+        else:
+            out[block] = torch.mm(wide, right, out=_front(product, block))
+
+
+def _widen_inner(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    (rows, inner), columns = left.shape, right.shape[1]
+    total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    size = _block_size(inner, max(rows, columns))
+    lefts, rights = _space_like(left.T, size), _space_like(right, size)
+    for block in slices(inner, size):
+        some = _front(lefts, block).copy_(left.T[block])
+        others = _front(rights, block).copy_(right[block])
+        begun = block.start > 0 or (add and total is out)
+        torch.addmm(total, some.T, others, beta=float(begun), out=total)
+    if total is not out:
+        out.add_(total) if add else out.copy_(total)
+
+
+def _block_size(count: int, width: int) -> int:
+    return min(max(1, count), max(64, _BLOCK_BYTES // (4 * max(1, width)) // 64 * 64))
+
+
+def _space_like(matrix: Tensor, rows: int) -> Tensor:
+    """Float32 room for some rows of a matrix, as they lie in it."""
+    columns = matrix.shape[1]
+    if matrix.stride(0) == 1 and matrix.stride(1) > 1:
+        return torch.empty(columns, rows).T
+    return torch.empty(rows, columns)
+
+
+def _front(space: Tensor, block: slice) -> Tensor:
+    return space[: block.stop - block.start]
 
 
 @contextmanager

@@ -16,10 +16,9 @@ from aepo_kernels.chunks import (
     join_tokens,
     keeps_logits,
     slice_size,
-    slices,
 )
 from aepo_kernels.gradients import Gradients
-from aepo_kernels.problem import Problem, take
+from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import RowCoefs, RowStats
 from aepo_kernels.sampling import sample_rows, variance_of
 from aepo_kernels.sliced_logits import SlicedLogits

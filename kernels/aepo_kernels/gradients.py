@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aepo_kernels.gemm import add_product, product
+from aepo_kernels.gemm import add_product, matmul, product
 from aepo_kernels.problem import Problem
 
 
@@ -60,7 +60,7 @@ class Gradients:
             out = None if dlogits.is_cuda else self.make_weight(self.weight_dtype)
             self.weight = product(dlogits.T, inputs, self.weight_dtype, out=out)
         if self.lora_b is not None and lora is not None:
-            add_product(self.lora_b, dlogits.T, (inputs @ lora[0].T).mul_(self.lora_scale))
+            add_product(self.lora_b, dlogits.T, matmul(inputs, lora[0].T).mul_(self.lora_scale))
 
     def make_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight's gradient, in its own dtype or another; at first it holds anything."""
@@ -95,7 +95,7 @@ class Gradients:
         if hidden is not None:
             add_product(hidden, through, lora[0])
         if self.lora_b is not None:
-            scaled = (inputs @ lora[0].T).mul_(self.lora_scale)
+            scaled = matmul(inputs, lora[0].T).mul_(self.lora_scale)
             self.lora_b[rows] = product(dlogits.T, scaled, self.lora_b.dtype)
 
     def _add_lora_a(
@@ -104,7 +104,7 @@ class Gradients:
         """Add to lora_a's gradient; returns dlogits through lora_b, [C, R]."""
         if lora is None:
             return None
-        through = (dlogits @ lora[1]).mul_(self.lora_scale)
+        through = matmul(dlogits, lora[1]).mul_(self.lora_scale)
         if self.lora_a is not None:
             add_product(self.lora_a, through.T, inputs)
         return through
@@ -119,7 +119,7 @@ class Gradients:
     ) -> None:
         assert self.hidden is not None
         if isinstance(at, slice) and self.hidden.dtype == dlogits.dtype and lora_a is None:
-            torch.mm(dlogits, weight, out=self.hidden[at])
+            matmul(dlogits, weight, out=self.hidden[at])
             return
         rows = product(dlogits, weight, self.hidden.dtype)
         if lora_a is not None and through is not None:

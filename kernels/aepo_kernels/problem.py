@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -123,6 +123,12 @@ def take(values: Tensor, positions: Tensor | slice | None) -> Tensor:
     if isinstance(positions, Tensor):
         return values.index_select(0, positions)
     return values if positions is None else values[positions]
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` of `count` things."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def sum_losses(result: Any) -> tuple[Tensor, dict[str, Tensor]]:

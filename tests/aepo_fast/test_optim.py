@@ -80,7 +80,12 @@ def test_it_writes_in_place_into_storage_of_others() -> None:
 
 
 def test_a_bfloat16_run_resumes_bit_for_bit(tiny_model_dir: Path, tmp_path: Path) -> None:
-    small = ModelConfig(str(tiny_model_dir), dtype="bfloat16", gradient_checkpointing=False)
+    small = ModelConfig(
+        str(tiny_model_dir),
+        dtype="bfloat16",
+        compute_dtype="bfloat16",
+        gradient_checkpointing=False,
+    )
     whole, resumed = (
         with_trainer(
             replace(

@@ -54,7 +54,11 @@ def test_a_sliding_window_is_never_hidden_behind_a_shared_prompt(tiny_model_dir:
 def test_casting_weights_once_and_sparse_embeddings_change_no_gradient(
     tiny_model_dir: Path, checkpointing: bool
 ) -> None:
-    cfg = ModelConfig(path=str(tiny_model_dir), gradient_checkpointing=checkpointing)
+    cfg = ModelConfig(
+        path=str(tiny_model_dir),
+        compute_dtype="bfloat16",
+        gradient_checkpointing=checkpointing,
+    )
     model = load_model(cfg, tiny_model_dir, torch.device("cpu"))
     policy = Policy(model, cfg, TrainerConfig(tokens_per_microbatch=20))
     embedding = model.get_input_embeddings()

@@ -81,7 +81,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(model: PreTrainedModel) -> N
 def test_a_cache_read_in_place_and_a_shared_beginning_change_nothing(
     tiny_model_dir: Path, dtype: torch.dtype
 ) -> None:
-    cfg = ModelConfig(path=str(tiny_model_dir), attention="grouped")
+    cfg = ModelConfig(path=str(tiny_model_dir), attention="grouped", compute_dtype="bfloat16")
     model = load_model(cfg, tiny_model_dir, torch.device("cpu"))
     start = tuple(range(20, 32))
     requests = [Request((*start, *end), 6, 1.0, 2) for end in ((5, 6, 7), (9,), (11, 12))]

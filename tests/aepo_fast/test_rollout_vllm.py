@@ -17,6 +17,7 @@ from aepo_fast.config import ModelConfig, RolloutConfig, TrainerConfig
 from aepo_fast.models import resolve
 from aepo_fast.policy import Policy
 from aepo_fast.rollout.base import Completion, Request, RolloutError
+from aepo_kernels.backends import multiplies_bfloat16
 
 pytestmark = [
     pytest.mark.vllm,
@@ -26,6 +27,8 @@ pytestmark = [
 ]
 # SmolLM2 has a tied head, which is where packed weights go stale.
 MODEL = "package:smollm2-135m-instruct"
+FAST = multiplies_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = "bfloat16" if FAST else "float32"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def engine(folder: str) -> Iterator[Any]:
     from aepo_fast.rollout.vllm import VllmRollout
 
     cfg = RolloutConfig(
-        backend="vllm", max_prompt_tokens=300, max_new_tokens=32, enforce_eager=True
+        backend="vllm", max_prompt_tokens=300, max_new_tokens=32, dtype=DTYPE, enforce_eager=True
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     made = VllmRollout(folder, cfg, eos_ids=[tokenizer.eos_token_id], seed=0)
@@ -61,7 +64,7 @@ def model(folder: str, engine: Any) -> Iterator[PreTrainedModel]:
 
 @pytest.fixture
 def policy(model: PreTrainedModel, folder: str) -> Policy:
-    return Policy(model, ModelConfig(path=folder), TrainerConfig(device="cpu"))
+    return Policy(model, ModelConfig(path=folder, compute_dtype=DTYPE), TrainerConfig(device="cpu"))
 
 
 @pytest.fixture(scope="module")

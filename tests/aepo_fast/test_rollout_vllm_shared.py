@@ -43,7 +43,9 @@ def engine(folder: str) -> Iterator[Any]:
     def leave_as_loaded(layer: nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = nn.functional.linear
 
-    cfg = RolloutConfig("vllm", max_prompt_tokens=100, max_new_tokens=32, enforce_eager=True)
+    cfg = RolloutConfig(
+        "vllm", max_prompt_tokens=100, max_new_tokens=32, dtype="bfloat16", enforce_eager=True
+    )
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setattr(utils, "dispatch_cpu_unquantized_gemm", leave_as_loaded)
@@ -65,7 +67,7 @@ def trained(folder: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def canary_of(engine: Any, model: PreTrainedModel, prompts: list[tuple[int, ...]]) -> Canary:
-    policy = Policy(model, ModelConfig(path="-"), TrainerConfig())
+    policy = Policy(model, ModelConfig(path="-", compute_dtype="bfloat16"), TrainerConfig())
     return Canary(engine, policy, prompts)
 
 

@@ -27,10 +27,11 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-@pytest.fixture(params=["rows", "columns"])
+@pytest.fixture(params=["rows", "columns", "widened"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each way in which a CPU's bfloat16 logits can lie, whichever this machine would choose."""
+    """Each way of a CPU's bfloat16 GEMMs and logits, whichever this machine would choose."""
     monkeypatch.setattr(backends, "_has_amx", lambda: request.param == "columns")
+    monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: request.param != "widened")
     return request.param
 
 

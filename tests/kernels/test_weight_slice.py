@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from aepo_kernels import RowSampling, chunks, cpu_library, linear_logprob
+from aepo_kernels.gemm import WIDENED_BYTES
 from aepo_kernels.gradients import Gradients
 from tests.kernels.oracle import (
     OPTIONS,
@@ -41,10 +42,22 @@ def test_token_loss_matches_float64(option: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("rows", ["all active", "active first", "some without coefficients"])
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        pytest.param(torch.float32, torch.float32, marks=needs_cpp),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("option", ["plain", "all"])
-def test_half_precision_on_a_cpu_takes_slices_unasked(
-    option: str, weight_dtype: torch.dtype, rows: str, monkeypatch: pytest.MonkeyPatch
+def test_a_cpu_takes_slices_unasked(
+    option: str,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    rows: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # 32 tokens a chunk, some 400 rows of the vocabulary a slice; the last chunk's logits are kept.
     monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", 2 * 1000 * 32)
@@ -54,7 +67,7 @@ def test_half_precision_on_a_cpu_takes_slices_unasked(
     monkeypatch.setattr(
         Gradients, "add_slice", lambda self, *a: slices.append(1) or add_slice(self, *a)
     )
-    case = make_case(127, 64, 1000, dtype=torch.bfloat16, option=option, seed=3)
+    case = make_case(127, 64, 1000, dtype=dtype, option=option, seed=3)
     advantage, more = make_columns(case).advantage, {}
     if rows != "all active":
         passive = torch.arange(127) % 3 == 0
@@ -81,6 +94,7 @@ def test_on_a_cpu_few_logits_are_made_twice(
     # 64 tokens' logits wait in the gradient of a weight of 64 columns, those of the last chunk of
     # at most 32 where they are. Half the budget is the gradient's once more, if by columns.
     budget = 2 * 1000 * 32 * (2 if layout == "columns" else 1)
+    budget += WIDENED_BYTES if layout == "widened" else 0
     monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", budget)
     made: list[int] = []
     products = chunks.Head.products

@@ -1,0 +1,83 @@
+"""bfloat16 GEMMs by way of float32, for CPUs without instructions for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from aepo_kernels import backends, gemm
+
+SHAPES = [(1, 1, 1), (5, 130, 7), (130, 5, 7), (7, 5, 130), (64, 64, 64), (3, 200, 200)]
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(gemm, "_BLOCK_BYTES", 64)  # blocks of 64 rows
+
+
+def laid_out(rows: int, columns: int, layout: str, seed: int) -> Tensor:
+    """A random bfloat16 matrix, or a part of a larger one, by rows or by columns."""
+    generator = torch.Generator().manual_seed(seed)
+    if layout == "columns":
+        return torch.randn(columns, rows, generator=generator).bfloat16().T
+    if layout == "part":
+        return torch.randn(rows + 1, columns + 9, generator=generator).bfloat16()[1:, 3:-6]
+    return torch.randn(rows, columns, generator=generator).bfloat16()
+
+
+def near(found: Tensor, left: Tensor, right: Tensor, before: Tensor | float = 0.0) -> None:
+    """Rounded once to found's dtype, after float32 sums."""
+    truth = left.double() @ right.double() + before
+    size = left.double().abs() @ right.double().abs() + truth.abs()
+    off = torch.finfo(found.dtype).eps * truth.abs() + 1e-6 * size
+    assert ((found.double() - truth).abs() <= off).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("lies", ["rows", "columns", "part"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products(shape: tuple[int, int, int], lies: str, dtype: torch.dtype) -> None:
+    rows, inner, columns = shape
+    left, right = laid_out(rows, inner, lies, 0), laid_out(inner, columns, lies, 1)
+    near(gemm.matmul(left, right), left, right)
+    near(gemm.product(left, right, dtype), left, right)
+    for target in ("rows", "columns", "part"):
+        out = laid_out(rows, columns, target, 2).to(dtype).fill_(float("nan"))
+        assert gemm.product(left, right, dtype, out=out).data_ptr() == out.data_ptr()
+        near(out, left, right)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("lies", ["rows", "columns", "part"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums(shape: tuple[int, int, int], lies: str, dtype: torch.dtype) -> None:
+    rows, inner, columns = shape
+    left, right = laid_out(rows, inner, lies, 0), laid_out(inner, columns, lies, 1)
+    total = laid_out(rows, columns, lies, 2).to(dtype)
+    before = total.double()
+    assert gemm.add_product(total, left, right) is total
+    if dtype == torch.float32:
+        near(total, left, right, before)
+    else:  # the product is rounded, and the sum
+        truth = left.double() @ right.double() + before
+        size = left.double().abs() @ right.double().abs() + before.abs()
+        assert ((total.double() - truth).abs() <= 2**-7 * size).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7), (5, 7, 0), (0, 7, 0)], ids=str)
+def test_nothing(shape: tuple[int, int, int]) -> None:
+    rows, inner, columns = shape
+    left, right = laid_out(rows, inner, "rows", 0), laid_out(inner, columns, "rows", 1)
+    assert gemm.matmul(left, right).shape == (rows, columns)
+    total = torch.zeros(rows, columns)
+    assert gemm.add_product(total, left, right).shape == (rows, columns)
+
+
+def test_what_has_instructions_is_multiplied_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: True)
+    left, right = laid_out(5, 6, "rows", 0), laid_out(6, 7, "rows", 1)
+    assert torch.equal(gemm.matmul(left, right), left @ right)
+    assert backends.multiplies_bfloat16("cuda")
