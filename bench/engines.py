@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from aepo_kernels.backends import multiplies_bfloat16
 from bench.environment import RESULTS, describe, device_name
 
 ENGINES = ("hf", "vllm")
@@ -72,8 +73,9 @@ def load_engine(name: str, folder: str, model: Any, arguments: argparse.Namespac
     from aepo_fast.config import RolloutConfig
     from aepo_fast.rollout.hf import HfRollout
 
+    dtype = "bfloat16" if multiplies_bfloat16(model.device.type) else "float32"
     if name == "hf":
-        return HfRollout(model, dtype=torch.bfloat16, eos_ids=(), batch_rows=256)
+        return HfRollout(model, dtype=getattr(torch, dtype), eos_ids=(), batch_rows=256)
     if importlib.util.find_spec("vllm") is None:
         raise SystemExit("vLLM is not installed: make test-vllm installs it, or --engines hf")
     from aepo_fast.rollout.vllm import VllmRollout
@@ -82,6 +84,7 @@ def load_engine(name: str, folder: str, model: Any, arguments: argparse.Namespac
         backend="vllm",
         max_prompt_tokens=256,
         max_new_tokens=arguments.tokens,
+        dtype=dtype,
         enforce_eager=arguments.eager,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
     )

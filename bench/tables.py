@@ -110,12 +110,12 @@ def _entropy_note(path: Path, record: dict[str, Any], runs: list[dict[str, Any]]
 
 
 def kernels() -> str:
-    """The newest kernel benchmark of each device: summary, figure and what was left out."""
+    """The newest kernel benchmark of each device and dtype: summary, figure, what was left out."""
     parts = []
     for path, record, device in _newest_by_device("*/kernels-*.json"):
         where, settings = record["environment"], record["settings"]
         parts.append(
-            f"{device}, {settings['dtype']}, torch {where['torch']}, triton {where['triton']}: "
+            f"**{device}, {settings['dtype']}**, torch {where['torch']}, triton {where['triton']}: "
             f"time over the bare GEMMs' in the same run, medians of {settings['rounds']} "
             f"interleaved rounds ([raw]({_link(path)})).\n"
         )
@@ -145,14 +145,24 @@ def step() -> str:
 
 
 def _newest_by_device(pattern: str) -> Iterator[tuple[Path, dict[str, Any], str]]:
-    """The newest result of a kind on each device, with its record and the device's name."""
-    latest: dict[str, Path] = {}
+    """The newest result of a kind on each device in each dtype, with its record and the device.
+
+    A CPU is named by its model and the row kernels that ran, since models of one name differ.
+    """
+    latest: dict[tuple[str, str], tuple[Path, dict[str, Any], str]] = {}
     for path in sorted(RESULTS.glob(pattern), key=lambda path: path.name):
-        latest[path.parent.name] = path
-    for path in latest.values():
         record = json.loads(path.read_text())
         where = record["environment"]
-        yield path, record, where["cpu"] if where["device"] == "cpu" else where["device"]
+        device = where["device"]
+        if device == "cpu":
+            rows = record.get("row_kernels") or where.get("row_kernels")
+            if rows is None:  # of before there were C++ ones
+                continue
+            device = f"{where['cpu']}, rows {rows}"
+        key = device, record["settings"].get("dtype", "")
+        latest.pop(key, None)  # newest last
+        latest[key] = path, record, device
+    yield from reversed(latest.values())
 
 
 def _link(path: Path) -> str:

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from aepo_fast.attention import decodes_in_place
 from aepo_fast.rollout.base import Completion, Request, RolloutError
 from aepo_fast.rollout.cache import make_room
-from aepo_fast.rollout.packed import packed_linears
+from aepo_fast.rollout.packed import can_pack, packed_linears
 from aepo_kernels import cpu_library, cpu_rows
 
 # Dropping rows copies the key-value cache, so wait until enough rows have finished.
@@ -44,7 +44,8 @@ class _Row:
 class HfRollout:
     """Samples with a transformers model; holds a copy where the rollout dtype differs.
 
-    model: the trainer's model. dtype: of the copy; with the trainer's own dtype no copy is made.
+    model: the trainer's model. dtype: of the copy; with the trainer's own dtype the weights are
+    the trainer's, on a CPU beside a copy of linear layers' that lies as its GEMMs read it.
     eos_ids: ids that end a completion. batch_rows: rows decoded together.
     """
 
@@ -59,10 +60,13 @@ class HfRollout:
         batch_rows: int,
     ) -> None:
         self.shared = model.dtype == dtype
-        self.model = model if self.shared else copy.deepcopy(model)
+        if self.shared and not can_pack(model):
+            self.model = model
+        else:  # modules of its own, which packing changes
+            kept = {id(weight): weight for weight in model.parameters()} if self.shared else {}
+            self.model = copy.deepcopy(model, kept)
         nn.Module.to(self.model, dtype)
-        # Only a copy stays the same from one sync to the next.
-        self._linears = [] if self.shared else packed_linears(self.model)
+        self._linears = packed_linears(self.model)
         for linear in self._linears:
             linear.pack()
         self.eos_ids = frozenset(eos_ids)
@@ -77,8 +81,8 @@ class HfRollout:
             ours = dict(self.model.named_parameters())
             for name, parameter in model.named_parameters():
                 ours[name].copy_(parameter)
-            for linear in self._linears:
-                linear.pack()
+        for linear in self._linears:
+            linear.pack()
         self.weights_version = version
 
     def sleep(self) -> None:

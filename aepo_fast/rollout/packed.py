@@ -1,6 +1,7 @@
 """Linear layers whose weights lie as oneDNN's GEMMs read them, for a model that samples on a CPU.
 
 A GEMM of few rows otherwise spends much of its time on laying the weights out, in every call.
+float32 sums may be rounded differently, bfloat16 ones are not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from aepo_kernels.backends import multiplies_bfloat16
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer with a second, packed copy of its weight; no gradient, the same bits."""
+    """A linear layer with a second, packed copy of its weight; no gradient."""
 
     packed: Tensor
 
@@ -26,21 +27,21 @@ class PackedLinear(nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
 
 
-def _can_pack(model: nn.Module) -> bool:
+def can_pack(model: nn.Module) -> bool:
     """Whether this torch and processor have such GEMMs for a model's dtype and device."""
     parameter = next(model.parameters())
     return (
         parameter.device.type == "cpu"
-        and parameter.dtype == torch.bfloat16
+        and parameter.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and multiplies_bfloat16("cpu")
+        and (parameter.dtype == torch.float32 or multiplies_bfloat16("cpu"))
     )
 
 
 def packed_linears(model: nn.Module) -> list[PackedLinear]:
     """Turn a model's linear layers into packed ones, where that is possible."""
-    if not _can_pack(model):
+    if not can_pack(model):
         return []
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     for linear in linears:

@@ -14,7 +14,7 @@ from aepo_fast.config import ModelConfig
 from aepo_fast.models import load_model
 from aepo_fast.rollout.base import Completion, Request, RolloutError
 from aepo_fast.rollout.hf import HfRollout, sample_tokens
-from aepo_fast.rollout.packed import packed_linears
+from aepo_fast.rollout.packed import PackedLinear, can_pack, packed_linears
 from aepo_kernels import cpu_library
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16)]
@@ -96,15 +96,34 @@ def test_a_cache_read_in_place_and_a_shared_beginning_change_nothing(
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
 
-def test_packed_weights_are_the_same_weights(model: PreTrainedModel) -> None:
-    half = copy.deepcopy(model).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_the_same_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    if not can_pack(copy.deepcopy(model).to(dtype)):
+        pytest.skip(f"this processor has no GEMMs of packed {dtype} weights")
+    packed = copy.deepcopy(model).to(dtype)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
-        expected = half(ids).logits
-        for linear in packed_linears(half):
+        expected = packed(ids).logits
+        for linear in packed_linears(packed):
             linear.pack()
-        torch.testing.assert_close(half(ids).logits, expected, atol=0.02, rtol=0.02)
-    assert packed_linears(model) == []  # of float32
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(packed(ids).logits, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_the_trainers_own_weights_are_not_copied_and_its_layers_stay(
+    model: PreTrainedModel,
+) -> None:
+    engine = engine_of(model)
+    for ours, theirs in zip(engine.model.parameters(), model.parameters(), strict=True):
+        assert ours is theirs
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    request = [Request(PROMPTS[0], 1, 1e-4, 0)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std())
+    engine.sync_weights(model, 1)
+    fresh = engine_of(model).generate(request, max_new_tokens=6)
+    assert engine.generate(request, max_new_tokens=6)[0][0].logprobs == fresh[0][0].logprobs
 
 
 def test_rows_stop_at_any_end_token_and_truncation_is_flagged(model: PreTrainedModel) -> None:

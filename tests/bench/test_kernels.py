@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from aepo_fast import cli
 from aepo_fast.bench_command import run_bench
+from aepo_kernels import backends
 from bench import kernel_gate as gate
 from bench import kernels, tables
 from bench.__main__ import main
@@ -24,6 +25,12 @@ from bench.timing import Stopwatch, interleave
 
 CPU = torch.device("cpu")
 BY_NAME = {mode.name: mode for mode in MODES}
+
+
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bare GEMMs on all machines that run the tests."""
+    monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: True)
 
 
 @pytest.fixture
@@ -131,6 +138,28 @@ def test_failures_and_wrong_results_are_recorded_and_the_others_timed(inputs: In
     table = mode_table(mode)
     assert "| broken | failed |" in table and "| wrong | incorrect |" in table
     assert "no temperature" in table and "bare 1 GEMM" in table
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_the_bare_gemms_are_the_fastest_that_the_processor_has(
+    inputs: Inputs, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: narrow)
+    made: list[torch.Tensor] = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, out: made.append(out) or mm(*a, out=out))
+    for name, count in (("forward", 1), ("training", 3)):
+        kind = "" if narrow else "float32 "
+        found, call = kernels.bare_gemms(inputs, BY_NAME[name])
+        assert found == f"{count} {kind}GEMM{'s' * (count > 1)}"
+        made.clear()
+        call()
+        assert {x.dtype for x in made} == {torch.bfloat16 if narrow else torch.float32}
+        assert len(made) == count
+    hidden, weight = (x.detach().double() for x in (inputs.hidden, inputs.weight))
+    logits = hidden @ weight.T
+    for got, want in zip(made, (logits, logits @ weight, logits.T @ hidden), strict=True):
+        assert (got.double() - want).norm() < 0.02 * want.norm()
 
 
 def test_a_call_that_fails_while_timed_drops_out() -> None:

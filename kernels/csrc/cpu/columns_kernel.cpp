@@ -19,7 +19,6 @@ namespace {
 constexpr std::int64_t kRun = 128;
 // Rows of a task; its columns are a block, which has sums of its own that are added up in order.
 constexpr std::int64_t kBand = 64;
-
 // Columns that are asked for before they are needed: their pieces are too far apart to be foreseen.
 constexpr std::int64_t kAhead = 32;
 
@@ -29,7 +28,8 @@ const BFloat16* at(const AepoLogits& logits, std::int64_t column, std::int64_t r
 
 // The logits of up to a vector's rows in a column; 0 in the lanes beyond. GCC would leave it out of
 // line, which costs a third of the time.
-__attribute__((always_inline)) inline Floats logits_of(const AepoLogits& logits, std::int64_t column, std::int64_t row,
+__attribute__((always_inline)) inline Floats logits_of(const AepoLogits& logits,
+                                                       std::int64_t column, std::int64_t row,
                                                        std::int64_t count) {
   const BFloat16* from = at(logits, column, row);
   Floats value;
@@ -211,8 +211,9 @@ GradOfRows prepare_rows(const AepoLogits& logits, const AepoStats& stats, const 
   return rows;
 }
 
-__attribute__((always_inline)) inline Floats grad_of(const AepoLogits& logits, const GradOfRows& rows, bool has_second, Floats z,
-               std::int64_t column) {
+__attribute__((always_inline)) inline Floats grad_of(const AepoLogits& logits,
+                                                     const GradOfRows& rows, bool has_second,
+                                                     Floats z, std::int64_t column) {
   const Floats centred = larger(z - rows.max, all(kFloor));
   const Floats t = centred * rows.inverse;
   Floats value = exp_negative(t) * (rows.constant + rows.slope * t);
