@@ -110,8 +110,11 @@ def _entropy_note(path: Path, record: dict[str, Any], runs: list[dict[str, Any]]
 
 
 def kernels() -> str:
-    """The newest kernel benchmark of each device and dtype: summary, figure, what was left out."""
-    parts = []
+    """The newest kernel benchmark of each device and dtype: summary and what was left out.
+
+    The figure is that of the newest of each GPU and of all CPUs.
+    """
+    parts, drawn = [], set()
     for path, record, device in _newest_by_device("*/kernels-*.json"):
         where, settings = record["environment"], record["settings"]
         parts.append(
@@ -124,7 +127,8 @@ def kernels() -> str:
             names = "; ".join(f"{name} ({why})" for name, why in record["unavailable"].items())
             parts.append(f"Not available there: {names}.\n")
         figure = path.with_suffix(".png")
-        if figure.exists():
+        if figure.exists() and path.parent not in drawn:
+            drawn.add(path.parent)
             parts.append(f"![time over the bare GEMMs']({_link(figure)})\n")
     return "\n".join(parts)
 

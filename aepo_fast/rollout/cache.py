@@ -28,8 +28,8 @@ class RoomyLayer(DynamicLayer):
             old.new_empty(len(rows), old.shape[1], capacity, old.shape[3]) for old in (keys, values)
         )
         self._show(keys.shape[2])
-        self.keys.copy_(keys[rows])
-        self.values.copy_(values[rows])
+        self.keys.copy_(keys.index_select(0, rows))  # indexing takes number by number
+        self.values.copy_(values.index_select(0, rows))
 
     def _show(self, length: int) -> None:
         self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
