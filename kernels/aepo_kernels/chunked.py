@@ -17,11 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from aepo_kernels.chunks import (
     Head,
-    Tokens,
     forward_chunk_size,
     head_of,
     scoring_chunk_size,
-    tokens_of,
 )
 from aepo_kernels.gemm import computing_on
 from aepo_kernels.gradient_pass import GradientPass
@@ -36,6 +34,7 @@ from aepo_kernels.problem import (
     take,
 )
 from aepo_kernels.rows import RowCoefs, RowStats
+from aepo_kernels.tokens import Tokens, tokens_of
 
 _NOTHING = RowCoefs(None, None, None, None)
 

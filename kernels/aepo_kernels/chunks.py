@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,63 +15,23 @@ from aepo_kernels.gemm import WIDENED_BYTES, add_product, is_widened, matmul
 from aepo_kernels.options import VocabShard
 from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
-from aepo_kernels.sharding import combine, local_targets
+from aepo_kernels.sharding import combine
 from aepo_kernels.sliced_logits import SlicedLogits
+from aepo_kernels.tokens import Tokens
 
 # Bytes of a chunk's logits, and its most tokens. The size never depends on N, so that a token's
 # results do not depend on its batch; larger chunks update the weight's fp32 gradient less often.
 _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 5 * 2**23, 1024
 # Where no gradient follows: tokens, and with C++ rows columns, whose logits stay cached.
 _CPU_SCORING_TOKENS, _CPU_SCORING_COLUMNS = 256, 16384
+# In float32 more tokens by fewer columns: every call of its GEMMs lays the weight out anew.
+_FLOAT32_SCORING = 4
 _CPU_SLICE_BYTES, _ROW_BLOCK = 2**24, 2048
 _CPU_SLICE_COLUMNS = 16384  # where they are rows of a GEMM's first operand
 _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
 # "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
 # in its backward.
 _FUSED_FORWARD_TOKENS, _FUSED_CHUNK_BYTES = 4096, 2**28
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Some of the tokens that count: where they stand in the batch, targets, temperatures."""
-
-    positions: Tensor | slice
-    targets: Tensor  # [M]
-    inv_temperature: float | Tensor  # float or [M]
-    second_inv_temperature: float | Tensor | None
-
-    def at(self, index: Tensor | slice) -> Tokens:
-        """Some of these tokens."""
-        positions = self.positions
-        if isinstance(positions, Tensor):
-            positions = positions[index]
-        elif isinstance(index, Tensor):
-            positions = index + (positions.start or 0)
-        else:
-            positions = index
-        return Tokens(
-            positions,
-            self.targets[index],
-            _pick(self.inv_temperature, index),
-            _pick(self.second_inv_temperature, index),
-        )
-
-    def within(self, rows: slice) -> Tokens:
-        """The same with targets of a slice of the vocabulary, -1 where they are not in it."""
-        inside = (self.targets >= rows.start) & (self.targets < rows.stop)
-        return replace(self, targets=torch.where(inside, self.targets - rows.start, -1))
-
-
-def join_tokens(parts: Sequence[Tokens]) -> Tokens:
-    """Several sets of tokens as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return Tokens(
-        _join_positions([part.positions for part in parts], parts[0].targets.device),
-        torch.cat([part.targets for part in parts]),
-        _cat([part.inv_temperature for part in parts]),
-        _cat([part.second_inv_temperature for part in parts]),
-    )
 
 
 @dataclass(frozen=True)
@@ -104,7 +63,7 @@ class Head:
         """
         if self.hidden.is_cuda or self.fused:
             return None
-        return self.hidden.new_empty(tokens * len(self.weight))
+        return self.hidden.new_empty(tokens * len(self.weight), dtype=self.logits_dtype)
 
     def by_rows_space(self, tokens: int) -> Tensor | None:
         """Room for the logits' gradient once more, by rows, where logits lie by columns; [C, V]."""
@@ -140,7 +99,8 @@ class Head:
     def scoring_space(self, tokens: int) -> Tensor | None:
         """Room for `score`."""
         if self.by_slices:
-            return self.hidden.new_empty(tokens * min(_CPU_SCORING_COLUMNS, len(self.weight)))
+            columns = min(self._scoring_columns, len(self.weight))
+            return self.hidden.new_empty(tokens * columns, dtype=self.logits_dtype)
         return self.space(tokens)
 
     def score(self, tokens: Tokens, space: Tensor | None) -> RowStats:
@@ -148,7 +108,12 @@ class Head:
         if not self.by_slices:
             return self.forward(tokens, space)[1]
         assert space is not None
-        return self._stats_by_slices(tokens, _CPU_SCORING_COLUMNS, lambda rows: space)
+        return self._stats_by_slices(tokens, self._scoring_columns, lambda rows: space)
+
+    @property
+    def _scoring_columns(self) -> int:
+        is_float32 = self.logits_dtype == torch.float32
+        return _CPU_SCORING_COLUMNS // (_FLOAT32_SCORING if is_float32 else 1)
 
     def forward_into(self, room: SlicedLogits, tokens: Tokens) -> RowStats:
         """Statistics, with the logits in memory that keeps them."""
@@ -223,12 +188,12 @@ class Head:
         out: Tensor | None = None,
         by_rows: Tensor | None = None,
     ) -> Tensor:
-        """The loss's gradient by the raw logits, in hidden's dtype; may overwrite `products`.
+        """The loss's gradient by the raw logits, in hidden's dtype or on a CPU theirs, in place.
 
         by_rows: see `by_rows_space`; gets the gradient as well.
         """
         if out is None:
-            in_place = products.dtype == self.hidden.dtype
+            in_place = products.dtype == self.hidden.dtype or not products.is_cuda
             out = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
         row_operations(products).row_grad(
             products,
@@ -272,7 +237,7 @@ def head_of(problem: Problem) -> Head:
         problem.weight.detach().to(hidden.dtype),
         LogitMap(bias, softcap, float(problem.logit_scale)),
         dtype,
-        problem.logits_dtype or hidden.dtype,
+        logits_dtype(problem),
         problem.backend == "fused",
         problem.backend == "chunked" and row_operations(hidden) is cpu_rows,
         problem.backend == "chunked" and gemms_want_columns(hidden),
@@ -283,19 +248,11 @@ def head_of(problem: Problem) -> Head:
     )
 
 
-def tokens_of(problem: Problem) -> Tokens:
-    """The tokens that are not ignored."""
-    first, second = (
-        _inverse(value, problem.stats_dtype)
-        for value in (problem.temperature, problem.second_temperature)
-    )
-    assert first is not None
-    targets = problem.targets
-    if problem.shard is not None:
-        targets = local_targets(targets, problem.shard, problem.weight.shape[0])
-    everything = Tokens(slice(0, len(targets)), targets, first, second)
-    kept = problem.kept()
-    return everything if kept is None else everything.at(kept)
+def logits_dtype(problem: Problem) -> torch.dtype:
+    """The dtype of the first GEMM's output: hidden's, or that of widened GEMMs."""
+    if is_widened(problem.hidden):
+        return torch.float32
+    return problem.logits_dtype or problem.hidden.dtype
 
 
 def chunk_size(problem: Problem) -> int:
@@ -303,7 +260,7 @@ def chunk_size(problem: Problem) -> int:
     if problem.chunk_tokens is not None:
         return problem.chunk_tokens
     hidden = problem.hidden
-    width = hidden.element_size()
+    width = logits_dtype(problem).itemsize
     budget, most = _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS
     if problem.backend == "chunked" and gemms_want_columns(hidden):
         budget //= 2  # their gradient is written twice
@@ -311,8 +268,8 @@ def chunk_size(problem: Problem) -> int:
         budget -= WIDENED_BYTES
     if hidden.device.type != "cpu":
         budget, most = _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS
-        if problem.logits_dtype not in (None, hidden.dtype):
-            width += 4  # float32 logits stand beside their gradient in hidden's dtype
+        if width != hidden.element_size():
+            width += hidden.element_size()  # their gradient, in hidden's dtype, is beside them
     if problem.backend == "fused":
         budget = _FUSED_CHUNK_BYTES
     size = budget // (problem.chunk_vocab * width)
@@ -338,7 +295,7 @@ def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:
     if problem.backend != "chunked" or rows <= chunk_size(problem):
         return None
     most = _CPU_SLICE_COLUMNS if gemms_want_columns(hidden) else len(weight)
-    size = max(_CPU_SLICE_BYTES // (hidden.element_size() * rows) // 64 * 64, 64)
+    size = max(_CPU_SLICE_BYTES // (logits_dtype(problem).itemsize * rows) // 64 * 64, 64)
     size = min(size, most)
     # Multiples of the blocks in which rows are added up give the same bits as whole rows.
     return size if size < _ROW_BLOCK else size // _ROW_BLOCK * _ROW_BLOCK
@@ -360,30 +317,8 @@ def scoring_chunk_size(problem: Problem) -> int:
     size = forward_chunk_size(problem)
     if problem.hidden.device.type != "cpu" or problem.chunk_tokens is not None:
         return size
-    by_slices = row_operations(problem.hidden) is cpu_rows  # whose size is no matter of V
-    return _CPU_SCORING_TOKENS if by_slices else min(size, _CPU_SCORING_TOKENS)
-
-
-def _inverse(value: float | Tensor | None, dtype: torch.dtype) -> float | Tensor | None:
-    if isinstance(value, Tensor):
-        return value.to(dtype).reciprocal()
-    return None if value is None else 1.0 / value
-
-
-def _join_positions(parts: list[Tensor | slice], device: torch.device) -> Tensor | slice:
-    spans = [part for part in parts if isinstance(part, slice)]
-    if len(spans) == len(parts) and all(a.stop == b.start for a, b in pairwise(spans)):
-        return slice(spans[0].start, spans[-1].stop)  # which takes rows without a copy
-    wanted = [
-        part if isinstance(part, Tensor) else torch.arange(part.start, part.stop, device=device)
-        for part in parts
-    ]
-    return torch.cat(wanted)
-
-
-def _cat(values: list[Any]) -> Any:
-    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
-
-
-def _pick(value: Any, index: Tensor | slice) -> Any:
-    return value[index] if isinstance(value, Tensor) else value
+    if row_operations(problem.hidden) is not cpu_rows:
+        return min(size, _CPU_SCORING_TOKENS)
+    # By slices, whose size is no matter of V.
+    is_float32 = logits_dtype(problem) == torch.float32
+    return _CPU_SCORING_TOKENS * (_FLOAT32_SCORING if is_float32 else 1)

@@ -31,7 +31,7 @@ def matmul(
     Another dtype than the operands' is float32 from bfloat16, which CUDA can do and widened
     operands can; elsewhere `out` is of the operands' dtype.
     """
-    if is_widened(left):
+    if is_widened(left) or is_widened(right):
         if out is None:
             shape = len(left), right.shape[1]
             out = torch.empty(shape, dtype=dtype or left.dtype, device=left.device)
@@ -43,7 +43,7 @@ def matmul(
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right, in place and accumulated in total's dtype."""
-    if is_widened(left):
+    if is_widened(left) or is_widened(right):
         return _widened(total, left, right, add=True)
     if total.dtype == left.dtype:
         return total.addmm_(left, right)
@@ -60,7 +60,7 @@ def product(
     left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
 ) -> Tensor:
     """left @ right in `dtype`; a CPU's bfloat16 GEMMs round it to bfloat16 first."""
-    if dtype == left.dtype or is_widened(left):
+    if dtype == left.dtype or is_widened(left) or is_widened(right):
         return matmul(left, right, dtype, out=out)
     if left.is_cuda:
         wide = matmul(left, right, dtype)
@@ -88,7 +88,10 @@ def is_widened(operand: Tensor) -> bool:
 
 
 def _widened(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> Tensor:
-    """left @ right into `out`, or added to it, by float32 GEMMs over blocks of the longest side."""
+    """left @ right into `out`, or added to it, by float32 GEMMs over blocks of the longest side.
+
+    One of the operands may be float32 already.
+    """
     (rows, inner), columns = left.shape, right.shape[1]
     if inner > max(rows, columns):
         _widen_inner(out, left, right, add)
@@ -105,13 +108,13 @@ def _widen_rows(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
     space, product = _space_like(left, size), _space_like(out, size)
     right = right.float()
     for block in slices(rows, size):
-        wide = _front(space, block).copy_(left[block])
+        wide = _wide(left[block], space)
         if out.dtype == torch.float32:
             torch.addmm(out[block], wide, right, beta=float(add), out=out[block])
         elif add:
-            out[block] += torch.mm(wide, right, out=_front(product, block))
+            out[block] += torch.mm(wide, right, out=product[: len(wide)])
         else:
-            out[block] = torch.mm(wide, right, out=_front(product, block))
+            out[block] = torch.mm(wide, right, out=product[: len(wide)])
 
 
 def _widen_inner(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
@@ -120,8 +123,7 @@ def _widen_inner(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
     size = _block_size(inner, max(rows, columns))
     lefts, rights = _space_like(left.T, size), _space_like(right, size)
     for block in slices(inner, size):
-        some = _front(lefts, block).copy_(left.T[block])
-        others = _front(rights, block).copy_(right[block])
+        some, others = _wide(left.T[block], lefts), _wide(right[block], rights)
         begun = block.start > 0 or (add and total is out)
         torch.addmm(total, some.T, others, beta=float(begun), out=total)
     if total is not out:
@@ -140,8 +142,8 @@ def _space_like(matrix: Tensor, rows: int) -> Tensor:
     return torch.empty(rows, columns)
 
 
-def _front(space: Tensor, block: slice) -> Tensor:
-    return space[: block.stop - block.start]
+def _wide(rows: Tensor, space: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float32 else space[: len(rows)].copy_(rows)
 
 
 @contextmanager

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from aepo_kernels.chunks import (
     Head,
-    Tokens,
     chunk_size,
-    join_tokens,
     keeps_logits,
     slice_size,
 )
@@ -22,6 +20,7 @@ from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import RowCoefs, RowStats
 from aepo_kernels.sampling import sample_rows, variance_of
 from aepo_kernels.sliced_logits import SlicedLogits
+from aepo_kernels.tokens import Tokens, join_tokens
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,11 @@ class GradientPass:
 
     def room(self, tokens: int) -> SlicedLogits | None:
         """Where logits of at most so many tokens can wait, or None; to be asked once, first."""
-        hidden, weight = self.problem.hidden, self.problem.weight
-        wide = weight.element_size() >= hidden.element_size()
-        if self.slice is None or not (wide and self.total.needs_weight and self.head.by_slices):
+        weight, dtype = self.problem.weight, self.head.logits_dtype
+        fits = weight.shape[1] * weight.element_size() % dtype.itemsize == 0
+        if self.slice is None or not (fits and self.total.needs_weight and self.head.by_slices):
             return None
-        memory = self.total.make_weight().view(hidden.dtype)
+        memory = self.total.make_weight().view(dtype)
         return SlicedLogits(memory, min(tokens, memory.shape[1]), self.slice)
 
     def add(

@@ -14,9 +14,9 @@ from torch import Tensor
 from aepo_kernels import chunked
 from aepo_kernels.backends import resolve_backend, row_kernels
 from aepo_kernels.checks import check_problem
-from aepo_kernels.chunks import tokens_of
 from aepo_kernels.problem import Problem, take
 from aepo_kernels.rows import RowStats
+from aepo_kernels.tokens import tokens_of
 
 _NUM_OUTPUTS = 4  # then come the statistics that backward needs
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aepo_kernels import chunks, linear_logprob, linear_token_loss
+from aepo_kernels.tokens import Tokens
 from bench.timing import peak_extra_bytes
 from tests.kernels.oracle import make_case
 from tests.kernels.test_token_loss import grpo_like, make_columns, run
@@ -24,7 +25,7 @@ def most_alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     products = chunks.Head.products
 
     def watched(
-        self: chunks.Head, tokens: chunks.Tokens, space: torch.Tensor | None = None
+        self: chunks.Head, tokens: Tokens, space: torch.Tensor | None = None
     ) -> torch.Tensor:
         made = products(self, tokens, space)
         alive.append(weakref.ref(made))

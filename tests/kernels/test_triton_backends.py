@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from aepo_kernels import chunks, launch, linear_logprob
+from aepo_kernels.tokens import Tokens
 from tests.kernels import test_logprob, test_token_loss
 from tests.kernels.oracle import IGNORED, OPTIONS, Case, make_case, output_weights
 from tests.kernels.test_token_loss import grpo_like, make_columns, policy_gradient
@@ -111,7 +112,7 @@ def test_fused_never_has_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatc
     sizes = []
     products = chunks.Head.products
 
-    def watched(self: chunks.Head, tokens: chunks.Tokens, *space: torch.Tensor) -> torch.Tensor:
+    def watched(self: chunks.Head, tokens: Tokens, *space: torch.Tensor) -> torch.Tensor:
         sizes.append(len(tokens.targets))
         return products(self, tokens)
 
