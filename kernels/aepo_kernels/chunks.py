@@ -188,12 +188,12 @@ class Head:
         out: Tensor | None = None,
         by_rows: Tensor | None = None,
     ) -> Tensor:
-        """The loss's gradient by the raw logits, in hidden's dtype or on a CPU theirs, in place.
+        """The loss's gradient by the raw logits, in hidden's dtype or, widened, in place in theirs.
 
         by_rows: see `by_rows_space`; gets the gradient as well.
         """
         if out is None:
-            in_place = products.dtype == self.hidden.dtype or not products.is_cuda
+            in_place = products.dtype == self.hidden.dtype or is_widened(self.hidden)
             out = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
         row_operations(products).row_grad(
             products,
