@@ -62,14 +62,17 @@ def token_loss(
         num_tokens, room = len(tokens.targets), gradients.room(num_active)
         kept = 0 if room is None else room.tokens
         size, scoring_size = forward_chunk_size(problem), scoring_chunk_size(problem)
-        space = head.space(min(size, num_active - kept))
-        scores = head.scoring_space(min(scoring_size, num_tokens - num_active))
-        for index in _chunks_apart(kept, num_active, num_tokens, size, scoring_size):
+        used = gradients.first_used(kept, num_active, size)
+        space = head.space(min(size, num_active - used))
+        scored = max(used - kept, num_tokens - num_active)
+        scores = head.scoring_space(min(scoring_size, scored))
+        runs = (kept, kept), (used, scoring_size), (num_active, size), (num_tokens, scoring_size)
+        for index in _chunks(runs):
             chunk = tokens.at(index)
             wants_grad = index.start < num_active
             if room is not None and index.stop <= kept:
                 products, stats = room, head.forward_into(room, chunk)
-            elif wants_grad:
+            elif used <= index.start < num_active:
                 products, stats = head.forward(chunk, space)
             else:
                 products, stats = None, head.score(chunk, scores)
@@ -84,7 +87,7 @@ def token_loss(
                 gradients.forget_logits()
             parts.append(stats)
             del products  # or the next chunk's would stand beside them
-        del space
+        del space, scores
         if any(needs):
             gradients.finish()
             if problem.row_sampling is not None:
@@ -214,20 +217,13 @@ def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
     return tokens.at(others.to(torch.uint8).argsort(stable=True)), num_active
 
 
-def _chunks_apart(
-    kept: int, num_active: int, num_tokens: int, size: int, scoring_size: int
-) -> Iterator[slice]:
-    """Chunks that hold either active tokens or others; the first `kept` active ones are one.
-
-    The last of the active ones is full, since its logits may be kept for the gradient.
-    """
-    first = kept + (num_active - kept) % size
-    for start, stop in ((0, kept), (kept, first)):
-        if start < stop:
-            yield slice(start, stop)
-    for start, stop, most in ((first, num_active, size), (num_active, num_tokens, scoring_size)):
-        for index in slices(stop - start, most):
-            yield slice(index.start + start, index.stop + start)
+def _chunks(runs: Sequence[tuple[int, int]]) -> Iterator[slice]:
+    """Chunks of tokens from 0 on: up to each run's end they hold so many."""
+    start = 0
+    for stop, most in runs:
+        for index in slices(stop - start, max(most, 1)):
+            yield slice(start + index.start, start + index.stop)
+        start = stop
 
 
 def _join(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aepo_kernels import cpu_rows
 from aepo_kernels.backends import gemms_want_columns, row_operations
-from aepo_kernels.gemm import WIDENED_BYTES, add_product, is_widened, matmul
+from aepo_kernels.gemm import GEMM_BYTES, add_product, in_cpp, is_widened, matmul
 from aepo_kernels.options import VocabShard
 from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
@@ -264,8 +264,8 @@ def chunk_size(problem: Problem) -> int:
     budget, most = _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS
     if problem.backend == "chunked" and gemms_want_columns(hidden):
         budget //= 2  # their gradient is written twice
-    elif is_widened(hidden):
-        budget -= WIDENED_BYTES
+    elif is_widened(hidden) or in_cpp(hidden):
+        budget -= GEMM_BYTES
     if hidden.device.type != "cpu":
         budget, most = _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS
         if width != hidden.element_size():

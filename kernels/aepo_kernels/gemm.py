@@ -1,8 +1,9 @@
 """The GEMMs: operands in the model's dtype, accumulation in fp32.
 
 A CPU without bfloat16 instructions would multiply bfloat16 numbers one by one, at a tenth to a
-hundredth of its float32 speed. There the operands become float32 some rows at a time, while they
-are cached, and the product is rounded once, as elsewhere.
+hundredth of its float32 speed. There GEMMs in C++ widen the operands as they pack them
+(`cpu_gemm`); without those the operands become float32 some rows at a time, while they are cached.
+The product is rounded once, as elsewhere. float32 operands go by those in C++, too.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from aepo_kernels import backends
+from aepo_kernels import backends, cpu_gemm
 from aepo_kernels.problem import slices
 
 # Bytes of a product that is made and added to a wider sum at a time, while it is cached; and of
 # some rows of an operand as float32.
 _BLOCK_BYTES = 2**21
-# What widened GEMMs take: three blocks, and a small operand whole.
-WIDENED_BYTES = 2**23
+# What GEMMs take: widened ones three blocks and a small operand whole, those in C++ the packed
+# blocks of two threads.
+GEMM_BYTES = 2**23
 
 
 def matmul(
@@ -31,11 +33,11 @@ def matmul(
     Another dtype than the operands' is float32 from bfloat16, which CUDA can do and widened
     operands can; elsewhere `out` is of the operands' dtype.
     """
-    if is_widened(left) or is_widened(right):
+    if in_cpp(left) or is_widened(left) or is_widened(right):
         if out is None:
             shape = len(left), right.shape[1]
             out = torch.empty(shape, dtype=dtype or left.dtype, device=left.device)
-        return _widened(out, left, right)
+        return _special(out, left, right)
     if dtype is None or dtype == left.dtype:
         return torch.mm(left, right, out=out)
     return torch.mm(left, right, out_dtype=dtype)
@@ -43,8 +45,8 @@ def matmul(
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right, in place and accumulated in total's dtype."""
-    if is_widened(left) or is_widened(right):
-        return _widened(total, left, right, add=True)
+    if in_cpp(left) or is_widened(left) or is_widened(right):
+        return _special(total, left, right, add=True)
     if total.dtype == left.dtype:
         return total.addmm_(left, right)
     if total.is_cuda:
@@ -87,11 +89,20 @@ def is_widened(operand: Tensor) -> bool:
     return operand.dtype == torch.bfloat16 and not backends.multiplies_bfloat16(operand.device.type)
 
 
-def _widened(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> Tensor:
-    """left @ right into `out`, or added to it, by float32 GEMMs over blocks of the longest side.
+def in_cpp(operand: Tensor) -> bool:
+    """Whether GEMMs of an operand are those of `cpu_gemm`."""
+    if operand.device.type != "cpu" or not cpu_gemm.is_available():
+        return False
+    return operand.dtype == torch.float32 or is_widened(operand)
+
+
+def _special(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> Tensor:
+    """left @ right into `out`, or added to it, in C++ or by float32 blocks of the longest side.
 
     One of the operands may be float32 already.
     """
+    if in_cpp(left):
+        return cpu_gemm.multiply(out, left, right, add=add)
     (rows, inner), columns = left.shape, right.shape[1]
     if inner > max(rows, columns):
         _widen_inner(out, left, right, add)

@@ -80,6 +80,16 @@ class GradientPass:
         memory = self.total.make_weight().view(dtype)
         return SlicedLogits(memory, min(tokens, memory.shape[1]), self.slice)
 
+    def first_used(self, start: int, stop: int, size: int) -> int:
+        """Of tokens start to stop, the first one whose logits `add` has a use for.
+
+        size: tokens whose logits can last. Slices of the vocabulary make the others again, so that
+        statistics are all that is wanted of those.
+        """
+        if self.slice is None:
+            return start
+        return max(start, stop - size) if keeps_logits(self.problem, stop) else stop
+
     def add(
         self,
         tokens: Tokens,
@@ -106,8 +116,6 @@ class GradientPass:
             keep_prob = None if keep_prob is None else keep_prob[active]
         self.rows += len(tokens.targets)
         if self.slice is not None:
-            if isinstance(products, Tensor) and not keeps_logits(self.problem, self.rows):
-                products = None
             self.later.append(_Part(tokens, stats, coefs, products))
             return
         assert not isinstance(products, SlicedLogits)

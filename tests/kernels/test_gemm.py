@@ -1,4 +1,4 @@
-"""bfloat16 GEMMs by way of float32, for CPUs without instructions for them."""
+"""bfloat16 GEMMs on CPUs without instructions for them: in C++, and by way of float32."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from aepo_kernels import backends, gemm
+from aepo_kernels import backends, cpu_gemm, cpu_library, gemm
 
 SHAPES = [(1, 1, 1), (5, 130, 7), (130, 5, 7), (7, 5, 130), (64, 64, 64), (3, 200, 200)]
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-@pytest.fixture(autouse=True)
-def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+needs_avx2 = pytest.mark.skipif(
+    "avx2" not in cpu_library.instruction_sets(), reason="the GEMMs in C++ are for AVX2"
+)
+
+
+@pytest.fixture(autouse=True, params=["blocks", pytest.param("c++", marks=needs_avx2)])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way, whichever this machine would choose."""
     monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(gemm, "_BLOCK_BYTES", 64)  # blocks of 64 rows
+    monkeypatch.setattr(cpu_gemm, "is_available", lambda: request.param == "c++")
+    return request.param
 
 
 def laid_out(rows: int, columns: int, layout: str, seed: int) -> Tensor:
@@ -74,6 +82,29 @@ def test_nothing(shape: tuple[int, int, int]) -> None:
     assert gemm.matmul(left, right).shape == (rows, columns)
     total = torch.zeros(rows, columns)
     assert gemm.add_product(total, left, right).shape == (rows, columns)
+
+
+@needs_avx2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_in_cpp_any_strides(dtype: torch.dtype) -> None:
+    left, right = (torch.randn(2 * 9, 3 * 70)[::2, ::3].to(dtype) for _ in range(2))
+    spread = torch.full((18, 27), float("nan"), dtype=dtype)
+    out = spread[::2, ::3]
+    assert cpu_gemm.multiply(out, left, right.T) is out
+    near(out, left, right.T)
+    assert int(spread.isnan().sum()) == spread.numel() - out.numel()
+    with pytest.raises(KeyError):
+        cpu_gemm.multiply(out.double(), left, right.T)
+
+
+def test_float32_goes_by_cpp_where_that_is_fastest(kind: str) -> None:
+    assert gemm.in_cpp(torch.zeros(2, 2)) == (kind == "c++")
+    assert not gemm.in_cpp(torch.zeros(2, 2, dtype=torch.float64))
+    left, right = torch.randn(5, 300), torch.randn(300, 7)
+    near(gemm.matmul(left, right), left, right)
+    total = torch.randn(5, 7)
+    before = total.double()
+    near(gemm.add_product(total, left, right), left, right, before)
 
 
 def test_what_has_instructions_is_multiplied_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aepo_kernels import RowSampling, chunks, cpu_library, linear_logprob
-from aepo_kernels.gemm import WIDENED_BYTES
+from aepo_kernels.gemm import GEMM_BYTES
 from aepo_kernels.gradients import Gradients
 from tests.kernels.oracle import (
     OPTIONS,
@@ -95,7 +95,7 @@ def test_on_a_cpu_few_logits_are_made_twice(
     # at most 32 where they are. Half the budget is the gradient's once more, if by columns; widened
     # GEMMs' logits are as wide as a float32 weight.
     budget = 2 * 1000 * 32 * (1 if layout == "rows" else 2)
-    budget += WIDENED_BYTES if layout == "widened" else 0
+    budget += GEMM_BYTES if layout == "widened" else 0
     monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", budget)
     made: list[int] = []
     products = chunks.Head.products

@@ -1,6 +1,8 @@
 // The C interface: which instruction sets there are, which run here, and calls into one of them.
 
 #include "columns_kernel.h"
+#include "gemm.h"
+#include "gemm_kernel.h"
 #include "layers.h"
 #include "layers_kernel.h"
 #include "rows.h"
@@ -62,6 +64,13 @@ int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCo
 
 int aepo_sample_rows(const AepoLogits* logits, const AepoSample* sample, std::int32_t isa) {
   return kIsas[isa].rows->sample_rows(*logits, *sample);
+}
+
+int aepo_gemm([[maybe_unused]] const AepoGemm* gemm) {
+#if defined(__x86_64__)
+  if (kIsas[1].runs()) return avx2_gemm(*gemm);
+#endif
+  return 2;
 }
 
 int aepo_rms_norm(const AepoNorm* norm, std::int32_t isa) {

@@ -8,8 +8,8 @@
 #include <memory>
 #include <type_traits>
 
+#include "elements.h"
 #include "layers.h"
-#include "vector.h"
 
 namespace {
 
@@ -17,34 +17,6 @@ namespace {
 constexpr std::int64_t kRowBlock = 32;
 // Elements that a thread takes at once.
 constexpr std::int64_t kCountBlock = 1 << 14;
-
-// A vector of which only so many elements exist, 0 beyond them.
-template <typename Value>
-Floats load_some(const Value* from, std::int64_t count) {
-  if (count >= kLanes) return load(from);
-  Value padded[kLanes] = {};
-  std::copy(from, from + count, padded);
-  return load(padded);
-}
-
-template <typename Value>
-void store_some(Value* to, Floats value, std::int64_t count) {
-  if (count >= kLanes) return store(to, value);
-  Value padded[kLanes];
-  store(padded, value);
-  std::copy(padded, padded + count, to);
-}
-
-// Calls with a null pointer to the type of a dtype; 1 where there is none.
-template <typename Call>
-int with_type(std::int32_t dtype, Call call) {
-  switch (dtype) {
-    case kFloat32: return call(static_cast<float*>(nullptr));
-    case kBFloat16: return call(static_cast<BFloat16*>(nullptr));
-    case kFloat16: return call(static_cast<Float16*>(nullptr));
-    default: return 1;
-  }
-}
 
 // Widens an array; false where the dtype is unknown.
 bool widen(const void* from, std::int32_t dtype, std::int64_t count, float* to) {

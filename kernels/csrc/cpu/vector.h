@@ -7,6 +7,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // Not wider than the registers: GCC compares and selects such vectors a lane at a time.
@@ -49,7 +53,11 @@ inline Floats load(const float* from) {
 inline Words load_words(const std::uint16_t* from) {
   Halves half;
   std::memcpy(&half, from, sizeof half);
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC would widen each half of it apart
+  return bits<Words>(_mm256_cvtepu16_epi32(bits<__m128i>(half)));
+#else
   return __builtin_convertvector(half, Words);
+#endif
 }
 
 inline Floats load(const BFloat16* from) { return bits<Floats>(load_words(&from->bits) << 16); }

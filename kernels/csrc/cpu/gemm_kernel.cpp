@@ -1,0 +1,287 @@
+// Matrix products by packed panels in float32, compiled for AVX2 alone.
+//
+// Each task makes one tile of the result: a block of `inner` at a time, it packs columns of the
+// right operand (to stay in the last cache), then rows of the left one (to stay in the second), and
+// runs over both by the few rows and columns whose sums fit into registers. Packing is what widens
+// half precision, so that no wide copy of an operand is ever written to memory. The scheme is that
+// of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
+
+#include "gemm_kernel.h"
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+
+#include "elements.h"
+
+namespace {
+
+using Index = std::int64_t;
+
+constexpr int kRows = 6, kVectors = 2, kColumns = kVectors * kLanes;  // of sums in registers
+constexpr Index kInner = 576, kPackedRows = 120;
+// Products that are added up before they join the sum so far: a longer chain rounds worse.
+constexpr Index kChain = 192;
+constexpr Index kTileColumns = 512, kWideTile = 1 << 19;  // the latter where sums need a copy
+// To pack an element takes as long as to multiply it by so many numbers.
+constexpr double kPackLeft = 5, kPackRight = 4;
+
+inline Index parts(Index count, Index size) { return (count + size - 1) / size; }
+inline Index up(Index count, Index size) { return parts(count, size) * size; }
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+using Room = std::unique_ptr<float[], Free>;
+
+Room room(Index count) {
+  return Room(static_cast<float*>(std::aligned_alloc(64, up(4 * count, 64))));
+}
+
+// A square of words, in place: vector.h's is made of shuffles that AVX2 has no single instruction for.
+inline void transpose_square(__m256 (&x)[8]) {
+  __m256 pairs[8];
+  for (int i = 0; i < 8; i += 4) {
+    const __m256 low = _mm256_unpacklo_ps(x[i], x[i + 1]), high = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    const __m256 low2 = _mm256_unpacklo_ps(x[i + 2], x[i + 3]);
+    const __m256 high2 = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+    pairs[i] = _mm256_shuffle_ps(low, low2, 0x44);
+    pairs[i + 1] = _mm256_shuffle_ps(low, low2, 0xee);
+    pairs[i + 2] = _mm256_shuffle_ps(high, high2, 0x44);
+    pairs[i + 3] = _mm256_shuffle_ps(high, high2, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(pairs[i], pairs[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(pairs[i], pairs[i + 4], 0x31);
+  }
+}
+
+// Panels of kWidth of the items, each with all of its items for one k after the other; items beyond
+// the last are 0. Writes up to a vector beyond the last panel. Here items lie side by side.
+template <int kWidth, typename Value>
+void pack_adjacent(const Value* from, Index k_stride, Index items, Index inner, float* to) {
+  constexpr int kParts = (kWidth + kLanes - 1) / kLanes;
+  constexpr Index kBlock = 8;  // of k: rows that stay in the first cache though they share its sets
+  for (Index start = 0; start < inner; start += kBlock) {
+    const Index stop = std::min(start + kBlock, inner);
+    for (Index first = 0; first < items; first += kWidth) {
+      const Index left = items - first;
+      float* panel = to + first * inner;
+      const Value* at = from + first + start * k_stride;
+      // Whole vectors may reach into what is written next, not into the panel after that.
+      if (left >= kParts * kLanes && (kWidth % kLanes == 0 || stop < inner)) {
+        for (Index k = start; k < stop; ++k, at += k_stride) {
+          for (int lane = 0; lane < kWidth; lane += kLanes) {
+            store(panel + k * kWidth + lane, load(at + lane));
+          }
+        }
+        continue;
+      }
+      for (Index k = start; k < stop; ++k, at += k_stride) {
+        for (int lane = 0; lane < kWidth; lane += kLanes) {
+          const Floats value = load_some(at + lane, std::max<Index>(left - lane, 0));
+          store_some(panel + k * kWidth + lane, value, kWidth - lane);
+        }
+      }
+    }
+  }
+}
+
+// The same where each item's numbers for one k after the other lie side by side.
+template <int kWidth, typename Value>
+void pack_across(const Value* from, Index item_stride, Index items, Index inner, float* to) {
+  constexpr int kMost = kWidth < kLanes ? kWidth : kLanes;
+  for (Index first = 0; first < items; first += kWidth) {
+    float* panel = to + first * inner;
+    for (int lane = 0; lane < kWidth; lane += kLanes) {
+      const Index count = std::min<Index>(kMost, items - first - lane);
+      const Value* at = from + (first + lane) * item_stride;
+      Index k = 0;
+      for (; count == kMost && k + kLanes <= inner; k += kLanes, at += kLanes) {
+        __m256 square[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          square[i] = i < kMost ? bits<__m256>(load(at + i * item_stride)) : __m256{};
+        }
+        transpose_square(square);
+        for (int i = 0; i < kLanes; ++i) {
+          store(panel + (k + i) * kWidth + lane, bits<Floats>(square[i]));
+        }
+      }
+      for (; k < inner; k += kLanes, at += kLanes) {
+        const Index some = std::min<Index>(kLanes, inner - k);
+        __m256 square[kLanes] = {};
+        for (Index i = 0; i < count; ++i) {
+          square[i] = bits<__m256>(load_some(at + i * item_stride, some));
+        }
+        transpose_square(square);
+        for (Index i = 0; i < some; ++i) {
+          store(panel + (k + i) * kWidth + lane, bits<Floats>(square[i]));
+        }
+      }
+    }
+  }
+}
+
+template <int kWidth>
+void pack(const AepoMatrix& matrix, Index offset, Index item_stride, Index k_stride, Index items,
+          Index inner, float* to) {
+  with_type(matrix.dtype, [&](auto* type) {
+    const auto* from = static_cast<decltype(type)>(const_cast<void*>(matrix.data)) + offset;
+    if (item_stride == 1) {
+      pack_adjacent<kWidth>(from, k_stride, items, inner, to);
+    } else {
+      pack_across<kWidth>(from, item_stride, items, inner, to);
+    }
+    return 0;
+  });
+}
+
+// out[kRows, kColumns] = a panel of rows times one of columns, or out + that.
+inline void multiply(const float* left, const float* right, Index inner, float* out, Index stride,
+                     bool add) {
+  for (int i = 0; i < kRows; ++i) __builtin_prefetch(out + i * stride, 1);
+  for (Index start = 0; start < inner; start += kChain, add = true) {
+    const Index count = std::min(kChain, inner - start);
+    Floats sums[kRows][kVectors] = {};
+    for (Index k = 0; k < count; ++k, left += kRows, right += kColumns) {
+      Floats columns[kVectors];
+      for (int j = 0; j < kVectors; ++j) columns[j] = load(right + j * kLanes);
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kVectors; ++j) sums[i][j] += left[i] * columns[j];
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) {
+        float* at = out + i * stride + j * kLanes;
+        store(at, add ? load(at) + sums[i][j] : sums[i][j]);
+      }
+    }
+  }
+}
+
+// The same for what is left of the rows and columns at an edge.
+void multiply_edge(const float* left, const float* right, Index inner, float* out, Index stride,
+                   bool add, Index rows, Index columns) {
+  float whole[kRows * kColumns] = {};
+  for (Index i = 0; add && i < rows; ++i) {
+    std::copy_n(out + i * stride, columns, whole + i * kColumns);
+  }
+  multiply(left, right, inner, whole, kColumns, add);
+  for (Index i = 0; i < rows; ++i) {
+    std::copy_n(whole + i * kColumns, columns, out + i * stride);
+  }
+}
+
+struct Tiles {
+  Index rows, columns;
+};
+
+// Sizes of the tasks for which packing and uneven shares of the threads cost least.
+Tiles tiles_of(const AepoGemm& gemm) {
+  Tiles best{};
+  double least = INFINITY;
+  const auto next = [](Index count) { return count < 3 ? count + 1 : count + count / 3; };
+  for (Index m = 1; m == 1 || gemm.rows / m >= 8 * kRows; m = next(m)) {
+    for (Index n = 1; n == 1 || gemm.columns / n >= 4 * kColumns; n = next(n)) {
+      const Index rows = up(parts(gemm.rows, m), kRows);
+      const Index columns = std::min(up(parts(gemm.columns, n), kColumns), kTileColumns);
+      if (gemm.dtype != kFloat32 && rows * columns > kWideTile && rows > 8 * kRows) continue;
+      const Index tasks = parts(gemm.rows, rows) * parts(gemm.columns, columns);
+      const double rounds = double(parts(tasks, gemm.threads));
+      const double packing = kPackLeft / double(columns) + kPackRight / double(rows);
+      // The last term: one thread may be held up in any task.
+      const double time = double(rows * columns) * (1 + packing) * (rounds + 0.05);
+      if (time < least) {
+        least = time;
+        best = {rows, columns};
+      }
+    }
+  }
+  return best;
+}
+
+// One tile at `out`, in float32.
+void multiply_tile(const AepoGemm& gemm, Index row, Index column, Tiles tile, Index block,
+                   float* packed_left, float* packed_right, float* out, Index stride, bool add) {
+  const AepoMatrix &left = gemm.left, &right = gemm.right;
+  for (Index k = 0; k < gemm.inner; k += block, add = true) {
+    const Index inner = std::min(block, gemm.inner - k);
+    pack<kColumns>(right, k * right.row_stride + column * right.column_stride, right.column_stride,
+                   right.row_stride, tile.columns, inner, packed_right);
+    for (Index top = 0; top < tile.rows; top += kPackedRows) {
+      const Index rows = std::min(kPackedRows, tile.rows - top);
+      pack<kRows>(left, (row + top) * left.row_stride + k * left.column_stride, left.row_stride,
+                  left.column_stride, rows, inner, packed_left);
+      for (Index j = 0; j < tile.columns; j += kColumns) {
+        const float* columns = packed_right + j * inner;
+        for (Index i = 0; i < rows; i += kRows) {
+          float* at = out + (top + i) * stride + j;
+          const Index some = std::min<Index>(kRows, rows - i);
+          const Index wide = std::min<Index>(kColumns, tile.columns - j);
+          if (some == kRows && wide == kColumns) {
+            multiply(packed_left + i * inner, columns, inner, at, stride, add);
+          } else {
+            multiply_edge(packed_left + i * inner, columns, inner, at, stride, add, some, wide);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename Out>
+void round_tile(const float* sums, Tiles tile, Index stride, bool add, Out* out, Index out_stride) {
+  for (Index i = 0; i < tile.rows; ++i, sums += stride, out += out_stride) {
+    for (Index j = 0; j < tile.columns; j += kLanes) {
+      const Index count = tile.columns - j;
+      Floats value = load_some(sums + j, count);
+      if (add) value += load_some(out + j, count);
+      store_some(out + j, value, count);
+    }
+  }
+}
+
+template <typename Out>
+int multiply_all(const AepoGemm& gemm, Out* out) {
+  const Tiles tiles = tiles_of(gemm);
+  const Index across = parts(gemm.columns, tiles.columns);
+  const Index tasks = parts(gemm.rows, tiles.rows) * across;
+  // Blocks of one size, and a matter of `inner` alone: so are the sums' roundings.
+  const Index block = up(parts(gemm.inner, parts(gemm.inner, kInner)), 8);
+  constexpr bool kInPlace = std::is_same_v<Out, float>;
+#pragma omp parallel num_threads(gemm.threads)
+  {
+    const Room left = room(std::min(up(tiles.rows, kRows), kPackedRows) * block + kLanes);
+    const Room right = room(tiles.columns * block + kLanes);
+    const Room sums = room(kInPlace ? 0 : tiles.rows * tiles.columns);
+#pragma omp for schedule(dynamic)
+    for (Index task = 0; task < tasks; ++task) {
+      const Index row = task / across * tiles.rows, column = task % across * tiles.columns;
+      const Tiles tile{std::min(tiles.rows, gemm.rows - row),
+                       std::min(tiles.columns, gemm.columns - column)};
+      Out* at = out + row * gemm.row_stride + column;
+      if constexpr (kInPlace) {
+        multiply_tile(gemm, row, column, tile, block, left.get(), right.get(), at, gemm.row_stride,
+                      gemm.add);
+      } else {
+        multiply_tile(gemm, row, column, tile, block, left.get(), right.get(), sums.get(),
+                      tiles.columns, false);
+        round_tile(sums.get(), tile, tiles.columns, gemm.add, at, gemm.row_stride);
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int avx2_gemm(const AepoGemm& gemm) {
+  const auto known = [](auto*) { return 0; };
+  if (with_type(gemm.left.dtype, known) || with_type(gemm.right.dtype, known)) return 1;
+  return with_type(gemm.dtype, [&](auto* type) {
+    return multiply_all(gemm, static_cast<decltype(type)>(gemm.out));
+  });
+}
