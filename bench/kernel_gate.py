@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from aepo_kernels.backends import multiplies_bfloat16
 from bench.kernel_inputs import CHUNK_ELEMENTS
 from bench.peers import materialised
 from bench.peers.peer import Inputs, Mode, Outputs, Peer, loss_of
@@ -81,12 +84,27 @@ def truth(inputs: Inputs, mode: Mode, loss: str | None) -> Values:
     return joined if dweight is None else {**joined, "dweight": dweight}
 
 
+class WideProducts(TorchDispatchMode):
+    """bfloat16 GEMMs by float32 ones, rounded once: what instructions for them would give."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default and args[0].dtype == torch.bfloat16:
+            return torch.mm(args[0].float(), args[1].float()).bfloat16()
+        return func(*args, **(kwargs or {}))
+
+
 def baseline(inputs: Inputs, mode: Mode, loss: str | None) -> Values:
     """The materialised path in the dtype of the inputs, a chunk of tokens at a time.
 
     Where one chunk holds all tokens this is the candidate "torch eager"; otherwise the weight's
-    gradient is summed over chunks in float32.
+    gradient is summed over chunks in float32. A CPU without bfloat16 instructions, which would take
+    minutes, rounds float32 products instead.
     """
+    with nullcontext() if multiplies_bfloat16(inputs.hidden.device.type) else WideProducts():
+        return _baseline(inputs, mode, loss)
+
+
+def _baseline(inputs: Inputs, mode: Mode, loss: str | None) -> Values:
     parts: dict[str, list[Tensor]] = {}
     dweight = torch.zeros_like(inputs.weight, dtype=torch.float32) if loss else None
     second = inputs.second_temperature if mode.second else None

@@ -140,6 +140,18 @@ def test_failures_and_wrong_results_are_recorded_and_the_others_timed(inputs: In
     assert "no temperature" in table and "bare 1 GEMM" in table
 
 
+def test_the_baseline_is_the_same_without_bfloat16_instructions(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for narrow in (True, False):
+        monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: narrow)  # noqa: B023
+        found[narrow] = gate.baseline(inputs, BY_NAME["training"], "grpo_aepo")
+    assert found[True].keys() == found[False].keys() == {"logprob", "entropy", "dhidden", "dweight"}
+    for name, value in found[False].items():
+        assert (value - found[True][name]).norm() < 0.01 * value.norm()  # roundings to bfloat16
+
+
 @pytest.mark.parametrize("narrow", [True, False])
 def test_the_bare_gemms_are_the_fastest_that_the_processor_has(
     inputs: Inputs, narrow: bool, monkeypatch: pytest.MonkeyPatch
