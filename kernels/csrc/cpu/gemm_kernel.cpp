@@ -25,7 +25,8 @@ constexpr int kRows = 6, kVectors = 2, kColumns = kVectors * kLanes;  // of sums
 constexpr Index kInner = 576, kPackedRows = 120;
 // Products that are added up before they join the sum so far: a longer chain rounds worse.
 constexpr Index kChain = 192;
-constexpr Index kTileColumns = 512, kWideTile = 1 << 19;  // the latter where sums need a copy
+// Of all threads' tiles: columns, of 128 to 512 each, and sums that need a copy.
+constexpr Index kAllColumns = 1024, kAllSums = 1 << 20;
 // To pack an element takes as long as to multiply it by so many numbers.
 constexpr double kPackLeft = 5, kPackRight = 4;
 
@@ -181,14 +182,16 @@ struct Tiles {
 
 // Sizes of the tasks for which packing and uneven shares of the threads cost least.
 Tiles tiles_of(const AepoGemm& gemm) {
+  const Index most = std::clamp<Index>(kAllColumns / gemm.threads, 128, 512);
+  const Index sums = kAllSums / std::min(gemm.threads, 16);
   Tiles best{};
   double least = INFINITY;
   const auto next = [](Index count) { return count < 3 ? count + 1 : count + count / 3; };
   for (Index m = 1; m == 1 || gemm.rows / m >= 8 * kRows; m = next(m)) {
     for (Index n = 1; n == 1 || gemm.columns / n >= 4 * kColumns; n = next(n)) {
       const Index rows = up(parts(gemm.rows, m), kRows);
-      const Index columns = std::min(up(parts(gemm.columns, n), kColumns), kTileColumns);
-      if (gemm.dtype != kFloat32 && rows * columns > kWideTile && rows > 8 * kRows) continue;
+      const Index columns = std::min(up(parts(gemm.columns, n), kColumns), most);
+      if (gemm.dtype != kFloat32 && rows * columns > sums) continue;
       const Index tasks = parts(gemm.rows, rows) * parts(gemm.columns, columns);
       const double rounds = double(parts(tasks, gemm.threads));
       const double packing = kPackLeft / double(columns) + kPackRight / double(rows);
