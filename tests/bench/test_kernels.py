@@ -145,7 +145,7 @@ def test_the_baseline_is_the_same_without_bfloat16_instructions(
 ) -> None:
     found = {}
     for narrow in (True, False):
-        monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: narrow)  # noqa: B023
+        monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda narrow=narrow: narrow)
         found[narrow] = gate.baseline(inputs, BY_NAME["training"], "grpo_aepo")
     assert found[True].keys() == found[False].keys() == {"logprob", "entropy", "dhidden", "dweight"}
     for name, value in found[False].items():

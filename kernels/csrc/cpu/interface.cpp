@@ -1,7 +1,6 @@
 // The C interface: which instruction sets there are, which run here, and calls into one of them.
 
 #include "columns_kernel.h"
-#include "gemm.h"
 #include "gemm_kernel.h"
 #include "layers.h"
 #include "layers_kernel.h"
@@ -68,7 +67,7 @@ int aepo_sample_rows(const AepoLogits* logits, const AepoSample* sample, std::in
 
 int aepo_gemm([[maybe_unused]] const AepoGemm* gemm) {
 #if defined(__x86_64__)
-  if (kIsas[1].runs()) return avx2_gemm(*gemm);
+  if (kIsas[1].runs()) return avx2_gemm(*gemm);  // that is avx2
 #endif
   return 2;
 }

@@ -9,58 +9,32 @@
 #include <vector>
 
 #include "../cpu/gemm.h"
-#include "../cpu/vector.h"
+#include "buffer.h"
 
 namespace {
 
 constexpr int kSkipped = 77;
 int failures = 0;
 
-// A matrix of one dtype: what its bytes say, in double, and the bytes.
 struct Matrix {
-  AepoMatrix view;
-  std::vector<unsigned char> bytes;
-  std::int64_t rows, columns;
+  std::int64_t rows, columns, row_stride, column_stride;
+  Buffer buffer;
 
   Matrix(std::int32_t dtype, std::int64_t rows, std::int64_t columns, bool by_rows)
-      : rows(rows), columns(columns) {
-    const std::int64_t gap = (by_rows ? columns : rows) + 3, lines = by_rows ? rows : columns;
-    view = {nullptr, dtype, by_rows ? gap : 1, by_rows ? 1 : gap};
-    bytes.assign((lines * gap - 3) * size(), 255);  // NaN
-    view.data = bytes.data();
-  }
-  std::int64_t size() const { return view.dtype == kFloat32 ? 4 : 2; }
-  unsigned char* at(std::int64_t row, std::int64_t column) {
-    return bytes.data() + (row * view.row_stride + column * view.column_stride) * size();
-  }
-
-  void set(std::int64_t row, std::int64_t column, float value) {
-    BFloat16 brain[kLanes];
-    Float16 half[kLanes];
-    store(brain, all(value));
-    store(half, all(value));
-    const void* from = &value;
-    if (view.dtype != kFloat32) {
-      from = view.dtype == kBFloat16 ? static_cast<const void*>(brain) : half;
-    }
-    std::memcpy(at(row, column), from, size());
-  }
-
-  float get(std::int64_t row, std::int64_t column) {
-    float value;
-    std::memcpy(&value, at(row, column), size());
-    if (view.dtype == kFloat32) return value;
-    BFloat16 brain[kLanes];
-    Float16 half[kLanes];
-    std::memcpy(brain, &value, sizeof *brain);
-    std::memcpy(half, &value, sizeof *half);
-    return view.dtype == kBFloat16 ? load(brain)[0] : load(half)[0];
+      : rows(rows), columns(columns), row_stride(by_rows ? columns + 3 : 1),
+        column_stride(by_rows ? 1 : rows + 3),
+        buffer(dtype, (rows - 1) * row_stride + (columns - 1) * column_stride + 1) {}
+  AepoMatrix view() { return {buffer.at(0), buffer.dtype, row_stride, column_stride}; }
+  float get(std::int64_t i, std::int64_t j) {
+    return buffer.get(i * row_stride + j * column_stride);
   }
 
   void fill(std::mt19937& random) {
     std::normal_distribution<float> normal;
     for (std::int64_t i = 0; i < rows; ++i) {
-      for (std::int64_t j = 0; j < columns; ++j) set(i, j, normal(random));
+      for (std::int64_t j = 0; j < columns; ++j) {
+        buffer.set(i * row_stride + j * column_stride, normal(random));
+      }
     }
   }
 };
@@ -81,11 +55,11 @@ void check(std::int32_t left_dtype, std::int32_t right_dtype, std::int32_t dtype
     std::mt19937 before(1);
     if (add) out.fill(before);
     Matrix old = out;
-    const AepoGemm gemm{left.view, right.view, out.bytes.data(),    dtype, threads, add,
-                        out.view.row_stride, rows, inner, columns};
+    const AepoGemm gemm{left.view(), right.view(), out.buffer.at(0), dtype, threads, add,
+                        out.row_stride, rows, inner, columns};
     if (aepo_gemm(&gemm) != 0) ++failures;
-    if (first.empty()) first = out.bytes;
-    if (out.bytes != first) {
+    if (first.empty()) first = out.buffer.bytes;
+    if (out.buffer.bytes != first) {
       ++failures;
       std::printf("%d threads give other bits\n", threads);
     }
