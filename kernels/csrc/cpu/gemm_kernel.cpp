@@ -1,8 +1,8 @@
 // Matrix products by packed panels in float32, compiled for AVX2 alone.
 //
-// Each task makes one tile of the result: a block of `inner` at a time, it packs columns of the
-// right operand (to stay in the last cache), then rows of the left one (to stay in the second), and
-// runs over both by the few rows and columns whose sums fit into registers. Packing is what widens
+// The result is made in tiles: a block of `inner` at a time, columns of the right operand are packed
+// (to stay in the last cache), then rows of the left one (to stay in the second), and both are run
+// over by the few rows and columns whose sums fit into registers. Packing is what widens
 // half precision, so that no wide copy of an operand is ever written to memory. The scheme is that
 // of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
 
@@ -25,10 +25,11 @@ constexpr int kRows = 6, kVectors = 2, kColumns = kVectors * kLanes;  // of sums
 constexpr Index kInner = 576, kPackedRows = 120;
 // Products that are added up before they join the sum so far: a longer chain rounds worse.
 constexpr Index kChain = 192;
-// Of all threads' tiles: columns, of 128 to 512 each, and sums that need a copy.
-constexpr Index kAllColumns = 1024, kAllSums = 1 << 20;
+// Of all threads' tiles: columns, of 128 to 768 each, and sums that need a copy.
+constexpr Index kAllColumns = 1536, kAllSums = 3 << 18;
 // To pack an element takes as long as to multiply it by so many numbers.
 constexpr double kPackLeft = 5, kPackRight = 4;
+constexpr std::size_t kLine = 64;  // bytes of a line of the cache
 
 inline Index parts(Index count, Index size) { return (count + size - 1) / size; }
 inline Index up(Index count, Index size) { return parts(count, size) * size; }
@@ -60,6 +61,8 @@ inline void transpose_square(__m256 (&x)[8]) {
   }
 }
 
+// Packing reads pieces too short for the processor to foresee the next ones, which it asks for.
+
 // Panels of kWidth of the items, each with all of its items for one k after the other; items beyond
 // the last are 0. Writes up to a vector beyond the last panel. Here items lie side by side.
 template <int kWidth, typename Value>
@@ -75,6 +78,7 @@ void pack_adjacent(const Value* from, Index k_stride, Index items, Index inner, 
       // Whole vectors may reach into what is written next, not into the panel after that.
       if (left >= kParts * kLanes && (kWidth % kLanes == 0 || stop < inner)) {
         for (Index k = start; k < stop; ++k, at += k_stride) {
+          __builtin_prefetch(at + kBlock * k_stride);
           for (int lane = 0; lane < kWidth; lane += kLanes) {
             store(panel + k * kWidth + lane, load(at + lane));
           }
@@ -102,6 +106,9 @@ void pack_across(const Value* from, Index item_stride, Index items, Index inner,
       const Value* at = from + (first + lane) * item_stride;
       Index k = 0;
       for (; count == kMost && k + kLanes <= inner; k += kLanes, at += kLanes) {
+        for (int i = 0; i < kMost && k * sizeof(Value) % kLine == 0; ++i) {
+          __builtin_prefetch(at + (i + kMost) * item_stride);
+        }
         __m256 square[kLanes];
         for (int i = 0; i < kLanes; ++i) {
           square[i] = i < kMost ? bits<__m256>(load(at + i * item_stride)) : __m256{};
@@ -140,19 +147,33 @@ void pack(const AepoMatrix& matrix, Index offset, Index item_stride, Index k_str
   });
 }
 
-// out[kRows, kColumns] = a panel of rows times one of columns, or out + that.
-inline void multiply(const float* left, const float* right, Index inner, float* out, Index stride,
-                     bool add) {
+__attribute__((always_inline)) inline void add_product(const float* left, const float* right,
+                                                       Floats (&sums)[kRows][kVectors]) {
+  Floats columns[kVectors];
+  for (int j = 0; j < kVectors; ++j) columns[j] = load(right + j * kLanes);
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) sums[i][j] += left[i] * columns[j];
+  }
+}
+
+// out[kRows, kColumns] = a panel of rows times one of columns, or out + that. Out of line and
+// unrolled by hand, or GCC would spill sums in some copies of it.
+__attribute__((noinline)) void multiply(const float* left, const float* right, Index inner,
+                                        float* out, Index stride, bool add) {
   for (int i = 0; i < kRows; ++i) __builtin_prefetch(out + i * stride, 1);
   for (Index start = 0; start < inner; start += kChain, add = true) {
     const Index count = std::min(kChain, inner - start);
     Floats sums[kRows][kVectors] = {};
-    for (Index k = 0; k < count; ++k, left += kRows, right += kColumns) {
-      Floats columns[kVectors];
-      for (int j = 0; j < kVectors; ++j) columns[j] = load(right + j * kLanes);
-      for (int i = 0; i < kRows; ++i) {
-        for (int j = 0; j < kVectors; ++j) sums[i][j] += left[i] * columns[j];
-      }
+    for (const float* end = left + count / 2 * 2 * kRows; left != end;) {
+      add_product(left, right, sums);
+      add_product(left + kRows, right + kColumns, sums);
+      left += 2 * kRows;
+      right += 2 * kColumns;
+    }
+    if (count % 2 != 0) {
+      add_product(left, right, sums);
+      left += kRows;
+      right += kColumns;
     }
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kVectors; ++j) {
@@ -176,70 +197,55 @@ void multiply_edge(const float* left, const float* right, Index inner, float* ou
   }
 }
 
-struct Tiles {
-  Index rows, columns;
+// A part of the result; as a size, the most a part has.
+struct Tile {
+  Index row, column, rows, columns;
 };
 
-// Sizes of the tasks for which packing and uneven shares of the threads cost least.
-Tiles tiles_of(const AepoGemm& gemm) {
-  const Index most = std::clamp<Index>(kAllColumns / gemm.threads, 128, 512);
+// What is multiplied, and by blocks of how many k.
+struct Task {
+  const AepoGemm& gemm;
+  Index block;
+
+  // Rows of a tile whose sums are kept: each block of k adds to all of them.
+  Index kept_rows(Index rows) const {
+    return gemm.inner > block ? rows : std::min(rows, kPackedRows);
+  }
+};
+
+// A size of tiles for which packing and uneven shares of the threads cost least.
+Tile size_of_tiles(const Task& task) {
+  const AepoGemm& gemm = task.gemm;
+  const Index most = std::clamp<Index>(kAllColumns / gemm.threads, 128, 768);
   const Index sums = kAllSums / std::min(gemm.threads, 16);
-  Tiles best{};
+  Tile best{};
   double least = INFINITY;
   const auto next = [](Index count) { return count < 3 ? count + 1 : count + count / 3; };
   for (Index m = 1; m == 1 || gemm.rows / m >= 8 * kRows; m = next(m)) {
     for (Index n = 1; n == 1 || gemm.columns / n >= 4 * kColumns; n = next(n)) {
       const Index rows = up(parts(gemm.rows, m), kRows);
       const Index columns = std::min(up(parts(gemm.columns, n), kColumns), most);
-      if (gemm.dtype != kFloat32 && rows * columns > sums) continue;
-      const Index tasks = parts(gemm.rows, rows) * parts(gemm.columns, columns);
-      const double rounds = double(parts(tasks, gemm.threads));
+      if (gemm.dtype != kFloat32 && task.kept_rows(rows) * columns > sums) continue;
+      const Index tiles = parts(gemm.rows, rows) * parts(gemm.columns, columns);
+      const double rounds = double(parts(tiles, gemm.threads));
       const double packing = kPackLeft / double(columns) + kPackRight / double(rows);
-      // The last term: one thread may be held up in any task.
+      // The last term: one thread may be held up in any tile.
       const double time = double(rows * columns) * (1 + packing) * (rounds + 0.05);
       if (time < least) {
         least = time;
-        best = {rows, columns};
+        best = {0, 0, rows, columns};
       }
     }
   }
   return best;
 }
 
-// One tile at `out`, in float32.
-void multiply_tile(const AepoGemm& gemm, Index row, Index column, Tiles tile, Index block,
-                   float* packed_left, float* packed_right, float* out, Index stride, bool add) {
-  const AepoMatrix &left = gemm.left, &right = gemm.right;
-  for (Index k = 0; k < gemm.inner; k += block, add = true) {
-    const Index inner = std::min(block, gemm.inner - k);
-    pack<kColumns>(right, k * right.row_stride + column * right.column_stride, right.column_stride,
-                   right.row_stride, tile.columns, inner, packed_right);
-    for (Index top = 0; top < tile.rows; top += kPackedRows) {
-      const Index rows = std::min(kPackedRows, tile.rows - top);
-      pack<kRows>(left, (row + top) * left.row_stride + k * left.column_stride, left.row_stride,
-                  left.column_stride, rows, inner, packed_left);
-      for (Index j = 0; j < tile.columns; j += kColumns) {
-        const float* columns = packed_right + j * inner;
-        for (Index i = 0; i < rows; i += kRows) {
-          float* at = out + (top + i) * stride + j;
-          const Index some = std::min<Index>(kRows, rows - i);
-          const Index wide = std::min<Index>(kColumns, tile.columns - j);
-          if (some == kRows && wide == kColumns) {
-            multiply(packed_left + i * inner, columns, inner, at, stride, add);
-          } else {
-            multiply_edge(packed_left + i * inner, columns, inner, at, stride, add, some, wide);
-          }
-        }
-      }
-    }
-  }
-}
-
 template <typename Out>
-void round_tile(const float* sums, Tiles tile, Index stride, bool add, Out* out, Index out_stride) {
-  for (Index i = 0; i < tile.rows; ++i, sums += stride, out += out_stride) {
-    for (Index j = 0; j < tile.columns; j += kLanes) {
-      const Index count = tile.columns - j;
+void round_rows(const float* sums, Index rows, Index columns, bool add, Out* out,
+                Index out_stride) {
+  for (Index i = 0; i < rows; ++i, sums += columns, out += out_stride) {
+    for (Index j = 0; j < columns; j += kLanes) {
+      const Index count = columns - j;
       Floats value = load_some(sums + j, count);
       if (add) value += load_some(out + j, count);
       store_some(out + j, value, count);
@@ -247,33 +253,85 @@ void round_tile(const float* sums, Tiles tile, Index stride, bool add, Out* out,
   }
 }
 
+// One thread's memory, and what it does with it.
 template <typename Out>
-int multiply_all(const AepoGemm& gemm, Out* out) {
-  const Tiles tiles = tiles_of(gemm);
-  const Index across = parts(gemm.columns, tiles.columns);
-  const Index tasks = parts(gemm.rows, tiles.rows) * across;
+class Worker {
+ public:
+  Worker(const Task& task, const Tile& size)
+      : gemm_(task.gemm),
+        task_(task),
+        left_(room(std::min(size.rows, kPackedRows) * task.block + kLanes)),
+        right_(room(size.columns * task.block + kLanes)),
+        sums_(room(kInPlace ? 0 : task.kept_rows(size.rows) * size.columns)) {}
+
+  void multiply_tile(const Tile& tile) {
+    const AepoMatrix &left = gemm_.left, &right = gemm_.right;
+    for (Index k = 0; k < gemm_.inner; k += task_.block) {
+      const Index inner = std::min(task_.block, gemm_.inner - k);
+      pack<kColumns>(right, k * right.row_stride + tile.column * right.column_stride,
+                     right.column_stride, right.row_stride, tile.columns, inner, right_.get());
+      for (Index top = 0; top < tile.rows; top += kPackedRows) {
+        const Tile part{tile.row + top, tile.column, std::min(kPackedRows, tile.rows - top),
+                        tile.columns};
+        pack<kRows>(left, part.row * left.row_stride + k * left.column_stride, left.row_stride,
+                    left.column_stride, part.rows, inner, left_.get());
+        multiply_part(part, top, k, inner);
+      }
+    }
+  }
+
+ private:
+  static constexpr bool kInPlace = std::is_same_v<Out, float>;
+
+  // Rows of a tile from `top` on, by a block from k on.
+  void multiply_part(const Tile& part, Index top, Index k, Index inner) {
+    Out* out = static_cast<Out*>(gemm_.out) + part.row * gemm_.row_stride + part.column;
+    if constexpr (kInPlace) {
+      multiply_panels(part, inner, out, gemm_.row_stride, gemm_.add || k > 0);
+    } else {
+      float* sums = sums_.get() + (gemm_.inner > task_.block ? top * part.columns : 0);
+      multiply_panels(part, inner, sums, part.columns, k > 0);
+      if (k + inner < gemm_.inner) return;
+      round_rows(sums, part.rows, part.columns, gemm_.add, out, gemm_.row_stride);
+    }
+  }
+
+  void multiply_panels(const Tile& part, Index inner, float* out, Index stride, bool add) {
+    for (Index j = 0; j < part.columns; j += kColumns) {
+      const float* columns = right_.get() + j * inner;
+      const Index wide = std::min<Index>(kColumns, part.columns - j);
+      for (Index i = 0; i < part.rows; i += kRows) {
+        const float* rows = left_.get() + i * inner;
+        const Index some = std::min<Index>(kRows, part.rows - i);
+        if (some == kRows && wide == kColumns) {
+          multiply(rows, columns, inner, out + i * stride + j, stride, add);
+        } else {
+          multiply_edge(rows, columns, inner, out + i * stride + j, stride, add, some, wide);
+        }
+      }
+    }
+  }
+
+  const AepoGemm& gemm_;
+  const Task& task_;
+  const Room left_, right_, sums_;
+};
+
+template <typename Out>
+int multiply_all(const AepoGemm& gemm) {
   // Blocks of one size, and a matter of `inner` alone: so are the sums' roundings.
-  const Index block = up(parts(gemm.inner, parts(gemm.inner, kInner)), 8);
-  constexpr bool kInPlace = std::is_same_v<Out, float>;
+  const Task task{gemm, up(parts(gemm.inner, parts(gemm.inner, kInner)), 8)};
+  const Tile size = size_of_tiles(task);
+  const Index across = parts(gemm.columns, size.columns);
+  const Index tiles = parts(gemm.rows, size.rows) * across;
 #pragma omp parallel num_threads(gemm.threads)
   {
-    const Room left = room(std::min(up(tiles.rows, kRows), kPackedRows) * block + kLanes);
-    const Room right = room(tiles.columns * block + kLanes);
-    const Room sums = room(kInPlace ? 0 : tiles.rows * tiles.columns);
+    Worker<Out> worker(task, size);
 #pragma omp for schedule(dynamic)
-    for (Index task = 0; task < tasks; ++task) {
-      const Index row = task / across * tiles.rows, column = task % across * tiles.columns;
-      const Tiles tile{std::min(tiles.rows, gemm.rows - row),
-                       std::min(tiles.columns, gemm.columns - column)};
-      Out* at = out + row * gemm.row_stride + column;
-      if constexpr (kInPlace) {
-        multiply_tile(gemm, row, column, tile, block, left.get(), right.get(), at, gemm.row_stride,
-                      gemm.add);
-      } else {
-        multiply_tile(gemm, row, column, tile, block, left.get(), right.get(), sums.get(),
-                      tiles.columns, false);
-        round_tile(sums.get(), tile, tiles.columns, gemm.add, at, gemm.row_stride);
-      }
+    for (Index tile = 0; tile < tiles; ++tile) {
+      const Index row = tile / across * size.rows, column = tile % across * size.columns;
+      worker.multiply_tile({row, column, std::min(size.rows, gemm.rows - row),
+                            std::min(size.columns, gemm.columns - column)});
     }
   }
   return 0;
@@ -285,6 +343,6 @@ int avx2_gemm(const AepoGemm& gemm) {
   const auto known = [](auto*) { return 0; };
   if (with_type(gemm.left.dtype, known) || with_type(gemm.right.dtype, known)) return 1;
   return with_type(gemm.dtype, [&](auto* type) {
-    return multiply_all(gemm, static_cast<decltype(type)>(gemm.out));
+    return multiply_all<std::remove_pointer_t<decltype(type)>>(gemm);
   });
 }
