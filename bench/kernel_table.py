@@ -45,6 +45,15 @@ def mode_table(mode: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def compares(record: dict[str, Any]) -> bool:
+    """Whether a record has times of more than one candidate."""
+    modes = (mode for case in record["cases"] for mode in case.get("modes", {}).values())
+    return any(
+        sum(found["status"] == "ok" for found in mode.get("candidates", {}).values()) > 1
+        for mode in modes
+    )
+
+
 def ours_in(mode: dict[str, Any]) -> list[str]:
     """The candidate that the others are compared with, if it was timed: the first of ours."""
     for name, found in mode["candidates"].items():

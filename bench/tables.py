@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,11 @@ def _entropy_note(path: Path, record: dict[str, Any], runs: list[dict[str, Any]]
 def kernels() -> str:
     """The newest kernel benchmark of each device and dtype: summary and what was left out.
 
+    One that timed nothing beside ours says too little for a table.
     The figure is that of the newest of each GPU and of all CPUs.
     """
     parts, drawn = [], set()
-    for path, record, device in _newest_by_device("*/kernels-*.json"):
+    for path, record, device in _newest_by_device("*/kernels-*.json", kernel_table.compares):
         where, settings = record["environment"], record["settings"]
         parts.append(
             f"**{device}, {settings['dtype']}**, torch {where['torch']}, triton {where['triton']}: "
@@ -148,7 +149,9 @@ def step() -> str:
     return "\n".join(parts)
 
 
-def _newest_by_device(pattern: str) -> Iterator[tuple[Path, dict[str, Any], str]]:
+def _newest_by_device(
+    pattern: str, wanted: Callable[[dict[str, Any]], bool] = bool
+) -> Iterator[tuple[Path, dict[str, Any], str]]:
     """The newest result of a kind on each device in each dtype, with its record and the device.
 
     A CPU is named by its model and the row kernels that ran, since models of one name differ.
@@ -156,6 +159,8 @@ def _newest_by_device(pattern: str) -> Iterator[tuple[Path, dict[str, Any], str]
     latest: dict[tuple[str, str], tuple[Path, dict[str, Any], str]] = {}
     for path in sorted(RESULTS.glob(pattern), key=lambda path: path.name):
         record = json.loads(path.read_text())
+        if not wanted(record):
+            continue
         where = record["environment"]
         device = where["device"]
         if device == "cpu":
