@@ -22,6 +22,9 @@ from aepo_kernels.sampling import sample_rows, variance_of
 from aepo_kernels.sliced_logits import SlicedLogits
 from aepo_kernels.tokens import Tokens, join_tokens
 
+# Rows of hidden's gradient that are rounded at a time, on their way to where they belong.
+_COPIED_ROWS = 512
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -154,33 +157,41 @@ class GradientPass:
         """Take all rows a slice of the vocabulary at a time: each of dweight's is written once."""
         # Neighbours without logits make them in one GEMM.
         parts = [_join(list(few)) for _, few in groupby(self.later, lambda part: id(part.logits))]
+        count = sum(len(part.tokens.targets) for part in parts)
+        first = self.head.at(slice(size))
+        # First of all: what scoring has left is as large, and malloc may not have given it back.
+        space, second_space = first.space(count), first.by_rows_space(count)
         positions = join_tokens([part.tokens for part in parts]).positions
         inputs = take(self.head.hidden, positions)
+        whole = replace(self.head, hidden=inputs)  # or every slice would pick the rows again
+        parts = _side_by_side(parts)
         hidden = None
         if self.total.hidden is not None:
             hidden = torch.zeros_like(inputs, dtype=self.head.dtype)
-        first = self.head.at(slice(size))
-        space, second_space = first.space(len(inputs)), first.by_rows_space(len(inputs))
         for rows in slices(self.head.weight.shape[0], size):
-            head, bias = self.head.at(rows), self.total.bias
+            head, bias = whole.at(rows), self.total.bias
             bias_grad = None if bias is None else bias[rows]
             by_rows = None if second_space is None else second_space[:, : len(head.weight)]
             if space is None:
                 (part,) = parts
                 dlogits = part.dlogits(head, rows, None, bias_grad, by_rows)
             else:
-                dlogits = head.logits_in(space, len(inputs))
-                start = 0
+                dlogits = head.logits_in(space, count)
                 for part in parts:
-                    some = slice(start, start + len(part.tokens.targets))
+                    some = part.tokens.positions
                     copy = None if by_rows is None else by_rows[some]
                     part.dlogits(head, rows, dlogits[some], bias_grad, copy)
-                    start = some.stop
             by_rows = dlogits if by_rows is None else by_rows
             self.total.add_slice(dlogits, by_rows, head.weight, head.lora, inputs, hidden, rows)
-            del dlogits
+            del dlogits, by_rows  # which may be views of `space`
+        del space, second_space
         if self.total.hidden is not None and hidden is not None:
-            self.total.hidden[positions] = hidden.to(self.total.hidden.dtype)
+            if isinstance(positions, slice):
+                self.total.hidden[positions].copy_(hidden)
+                return
+            for some in slices(count, _COPIED_ROWS):
+                rounded = hidden[some].to(self.total.hidden.dtype)
+                self.total.hidden[positions[some]] = rounded
 
     def _add_chunk(
         self,
@@ -231,6 +242,16 @@ def _pick(products: Tensor | SlicedLogits, active: Tensor) -> Tensor | SlicedLog
         if new != old:
             products[new] = products[old]
     return products[: len(active)]
+
+
+def _side_by_side(parts: list[_Part]) -> list[_Part]:
+    """The same for inputs that hold the parts' rows one part after the other."""
+    start, placed = 0, []
+    for part in parts:
+        rows = slice(start, start + len(part.tokens.targets))
+        placed.append(replace(part, tokens=replace(part.tokens, positions=rows)))
+        start = rows.stop
+    return placed
 
 
 def _join(parts: list[_Part]) -> _Part:
