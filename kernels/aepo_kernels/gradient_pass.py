@@ -22,9 +22,6 @@ from aepo_kernels.sampling import sample_rows, variance_of
 from aepo_kernels.sliced_logits import SlicedLogits
 from aepo_kernels.tokens import Tokens, join_tokens
 
-# Rows of hidden's gradient that are rounded at a time, on their way to where they belong.
-_COPIED_ROWS = 512
-
 
 @dataclass(frozen=True)
 class _Part:
@@ -184,14 +181,9 @@ class GradientPass:
             by_rows = dlogits if by_rows is None else by_rows
             self.total.add_slice(dlogits, by_rows, head.weight, head.lora, inputs, hidden, rows)
             del dlogits, by_rows  # which may be views of `space`
-        del space, second_space
+        del space, second_space  # before hidden's gradient is rounded, as a copy
         if self.total.hidden is not None and hidden is not None:
-            if isinstance(positions, slice):
-                self.total.hidden[positions].copy_(hidden)
-                return
-            for some in slices(count, _COPIED_ROWS):
-                rounded = hidden[some].to(self.total.hidden.dtype)
-                self.total.hidden[positions[some]] = rounded
+            self.total.hidden[positions] = hidden.to(self.total.hidden.dtype)
 
     def _add_chunk(
         self,

@@ -52,4 +52,9 @@ struct Buffer {
   }
 };
 
+// What rounding to a dtype is off by, as a share of the number; 0 for float32.
+inline double unit_of(std::int32_t dtype) {
+  return dtype == kFloat32 ? 0 : dtype == kBFloat16 ? 0x1p-8 : 0x1p-11;
+}
+
 }  // namespace

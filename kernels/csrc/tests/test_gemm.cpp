@@ -39,10 +39,6 @@ struct Matrix {
   }
 };
 
-double unit_of(std::int32_t dtype) {
-  return dtype == kFloat32 ? 0 : dtype == kBFloat16 ? 0x1p-8 : 0x1p-11;
-}
-
 void check(std::int32_t left_dtype, std::int32_t right_dtype, std::int32_t dtype, int layout,
            bool add, std::int64_t rows, std::int64_t inner, std::int64_t columns) {
   std::mt19937 random(static_cast<unsigned>(rows * 131 + inner * 17 + columns));

@@ -45,9 +45,8 @@ struct Lines {
 
   // `size`: the terms' that add up to the truth, in float32; then there is one rounding.
   void near(std::int64_t line, std::int64_t i, double truth, double size, const char* what) {
-    const double unit = buffer.dtype == kFloat32    ? 0
-                        : buffer.dtype == kBFloat16 ? 0x1p-8 * std::fabs(truth)
-                                                    : 0x1p-11 * std::fabs(truth) + 0x1p-25;
+    const double least = buffer.dtype == kFloat16 ? 0x1p-25 : 0;  // half of its smallest step
+    const double unit = unit_of(buffer.dtype) * std::fabs(truth) + least;
     expect(std::fabs(get(line, i) - truth) <= unit + 2e-6 * size, what, line * width + i);
   }
 };
