@@ -119,7 +119,8 @@ def cases(chip: int) -> Iterator[Case]:
     pointers = {"inv_temperature": "*fp32", "second_inv_temperature": "*fp32"}
     for dtype in ("bf16", "fp32"):
         stats, grad = nearest(launch.STATS_LAUNCH, chip), nearest(launch.GRAD_LAUNCH, chip)
-        block = {"BLOCK": stats.block, "STAGES": stats.stages}
+        vector = 8 if dtype == "bf16" else 4
+        block = {"BLOCK": stats.block, "VECTOR": vector, "STAGES": stats.stages}
         warps = {"num_warps": stats.num_warps}
         plain = (*_NO_MAP, *_NO_SECOND)
         yield Case("row_stats", chip, "plain", dtype, warps, scalar | block, plain)
@@ -135,11 +136,16 @@ def cases(chip: int) -> Iterator[Case]:
         everything = {"constants": per_token | block, "types": pointers}
         yield Case("row_grad", chip, "all", dtype, warps, **everything)
         yield Case("row_grad", chip, "all, ragged", dtype, warps, **everything, ragged=True)
-        table = launch.FUSED_FLOAT32_LAUNCH if dtype == "fp32" else launch.FUSED_LAUNCH
-        yield from _fused_cases(chip, dtype, nearest(table, chip), scalar, per_token, pointers)
+        tables = [launch.FUSED_LAUNCH, launch.FUSED_POINTER_LAUNCH]
+        if dtype == "fp32":
+            tables = [launch.FUSED_FLOAT32_LAUNCH]
+        for fused in dict.fromkeys(nearest(table, chip) for table in tables):
+            yield from _fused_cases(chip, dtype, fused, scalar, per_token, pointers)
         types = {"values": f"*{dtype}", "size": "i64"}
-        block = {"BLOCK": 2048}
-        yield Case("scale", chip, "in place", dtype, {"num_warps": 4}, block, types=types)
+        for variant, other in (("in place", dtype), ("rounded", "bf16")):
+            block = {"BLOCK": 2048, "IN_PLACE": variant == "in place"}
+            outs = types | {"out": f"*{other}"}
+            yield Case("scale", chip, variant, dtype, {"num_warps": 4}, block, types=outs)
     combine = {"ROWS": 32, "TILES": 32}
     warps = {"num_warps": 4}
     yield Case("fused_combine", chip, "plain", "fp32", warps, scalar | combine, _NO_SECOND)
@@ -154,39 +160,39 @@ def _fused_cases(
         "BLOCK_VOCAB": fused.block_vocab,
         "BLOCK_HIDDEN": fused.block_hidden,
         "GROUP": fused.group,
+        "SPLIT": fused.split,
+        "TMA": fused.tma,
         "hidden_stride": 1,
         "weight_stride": 1,
     }
     options = {"num_warps": fused.num_warps, "num_stages": fused.stages}
-    for tma in (False, True) if fused.tma else (False,):
-        types = {}
-        if tma:
-            shapes = {"hidden": fused.block_tokens, "weight": fused.block_vocab}
-            types = {
-                name: f"tensordesc<{dtype}[{rows}, {fused.block_hidden}]>"
-                for name, rows in shapes.items()
-            }
-        tile["TMA"] = tma
-        for variant, constants, left_out, extra in (
-            ("plain", scalar, (*_NO_MAP, *_NO_SECOND), {}),
-            ("all", per_token, (), pointers),
-            ("all, ragged", per_token, (), pointers),
-        ):
-            ragged = "ragged" in variant
-            if tma and ragged:
-                continue  # the copy engine takes aligned rows alone
-            yield Case(
-                "fused_partials",
-                chip,
-                variant + (", tma" if tma else ""),
-                dtype,
-                options,
-                constants | tile,
-                left_out,
-                types | extra,
-                multiplies=dtype == "bf16",
-                ragged=ragged,
-            )
+    types = {}
+    if fused.tma:
+        shapes = {"hidden": fused.block_tokens, "weight": fused.block_vocab}
+        types = {
+            name: f"tensordesc<{dtype}[{rows}, {fused.block_hidden}]>"
+            for name, rows in shapes.items()
+        }
+    for variant, constants, left_out, extra in (
+        ("plain", scalar, (*_NO_MAP, *_NO_SECOND), {}),
+        ("all", per_token, (), pointers),
+        ("all, ragged", per_token, (), pointers),
+    ):
+        ragged = "ragged" in variant
+        if fused.tma and ragged:
+            continue  # the copy engine takes aligned rows alone
+        yield Case(
+            "fused_partials",
+            chip,
+            variant + (", tma" if fused.tma else ""),
+            dtype,
+            options,
+            constants | tile,
+            left_out,
+            types | extra,
+            multiplies=dtype == "bf16",
+            ragged=ragged,
+        )
 
 
 def compile_case(case: Case) -> dict[str, Any]:

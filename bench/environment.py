@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +17,10 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def device_name() -> str:
-    """Folder name of this device's results: "cpu" or the GPU's name."""
+    """Folder name of this device's results: "cpu" or the GPU's name, such as "h200"."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name().lower().replace(" ", "-")
+        name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
+        return name.replace(" ", "-")
     return "cpu"
 
 
@@ -31,15 +33,15 @@ def installed_version(package: str) -> str:
 
 
 def describe() -> dict[str, str | int]:
-    """Machine, versions, commit and date, for a result file."""
+    """Machine, versions, commit and date, for a result file.
+
+    The commit is that of the checkout, or AEPO_COMMIT where the code lies without its history.
+    """
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout
     return {
         "date": datetime.date.today().isoformat(),
         "device": device_name(),
@@ -48,5 +50,15 @@ def describe() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": installed_version("transformers"),
-        "commit": commit.strip() + ("+changes" if dirty.strip() else ""),
+        "commit": os.environ.get("AEPO_COMMIT") or _commit(),
     }
+
+
+def _commit() -> str:
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    if shutil.which("git") is None:
+        return ""
+    return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")

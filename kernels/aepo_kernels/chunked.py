@@ -61,7 +61,8 @@ def token_loss(
         parts: list[RowStats] = []
         num_tokens, room = len(tokens.targets), gradients.room(num_active)
         kept = 0 if room is None else room.tokens
-        size, scoring_size = forward_chunk_size(problem), scoring_chunk_size(problem)
+        size = forward_chunk_size(problem) if head.fused else gradients.size
+        scoring_size = scoring_chunk_size(problem)
         used = gradients.first_used(kept, num_active, size)
         space = head.space(min(size, num_active - used))
         scored = max(used - kept, num_tokens - num_active)
@@ -209,7 +210,7 @@ def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
     if problem.active is None:
         return tokens, len(tokens.targets)
     others = torch.ones(len(problem.targets), dtype=torch.bool, device=tokens.targets.device)
-    others[problem.active] = False
+    others.index_fill_(0, problem.active, False)  # others[active] = False would wait for a GPU
     num_active = len(problem.active)
     if isinstance(tokens.positions, Tensor):  # some are ignored, and finding them has waited
         others = others[tokens.positions]

@@ -19,8 +19,8 @@ from aepo_kernels.sharding import combine
 from aepo_kernels.sliced_logits import SlicedLogits
 from aepo_kernels.tokens import Tokens
 
-# Bytes of a chunk's logits, and its most tokens. The size never depends on N, so that a token's
-# results do not depend on its batch; larger chunks update the weight's fp32 gradient less often.
+# Bytes of a chunk's logits, and its most tokens; larger chunks update the weight's fp32 gradient
+# less often.
 _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 5 * 2**23, 1024
 # Where no gradient follows: tokens, and with C++ rows columns, whose logits stay cached.
 _CPU_SCORING_TOKENS, _CPU_SCORING_COLUMNS = 256, 16384
@@ -255,12 +255,18 @@ def logits_dtype(problem: Problem) -> torch.dtype:
     return problem.logits_dtype or problem.hidden.dtype
 
 
+def logits_bytes(problem: Problem) -> int:
+    """Bytes of a logit in a chunk, with its gradient where that is beside it."""
+    width, hidden = logits_dtype(problem).itemsize, problem.hidden
+    beside = hidden.device.type != "cpu" and width != hidden.element_size()
+    return width + hidden.element_size() if beside else width
+
+
 def chunk_size(problem: Problem) -> int:
     """Tokens whose logits exist at once: the caller's number, or what the memory budget holds."""
     if problem.chunk_tokens is not None:
         return problem.chunk_tokens
-    hidden = problem.hidden
-    width = logits_dtype(problem).itemsize
+    hidden, width = problem.hidden, logits_bytes(problem)
     budget, most = _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS
     if problem.backend == "chunked" and gemms_want_columns(hidden):
         budget //= 2  # their gradient is written twice
@@ -268,13 +274,30 @@ def chunk_size(problem: Problem) -> int:
         budget -= GEMM_BYTES
     if hidden.device.type != "cpu":
         budget, most = _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS
-        if width != hidden.element_size():
-            width += hidden.element_size()  # their gradient, in hidden's dtype, is beside them
     if problem.backend == "fused":
         budget = _FUSED_CHUNK_BYTES
     size = budget // (problem.chunk_vocab * width)
     step = 16 if hidden.device.type == "cpu" else 64
     return min(max(size // step * step, step), most)
+
+
+def gradient_chunk_size(problem: Problem, needs_weight: bool, rows: int) -> int:
+    """Tokens whose gradients are made at once, of so many.
+
+    On a GPU chunks are equal, and one where its logits need no more memory than those of a chunk
+    and the float32 sum of the weight's gradients, which it does without.
+    """
+    size = chunk_size(problem)
+    if problem.hidden.device.type == "cpu" or problem.chunk_tokens is not None or rows <= size:
+        return size
+    weight = problem.weight
+    plain = (problem.weight_grad, problem.row_sampling) == (None, None)
+    if needs_weight and plain and weight.dtype == problem.hidden.dtype:
+        spared = problem.stats_dtype.itemsize * weight.shape[1]  # bytes per row of weight
+        if rows <= size + spared // logits_bytes(problem):
+            return rows
+    count = -(-rows // size)
+    return -(-rows // (64 * count)) * 64
 
 
 def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:

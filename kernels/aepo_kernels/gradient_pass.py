@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aepo_kernels.chunks import (
     Head,
-    chunk_size,
+    gradient_chunk_size,
     keeps_logits,
     slice_size,
 )
@@ -55,8 +55,8 @@ class _Part:
 class GradientPass:
     """Takes rows with their coefficients and adds up gradients in `total`.
 
-    most_rows: an upper bound of the rows to come. `rows` is the number of those that took part in
-    GEMMs, `variance` what sampling them added.
+    most_rows: an upper bound of the rows to come. `size` is that of a chunk, `rows` the number of
+    rows that took part in GEMMs, `variance` what sampling them added.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class GradientPass:
     ) -> None:
         self.problem, self.head = problem, head
         self.slice = slice_size(problem, needs[1], most_rows)
-        once = self.slice is not None or most_rows <= chunk_size(problem)
+        self.size = gradient_chunk_size(problem, needs[1], most_rows)
+        once = self.slice is not None or most_rows <= self.size
         self.total = Gradients(problem, needs, written_once=once)
         self.rows = 0
         self.variance = torch.zeros((), dtype=head.dtype, device=head.hidden.device)
@@ -122,7 +123,7 @@ class GradientPass:
         if products is not None:
             self._add_chunk(tokens, products, stats, coefs, keep_prob)
             return
-        count, size = len(tokens.targets), chunk_size(self.problem)
+        count, size = len(tokens.targets), self.size
         space = self.head.space(min(count, size))
         for index in slices(count, size):
             chunk = tokens.at(index)

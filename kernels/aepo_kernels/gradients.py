@@ -158,15 +158,13 @@ def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     # To multiply a whole weight by one would take a CPU as long as a GEMM.
     if factor is None or (factor.device.type == "cpu" and factor.item() == 1):
         return value.to(dtype)
-    if value.dtype != dtype and value.is_cuda:
-        return torch.mul(value, factor, out=torch.empty_like(value, dtype=dtype))
-    if value.dtype != dtype:  # in parts, or a whole copy in between would be made
-        scaled = torch.empty_like(value, dtype=dtype)
-        for part, block in zip(scaled.split(512), value.split(512), strict=True):
-            part.copy_(block.mul_(factor))
-        return scaled
     if value.is_cuda and value.dtype != torch.float64:
-        from aepo_kernels.triton_scale import scale_  # the package imports without triton
+        from aepo_kernels.triton_scale import scale  # the package imports without triton
 
-        return scale_(value, factor)
-    return value.mul_(factor)
+        return scale(value, factor, dtype)
+    if value.dtype == dtype:
+        return value.mul_(factor)
+    scaled = torch.empty_like(value, dtype=dtype)
+    for part, block in zip(scaled.split(512), value.split(512), strict=True):
+        part.copy_(block.mul_(factor))  # in parts, or a whole copy in between would be made
+    return scaled

@@ -20,7 +20,8 @@ class RowLaunch(NamedTuple):
 
 class FusedLaunch(NamedTuple):
     """Tile of tokens by vocabulary by hidden; group: tiles of tokens that share
-    those of the weight. tma: load by the copy engine where strides and addresses allow."""
+    those of the weight. tma: load by the copy engine where strides and addresses allow. split: sum
+    up one half of a tile after the other."""
 
     block_tokens: int
     block_vocab: int
@@ -29,6 +30,7 @@ class FusedLaunch(NamedTuple):
     stages: int
     group: int = 8
     tma: bool = False
+    split: bool = False
 
 
 # By compute capability; a chip that is not listed takes the nearest one below. None of these has
@@ -36,14 +38,17 @@ class FusedLaunch(NamedTuple):
 # programs on a multiprocessor, several blocks of each on their way to it.
 STATS_LAUNCH = {80: RowLaunch(1024, 4, stages=4)}
 GRAD_LAUNCH = {80: RowLaunch(2048, 4)}
-# The largest tiles whose epilogue spills no register, with every option on. On sm_90 two programs
-# fit a multiprocessor, so that one's epilogue runs under the other's products; a persistent loop
-# over tiles, flattened or warp-specialised, takes twice the registers and spills on sm_100.
+# The largest tiles whose epilogue spills no register, with every option on.
 FUSED_LAUNCH = {
     80: FusedLaunch(128, 128, 32, num_warps=8, stages=4),
-    90: FusedLaunch(128, 128, 64, num_warps=8, stages=3, tma=True),
+    90: FusedLaunch(256, 128, 64, num_warps=8, stages=4, tma=True, split=True),
     100: FusedLaunch(128, 128, 64, num_warps=8, stages=4, tma=True),
     120: FusedLaunch(128, 128, 64, num_warps=8, stages=3),
+}
+# For what the copy engine cannot read: pointers to the elements of a tile take registers as well.
+FUSED_POINTER_LAUNCH = FUSED_LAUNCH | {
+    90: FusedLaunch(128, 128, 64, num_warps=8, stages=3),
+    100: FusedLaunch(128, 128, 64, num_warps=8, stages=4),
 }
 # float32 products are plain multiply-adds, whose tiles have to be small.
 FUSED_FLOAT32_LAUNCH = {80: FusedLaunch(64, 64, 16, num_warps=4, stages=3)}
@@ -59,9 +64,11 @@ def grad_launch(device: torch.device) -> RowLaunch:
     return nearest(GRAD_LAUNCH, capability(device))
 
 
-def fused_launch(device: torch.device, dtype: torch.dtype) -> FusedLaunch:
-    """Launch of the fused forward on a device."""
-    table = FUSED_FLOAT32_LAUNCH if dtype == torch.float32 else FUSED_LAUNCH
+def fused_launch(device: torch.device, dtype: torch.dtype, fits_tma: bool) -> FusedLaunch:
+    """Launch of the fused forward on a device; fits_tma: the copy engine could read the inputs."""
+    table = FUSED_LAUNCH if fits_tma else FUSED_POINTER_LAUNCH
+    if dtype == torch.float32:
+        table = FUSED_FLOAT32_LAUNCH
     return nearest(table, capability(device))
 
 

@@ -49,9 +49,11 @@ def linear_row_stats(
     has_second = second_inv_temperature is not None
     out = new_stats(hidden, num_rows, has_second, squares)
     if num_rows:
-        launch = fused_launch(hidden.device, hidden.dtype)
+        fits_tma = all(_fits_tma(matrix) for matrix in (hidden, weight))
+        launch = fused_launch(hidden.device, hidden.dtype, fits_tma)
         num_tiles = triton.cdiv(vocab, launch.block_vocab)
-        partials = out.new_empty((3 + has_second + squares, num_tiles, num_rows))
+        num_parts = triton.cdiv(vocab, launch.block_vocab // (1 + launch.split))
+        partials = out.new_empty((3 + has_second + squares, num_parts, num_rows))
         target_logits = out.new_full((num_rows,), float("nan"))
         temperatures = [
             optional_argument(inv_temperature),
@@ -62,11 +64,10 @@ def linear_row_stats(
             "SECOND_PER_TOKEN": isinstance(second_inv_temperature, Tensor),
             "SQUARES": squares,
         }
-        tma = launch.tma and all(_fits_tma(matrix) for matrix in (hidden, weight))
         partials_kernel[(num_tiles * triton.cdiv(num_rows, launch.block_tokens),)](
-            _operand(hidden, launch.block_tokens, launch.block_hidden, tma),
+            _operand(hidden, launch.block_tokens, launch.block_hidden, launch.tma),
             *hidden.stride(),
-            _operand(weight, launch.block_vocab, launch.block_hidden, tma),
+            _operand(weight, launch.block_vocab, launch.block_hidden, launch.tma),
             *weight.stride(),
             targets.contiguous(),
             *temperatures,
@@ -79,11 +80,12 @@ def linear_row_stats(
             vocab,
             hidden_size,
             **flags,
-            TMA=tma,
+            TMA=launch.tma,
             BLOCK_TOKENS=launch.block_tokens,
             BLOCK_VOCAB=launch.block_vocab,
             BLOCK_HIDDEN=launch.block_hidden,
             GROUP=launch.group,
+            SPLIT=launch.split,
             num_warps=launch.num_warps,
             num_stages=launch.stages,
         )
@@ -93,7 +95,7 @@ def linear_row_stats(
             *temperatures,
             out,
             num_rows,
-            num_tiles,
+            num_parts,
             **flags,
             ROWS=_COMBINE_ROWS,
             TILES=_COMBINE_TILES,
@@ -114,7 +116,7 @@ def _operand(matrix: Tensor, rows: int, columns: int, tma: bool) -> Tensor | Ten
     return TensorDescriptor.from_tensor(matrix, [rows, columns]) if tma else matrix
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def partials_kernel(
     hidden,
     token_stride,
@@ -141,6 +143,7 @@ def partials_kernel(
     BLOCK_VOCAB: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     # Programs that run together share tiles of both operands: GROUP tiles of tokens by as many of
     # the vocabulary as there are programs left.
@@ -175,14 +178,75 @@ def partials_kernel(
             hidden_pointers += BLOCK_HIDDEN * hidden_stride
             weight_pointers += BLOCK_HIDDEN * weight_stride
 
+    row_inputs = targets, inv_temperature, second_inv_temperature
+    logit_map = bias, scale, softcap
+    if SPLIT:
+        # One half after the other, whose sums together would not fit the registers.
+        HALF: tl.constexpr = BLOCK_VOCAB // 2
+        halves = products.reshape(BLOCK_TOKENS, 2, HALF).permute(0, 2, 1).split()
+        for half in tl.static_range(2):
+            _store_partials(
+                halves[half],
+                2 * tile + half,
+                rows,
+                row_inputs,
+                logit_map,
+                partials,
+                target_logits,
+                num_rows,
+                vocab,
+                PER_TOKEN,
+                SECOND_PER_TOKEN,
+                SQUARES,
+                HALF,
+            )
+    else:
+        _store_partials(
+            products,
+            tile,
+            rows,
+            row_inputs,
+            logit_map,
+            partials,
+            target_logits,
+            num_rows,
+            vocab,
+            PER_TOKEN,
+            SECOND_PER_TOKEN,
+            SQUARES,
+            BLOCK_VOCAB,
+        )
+
+
+@triton.jit
+def _store_partials(
+    products,
+    part,
+    rows,
+    row_inputs,
+    logit_map,
+    partials,
+    target_logits,
+    num_rows,
+    vocab,
+    PER_TOKEN: tl.constexpr,
+    SECOND_PER_TOKEN: tl.constexpr,
+    SQUARES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store what is kept of some columns, the `part`-th WIDTH of them."""
+    targets, inv_temperature, second_inv_temperature = row_inputs
+    bias, scale, softcap = logit_map
+    first = part * WIDTH
+    columns = first + tl.arange(0, WIDTH)
     shift = None
     if bias is not None:
         shift = tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :]
     logits, _ = to_logits(products, shift, scale, softcap)
-    real = rows < num_rows
+    real = rows < tl.where(first < vocab, num_rows, 0)  # the last half may lie past the end
     target = tl.load(targets + rows, mask=real, other=-1)
     on_target = columns[None, :] == target[:, None]
-    owned = (target >= tile * BLOCK_VOCAB) & (target < tl.minimum((tile + 1) * BLOCK_VOCAB, vocab))
+    owned = (target >= first) & (target < tl.minimum(first + WIDTH, vocab))
     tl.store(target_logits + rows, tl.sum(tl.where(on_target, logits, 0.0), 1), mask=owned & real)
 
     logits = tl.where((columns < vocab)[None, :] & ~(logits < FLOOR), logits, FLOOR)
@@ -191,8 +255,8 @@ def partials_kernel(
     rate = _rates(inv_temperature, rows, real, PER_TOKEN)
     weights = tl.exp2(centred * rate)
     step = num_rows.to(tl.int64)
-    partials += tile * step + rows
-    step *= num_tiles
+    partials += part * step + rows
+    step *= tl.cdiv(vocab, WIDTH)
     tl.store(partials, maximum, mask=real)
     tl.store(partials + step, tl.sum(weights, 1), mask=real)
     tl.store(partials + 2 * step, tl.sum(weights * centred, 1), mask=real)
@@ -212,7 +276,7 @@ def _rates(inv_temperature, rows, real, PER_TOKEN: tl.constexpr):
         return inv_temperature * LOG2E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def combine_kernel(
     partials,
     target_logits,

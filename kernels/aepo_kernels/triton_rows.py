@@ -57,6 +57,7 @@ def row_stats(
             SECOND_PER_TOKEN=isinstance(second_inv_temperature, Tensor),
             SQUARES=squares,
             BLOCK=launch.block,
+            VECTOR=16 // products.element_size(),
             STAGES=launch.stages,
             num_warps=launch.num_warps,
         )
@@ -171,7 +172,7 @@ def inverse_of(inv_temperature, row, PER_TOKEN: tl.constexpr):
         return inv_temperature
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def stats_kernel(
     products,
     row_stride,
@@ -188,6 +189,7 @@ def stats_kernel(
     SECOND_PER_TOKEN: tl.constexpr,
     SQUARES: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -199,13 +201,17 @@ def stats_kernel(
         second_inverse = inverse_of(second_inv_temperature, row, SECOND_PER_TOKEN)
         second_rate = second_inverse * LOG2E
 
-    maximum = FLOOR
-    total = tl.zeros([BLOCK], tl.float32)  # of e = exp((logit - maximum) / T)
-    moment = tl.zeros([BLOCK], tl.float32)  # of e * (logit - maximum)
-    second_total = tl.zeros([BLOCK], tl.float32)
-    square = tl.zeros([BLOCK], tl.float32)  # of e^2
+    # Every thread has a softmax of its own over the VECTOR columns that it loads at once, so that
+    # no step waits for other threads.
+    LANES: tl.constexpr = BLOCK // VECTOR
+    within = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    lane_maximum = tl.full([LANES], FLOOR, tl.float32)
+    total = tl.zeros([LANES], tl.float32)  # of e = exp((logit - lane_maximum) / T)
+    moment = tl.zeros([LANES], tl.float32)  # of e * (logit - lane_maximum)
+    second_total = tl.zeros([LANES], tl.float32)
+    square = tl.zeros([LANES], tl.float32)  # of e^2
     for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        columns = start + tl.arange(0, BLOCK)
+        columns = start + within
         inside = columns < vocab
         values = tl.load(products + columns, mask=inside, other=0.0)
         shift = None
@@ -213,21 +219,24 @@ def stats_kernel(
             shift = tl.load(bias + columns, mask=inside, other=0.0)
         logits, _ = to_logits(values, shift, scale, softcap)
         logits = tl.where(inside & ~(logits < FLOOR), logits, FLOOR)  # NaN stays
-        new_maximum = tl.maximum(maximum, tl.max(logits, 0))
-        rise = maximum - new_maximum
-        centred = logits - new_maximum
+        new_maximum = tl.maximum(lane_maximum, tl.max(logits, 1))
+        rise = lane_maximum - new_maximum
+        centred = logits - new_maximum[:, None]
         decay = tl.exp2(rise * rate)
         weights = tl.exp2(centred * rate)
-        moment = (moment + rise * total) * decay + weights * centred
-        total = total * decay + weights
+        moment = (moment + rise * total) * decay + tl.sum(weights * centred, 1)
+        total = total * decay + tl.sum(weights, 1)
         if SQUARES:
-            square = square * (decay * decay) + weights * weights
+            square = square * (decay * decay) + tl.sum(weights * weights, 1)
         if second_inv_temperature is not None:
             second_total *= tl.exp2(rise * second_rate)
-            second_total += tl.exp2(centred * second_rate)
-        maximum = new_maximum
+            second_total += tl.sum(tl.exp2(centred * second_rate), 1)
+        lane_maximum = new_maximum
 
-    mass = tl.sum(total, 0)
+    maximum = tl.max(lane_maximum, 0)
+    rise = lane_maximum - maximum
+    decay = tl.exp2(rise * rate)
+    mass = tl.sum(total * decay, 0)
     log_sum = tl.log(tl.where(maximum > FLOOR, mass, float("nan")))  # no finite logit: no law
     target = tl.load(targets + row)
     owned = (target >= 0) & (target < vocab)
@@ -240,19 +249,20 @@ def stats_kernel(
     out += row
     step = num_rows.to(tl.int64)
     tl.store(out, centred * inverse - log_sum)
-    tl.store(out + step, log_sum - tl.sum(moment, 0) * inverse / mass)
+    spread = tl.sum((moment + rise * total) * decay, 0)
+    tl.store(out + step, log_sum - spread * inverse / mass)
     tl.store(out + 2 * step, maximum)
     tl.store(out + 3 * step, log_sum)
     if SQUARES:
         last = 4 if second_inv_temperature is None else 6
-        tl.store(out + last * step, tl.sum(square, 0) / (mass * mass))
+        tl.store(out + last * step, tl.sum(square * (decay * decay), 0) / (mass * mass))
     if second_inv_temperature is not None:
-        second_log_sum = tl.log(tl.sum(second_total, 0))
+        second_log_sum = tl.log(tl.sum(second_total * tl.exp2(rise * second_rate), 0))
         tl.store(out + 4 * step, centred * second_inverse - second_log_sum)
         tl.store(out + 5 * step, second_log_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def grad_kernel(
     products,
     row_stride,

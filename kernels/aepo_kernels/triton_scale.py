@@ -1,35 +1,47 @@
 # The bodies of kernels are Triton, whose launches and operators are not Python's:
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
-"""A gradient times a factor that lies on the GPU, without a pass over it where that is 1."""
+"""A gradient times a factor that lies on the GPU, in one pass or, in place, none where it is 1."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _PROGRAMS = 2048, 1024
+_BLOCK, _PROGRAMS = 2048, 2048
 
 
-def scale_(values: Tensor, factor: Tensor) -> Tensor:
-    """values * factor in place; factor: one number. values: contiguous."""
+def scale(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * factor in `dtype`: in place where that is theirs; factor: one number.
+
+    values: contiguous.
+    """
     assert values.is_contiguous(), "gradients are allocated contiguous"
+    out = values if values.dtype == dtype else torch.empty_like(values, dtype=dtype)
     num_programs = min(_PROGRAMS, triton.cdiv(values.numel(), _BLOCK))
     if num_programs:
         scale_kernel[(num_programs,)](
-            values, factor, values.numel(), num_programs * _BLOCK, BLOCK=_BLOCK, num_warps=4
+            values,
+            out,
+            factor,
+            values.numel(),
+            num_programs * _BLOCK,
+            IN_PLACE=out is values,
+            BLOCK=_BLOCK,
+            num_warps=4,
         )
-    return values
+    return out
 
 
 @triton.jit
-def scale_kernel(values, factor, size, stride, BLOCK: tl.constexpr):
+def scale_kernel(values, out, factor, size, stride, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
-    if by != 1.0:
+    if by != 1.0 or not IN_PLACE:
         first = tl.program_id(0).to(tl.int64) * BLOCK
         for start in range(first, size, stride):
             offsets = start + tl.arange(0, BLOCK)
             inside = offsets < size
             value = tl.load(values + offsets, mask=inside, other=0.0).to(tl.float32)
-            tl.store(values + offsets, (value * by).to(values.dtype.element_ty), mask=inside)
+            tl.store(out + offsets, (value * by).to(out.dtype.element_ty), mask=inside)

@@ -95,6 +95,18 @@ def test_the_copy_engine_loads_the_same_tiles(
     assert [list(block) for block in descriptors] == [[64, 16], [64, 16]]
 
 
+@pytest.mark.parametrize("vocab", [333, 60, 1])
+def test_halves_of_tiles_give_the_same(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(70, 20, vocab, option="all")
+    outputs = []
+    for split in (False, True):
+        table = {80: launch.FUSED_FLOAT32_LAUNCH[80]._replace(split=split)}
+        monkeypatch.setattr(launch, "FUSED_FLOAT32_LAUNCH", table)
+        outputs.append(test_logprob.run(case, backend="fused"))
+    for ours, theirs in zip(*outputs, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_fused_leaves_out_rows_without_a_coefficient() -> None:
     case = make_case(60, 16, 200, option="ignored")
     advantage = torch.randn(60)

@@ -1,4 +1,4 @@
-"""Scaling a gradient in place by a factor on the device."""
+"""Scaling a gradient by a factor on the device, in place or into another dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def test_scales_every_element(size: int, factor: float) -> None:
     values = torch.randn(size, device=DEVICE)
     by = torch.tensor(factor, device=DEVICE)
     expected = values * by
-    assert triton_scale.scale_(values, by) is values
+    rounded = triton_scale.scale(values, by, torch.bfloat16)
+    torch.testing.assert_close(rounded, expected.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert triton_scale.scale(values, by, torch.float32) is values
     torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -23,4 +25,6 @@ def test_more_elements_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_scale, "_PROGRAMS", 3)
     values = torch.randn(50_001, device=DEVICE)
     expected = values * 3.0
-    assert torch.equal(triton_scale.scale_(values, torch.tensor(3.0, device=DEVICE)), expected)
+    by = torch.tensor(3.0, device=DEVICE)
+    assert torch.equal(triton_scale.scale(values, by, torch.bfloat16), expected.bfloat16())
+    assert torch.equal(triton_scale.scale(values, by, torch.float32), expected)
