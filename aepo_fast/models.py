@@ -124,7 +124,9 @@ def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> Pr
         _apply_liger(model)
     fuse_layers(model)
     if cfg.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        name = "activation_checkpointing_enable"  # transformers 5.17 has the older name alone
+        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     model.train()
     _check_head(model, str(folder), getattr(torch, cfg.compute_dtype))
     return model

@@ -141,8 +141,8 @@ def perf_metrics(
 
 
 def peak_memory_gib() -> float:
-    """Peak memory so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
+    """Peak memory so far: of the GPU where one is used, else of this process."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / (2**30 if sys.platform == "darwin" else 2**20)

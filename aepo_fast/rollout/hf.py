@@ -27,6 +27,7 @@ from aepo_kernels import cpu_library, cpu_rows
 COMPACT_BELOW = 0.75
 # Prompts that begin with so many tokens in common, as chat templates do, have them prefilled once.
 _LEAST_SHARED = 8
+_NOT_FINITE = "the model's logits are not finite: lower trainer.lr and go on with --resume"
 
 
 @dataclass
@@ -65,7 +66,8 @@ class HfRollout:
         else:  # modules of its own, which packing changes
             kept = {id(weight): weight for weight in model.parameters()} if self.shared else {}
             self.model = copy.deepcopy(model, kept)
-        nn.Module.to(self.model, dtype)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)  # not buffers: rotary angles need float32
         self._linears = packed_linears(self.model)
         for linear in self._linears:
             linear.pack()
@@ -249,9 +251,7 @@ def sample_tokens(
     if logits.device.type == "cpu" and cpu_library.unavailable_reason() is None:
         ids, logprobs = cpu_rows.sample_rows(logits, temperature.float().reciprocal(), uniform)
         if (ids < 0).any():
-            raise RolloutError(
-                "the model's logits are not finite: lower trainer.lr and go on with --resume"
-            )
+            raise RolloutError(_NOT_FINITE)
         return ids, logprobs
     logprobs = torch.log_softmax(logits.float() / temperature.float()[:, None], dim=-1)
     cdf = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
@@ -259,5 +259,8 @@ def sample_tokens(
     ids = torch.searchsorted(cdf, uniform.double()[:, None] * total, right=True).squeeze(1)
     # Rounding may push the point onto the total: then the last token that has any mass is meant.
     last = torch.searchsorted(cdf, total).squeeze(1)
-    ids = torch.minimum(ids, last)
-    return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
+    ids = torch.minimum(ids, last).clamp_(max=logits.shape[1] - 1)
+    chosen = logprobs.gather(1, ids[:, None]).squeeze(1)
+    if not (chosen + total.squeeze(1)).isfinite().all():
+        raise RolloutError(_NOT_FINITE)
+    return ids, chosen

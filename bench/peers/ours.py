@@ -18,9 +18,9 @@ from bench.peers.peer import Inputs, LeftOut, Mode, Outputs, Peer, loss_of, shar
 
 # The reference backend makes all logits at once; beyond this it only costs memory and time.
 REFERENCE_LIMIT = 2**25
-# The small-memory case: so few tokens at once (a quarter of them, where there are few) that the
-# logits are no longer what memory goes to.
-SMALL_CHUNK_TOKENS = 256
+# The small-memory case: few tokens at once (a quarter of them, where there are few), and gradients
+# for so much of the vocabulary at once.
+SMALL_CHUNK_TOKENS, SMALL_SLICE = 256, 8192
 DEFAULT = "chunked"
 
 
@@ -30,7 +30,7 @@ def peers() -> list[Peer]:
     small = functools.partial(run, DEFAULT, SMALL_CHUNK_TOKENS)
     return [
         *(_peer(f"ours ({name})", functools.partial(run, name, None), name) for name in names),
-        _peer(f"ours ({DEFAULT}, small chunks)", small, DEFAULT),
+        _peer(f"ours ({DEFAULT}, small memory)", small, DEFAULT),
         # The loss outside, as with the peers: the log-probs' backward recomputes the logits.
         _peer(f"ours ({DEFAULT}, by autograd)", run_autograd, DEFAULT, training_only=True),
     ]
@@ -107,6 +107,7 @@ def run(backend: str, chunk_tokens: int | None, inputs: Inputs, mode: Mode) -> O
         ignore_index=None,
         active=inputs.active,
         chunk_tokens=chunk_tokens,
+        weight_slice=None if chunk_tokens is None else SMALL_SLICE,
         backend=backend,
     )
     return Outputs(result.logprob, result.entropy, result.second_logprob, result.loss)

@@ -29,9 +29,10 @@ class Tokens:
         if isinstance(positions, Tensor):
             positions = positions[index]
         elif isinstance(index, Tensor):
-            positions = index + (positions.start or 0)
+            positions = index + positions.start
         else:
-            positions = index
+            part = range(positions.start, positions.stop)[index]
+            positions = slice(part.start, part.stop)
         return Tokens(
             positions,
             self.targets[index],

@@ -155,8 +155,6 @@ def partials_kernel(
     block = first_block + (tl.program_id(0) % per_group) % group_size
     tile = (tl.program_id(0) % per_group) // group_size
 
-    rows = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    columns = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
     products = tl.zeros([BLOCK_TOKENS, BLOCK_VOCAB], tl.float32)
     if TMA:
         for start in range(0, hidden_size, BLOCK_HIDDEN):
@@ -166,6 +164,8 @@ def partials_kernel(
     else:
         # Rows and columns past the end repeat the last one, which needs no mask.
         within = tl.arange(0, BLOCK_HIDDEN)
+        rows = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        columns = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
         row_starts = tl.minimum(rows, num_rows - 1).to(tl.int64) * token_stride
         column_starts = tl.minimum(columns, vocab - 1).to(tl.int64) * vocab_stride
         hidden_pointers = hidden + row_starts[:, None] + within[None, :] * hidden_stride
@@ -178,6 +178,7 @@ def partials_kernel(
             hidden_pointers += BLOCK_HIDDEN * hidden_stride
             weight_pointers += BLOCK_HIDDEN * weight_stride
 
+    rows = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     row_inputs = targets, inv_temperature, second_inv_temperature
     logit_map = bias, scale, softcap
     if SPLIT:
@@ -245,8 +246,9 @@ def _store_partials(
     logits, _ = to_logits(products, shift, scale, softcap)
     real = rows < tl.where(first < vocab, num_rows, 0)  # the last half may lie past the end
     target = tl.load(targets + rows, mask=real, other=-1)
-    on_target = columns[None, :] == target[:, None]
-    owned = (target >= first) & (target < tl.minimum(first + WIDTH, vocab))
+    place = target - first
+    on_target = tl.arange(0, WIDTH)[None, :] == place.to(tl.int32)[:, None]
+    owned = (place >= 0) & (place < tl.minimum(WIDTH, vocab - first))
     tl.store(target_logits + rows, tl.sum(tl.where(on_target, logits, 0.0), 1), mask=owned & real)
 
     logits = tl.where((columns < vocab)[None, :] & ~(logits < FLOOR), logits, FLOOR)

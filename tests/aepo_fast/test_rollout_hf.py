@@ -190,8 +190,18 @@ def test_extreme_uniforms_never_pick_a_token_without_mass(uniform: float) -> Non
     assert ids.item() in (1, 2)
 
 
-@pytest.mark.skipif(cpu_library.unavailable_reason() is not None, reason="without the C++ part")
-def test_logits_that_are_not_finite_are_an_error() -> None:
-    logits = torch.full((1, 5), float("nan"))
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
+    logits = torch.full((1, 5), bad)
     with pytest.raises(RolloutError, match="not finite"):
         sample_tokens(logits, torch.ones(1), torch.tensor([0.5]))
+
+
+def test_a_copy_in_bfloat16_keeps_rotary_angles_in_float32(tiny_model_dir) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    engine = HfRollout(model, dtype=torch.bfloat16, eos_ids=[], batch_rows=8)
+    kept, given = engine.model.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq
+    assert torch.equal(kept, given)
+    assert all(p.dtype == torch.bfloat16 for p in engine.model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -137,3 +137,19 @@ def test_fused_never_has_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatc
     leaves = case.fresh()
     test_token_loss.run(leaves, grpo_like, *columns, backend="fused", chunk_tokens=25)
     assert sum(sizes) <= 60 and max(sizes) <= 25
+
+
+def test_chunks_of_a_later_part_of_the_forward_pass_are_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # In the backward pass, which makes logits again for fewer tokens than went forward at once.
+    monkeypatch.setattr(chunks, "_FUSED_FORWARD_TOKENS", 40)
+    case, advantage = make_case(90, 16, 200), torch.randn(90)
+    whole, fused = case.fresh(), case.fresh()
+    test_token_loss.run(whole, policy_gradient, advantage).loss.backward()
+    output = test_token_loss.run(
+        fused, policy_gradient, advantage, backend="fused", chunk_tokens=16
+    )
+    output.loss.backward()
+    for one, other in zip(whole.tensors(), fused.tensors(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6)
