@@ -41,7 +41,7 @@ GRAD_LAUNCH = {80: RowLaunch(2048, 4)}
 # The largest tiles whose epilogue spills no register, with every option on.
 FUSED_LAUNCH = {
     80: FusedLaunch(128, 128, 32, num_warps=8, stages=4),
-    90: FusedLaunch(128, 256, 64, num_warps=8, stages=4, tma=True, split=True),
+    90: FusedLaunch(128, 256, 64, num_warps=8, stages=4, group=16, tma=True, split=True),
     100: FusedLaunch(128, 128, 64, num_warps=8, stages=4, tma=True),
     120: FusedLaunch(128, 128, 64, num_warps=8, stages=3),
 }
