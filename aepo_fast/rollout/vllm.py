@@ -114,6 +114,11 @@ class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     def shutdown(self) -> None:
         """Do nothing: there is no connection to close."""
 
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Refuse: abstract in vLLM 0.26, gone in 0.28, and of no use in one process."""
+        raise NotImplementedError
+
 
 class VllmRollout:
     """Samples with a vLLM engine in this process.
@@ -200,7 +205,7 @@ class VllmRollout:
         self.metrics["memory/rollout_awake_gib"] = _used_gib()
         # Not LLM.sleep, which moves the weights to the CPU, where trained parameters may be views.
         self.llm.reset_prefix_cache()
-        get_mem_allocator_instance().discard("kv_cache")
+        _discard("kv_cache")
         torch.cuda.empty_cache()
         self.metrics["memory/rollout_asleep_gib"] = _used_gib()
         self._asleep = True
@@ -208,7 +213,8 @@ class VllmRollout:
     def _wake(self) -> None:
         if self._asleep:
             torch.cuda.empty_cache()
-            get_mem_allocator_instance().wake_up(["kv_cache"])
+            # Through the worker, which also makes anew what its runner keeps in that memory.
+            self.llm.collective_rpc("wake_up", args=(["kv_cache"],))
             self._asleep = False
 
     def close(self) -> None:
@@ -233,9 +239,12 @@ class VllmRollout:
         seed = np.random.SeedSequence([request.seed for request in requests])
         numbers = {str(next(self._numbers)): index for index in range(len(requests))}
         engine = self.llm.llm_engine
+        numpy_state = np.random.get_state()
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+                # On a GPU vLLM draws a seed for each sample from here instead.
+                np.random.seed(seed.generate_state(4))
                 for number, index in numbers.items():
                     ids = list(requests[index].prompt_ids)
                     params = self._params(requests[index], max_new_tokens)
@@ -254,6 +263,7 @@ class VllmRollout:
                     if on_tokens is not None:
                         on_tokens(counted)
         finally:
+            np.random.set_state(numpy_state)
             if engine.has_unfinished_requests():
                 engine.abort_request(list(numbers))
         if len(results) != len(requests):
@@ -321,6 +331,21 @@ def _cache_blocks() -> dict[str, Any]:
     if torch.cuda.is_available():
         return {}
     return {"block_size": 16 if vllm.__version__.startswith("0.28.") else 32}  # later: 32 at least
+
+
+def _discard(tag: str) -> None:
+    """Free the GPU memory allocated under `tag`; vLLM 0.26 has no call for it."""
+    allocator: Any = get_mem_allocator_instance()
+    if hasattr(allocator, "discard"):
+        allocator.discard(tag)
+        return
+    from vllm.device_allocator.cumem import unmap_and_release
+
+    torch.cuda.synchronize()
+    for data in allocator.pointer_to_data.values():
+        if data.tag == tag and not data.is_asleep:
+            unmap_and_release(data.handle)
+            data.is_asleep = True
 
 
 def _used_gib() -> float:

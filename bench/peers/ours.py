@@ -20,7 +20,7 @@ from bench.peers.peer import Inputs, LeftOut, Mode, Outputs, Peer, loss_of, shar
 REFERENCE_LIMIT = 2**25
 # The small-memory case: few tokens at once (a quarter of them, where there are few), and gradients
 # for so much of the vocabulary at once.
-SMALL_CHUNK_TOKENS, SMALL_SLICE = 256, 8192
+SMALL_CHUNK_TOKENS, SMALL_SLICE = 1024, 8192
 DEFAULT = "chunked"
 
 

@@ -111,6 +111,7 @@ class LLM:
     """vLLM's entry point."""
 
     failure: Exception | None = None
+    worker: Any = None  # of which the allocator is all that counts here
 
     def __init__(self, **arguments: Any) -> None:
         if LLM.failure is not None:
@@ -137,6 +138,9 @@ class LLM:
     def finish_weight_update(self) -> None:
         self.transfer.finish_weight_update()
 
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
+        getattr(self.worker, method)(*args)
+
     def reset_prefix_cache(self) -> bool:
         self.events.append("reset")
         return self.cache_resets
@@ -161,6 +165,7 @@ class Allocator:
 def install(patch: pytest.MonkeyPatch) -> Allocator:
     """Put the stand-in in vLLM's place, and a GPU into torch's report, until `patch` is undone."""
     allocator = Allocator()
+    patch.setattr(LLM, "worker", allocator)
 
     def nothing(*_: Any, **__: Any) -> None:
         raise AssertionError("weights of a GPU are not reloaded layer by layer")
