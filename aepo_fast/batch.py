@@ -16,8 +16,8 @@ from aepo_fast.rollout.base import Completion
 
 Layout = Literal["packed", "shared", "padded"]
 # What a micro-batch costs beside its tokens, in tokens: all weights are read once more, and their
-# gradients added up.
-_BATCH_TOKENS = 128
+# gradients added up. A GPU also waits for thousands of kernels to be launched.
+BATCH_TOKENS, GPU_BATCH_TOKENS = 128, 2048
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,24 @@ class _Element:
 
 
 def make_microbatches(
-    rows: Sequence[Row], indices: Sequence[int], *, layout: Layout, max_tokens: int
+    rows: Sequence[Row],
+    indices: Sequence[int],
+    *,
+    layout: Layout,
+    max_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> list[MicroBatch]:
     """Split rows[indices] into micro-batches of at most `max_tokens` model tokens each.
 
     A single row longer than `max_tokens` gets a micro-batch of its own. Rows without completion
-    tokens are left out. Tensors are on the CPU.
+    tokens are left out. Tensors are on the CPU. batch_tokens: padding that one micro-batch fewer is
+    worth.
     """
     elements = _elements(rows, indices, shared=layout == "shared", max_tokens=max_tokens)
     elements.sort(key=lambda element: -element.length)
     if layout == "packed":
         return [_packed(rows, batch) for batch in _fill(elements, max_tokens)]
-    return [_lines(rows, batch) for batch in _split(elements, max_tokens)]
+    return [_lines(rows, batch) for batch in _split(elements, max_tokens, batch_tokens)]
 
 
 def _fill(elements: list[_Element], max_tokens: int) -> list[list[_Element]]:
@@ -99,7 +105,7 @@ def _fill(elements: list[_Element], max_tokens: int) -> list[list[_Element]]:
     return batches
 
 
-def _split(elements: list[_Element], max_tokens: int) -> list[list[_Element]]:
+def _split(elements: list[_Element], max_tokens: int, batch_tokens: int) -> list[list[_Element]]:
     """Split elements, longest first, so that lines padded to their batch's first cost the least."""
     costs, starts = [0], [0]  # of the best split of the elements before each; its last batch
     for stop in range(1, len(elements) + 1):
@@ -108,7 +114,7 @@ def _split(elements: list[_Element], max_tokens: int) -> list[list[_Element]]:
             tokens = elements[start].length * (stop - start)
             if found and tokens > max_tokens:
                 break
-            found.append((costs[start] + tokens + _BATCH_TOKENS, start))
+            found.append((costs[start] + tokens + batch_tokens, start))
         cost, start = min(found)
         costs.append(cost)
         starts.append(start)

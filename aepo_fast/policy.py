@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from aepo_fast.batch import Layout, MicroBatch, Row, make_microbatches
+from aepo_fast.batch import (
+    BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    Layout,
+    MicroBatch,
+    Row,
+    make_microbatches,
+)
 from aepo_fast.config import ConfigError, ModelConfig, TrainerConfig
 from aepo_fast.models import backbone_of, head_of
 from aepo_kernels import LogprobOutput, linear_logprob
@@ -108,7 +115,10 @@ class Policy:
 
     def microbatches(self, rows: Sequence[Row], indices: Sequence[int]) -> list[MicroBatch]:
         """Lay rows[indices] out for the model."""
-        return make_microbatches(rows, indices, layout=self.layout, max_tokens=self.max_tokens)
+        cost = BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+        return make_microbatches(
+            rows, indices, layout=self.layout, max_tokens=self.max_tokens, batch_tokens=cost
+        )
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
         """Final hidden states that predict the completion tokens: [N, H] in compute dtype."""

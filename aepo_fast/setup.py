@@ -28,7 +28,7 @@ from aepo_fast.rollout.base import RolloutEngine
 from aepo_fast.rollout.hf import HfRollout
 from aepo_kernels.backends import multiplies_bfloat16, resolve_backend
 
-VLLM_TESTED = SpecifierSet(">=0.28,<0.30")
+VLLM_TESTED = SpecifierSet(">=0.26,!=0.27.*,<0.30")
 
 
 @dataclass(frozen=True)

@@ -110,13 +110,18 @@ def _entropy_note(path: Path, record: dict[str, Any], runs: list[dict[str, Any]]
 
 
 def kernels() -> str:
-    """The newest kernel benchmark of each device and dtype: summary and what was left out.
+    """The widest kernel benchmark of each device and dtype: summary and what was left out.
 
-    One that timed nothing beside ours says too little for a table.
+    That of the most shapes, the newest of those. One that timed nothing beside ours says too little
+    for a table.
     The figure is that of the newest of each GPU and of all CPUs.
     """
     parts, drawn = [], set()
-    for path, record, device in _newest_by_device("*/kernels-*.json", kernel_table.compares):
+    for path, record, device in _newest_by_device(
+        "*/kernels-*.json",
+        kernel_table.compares,
+        lambda record: len(kernel_table.shown_cases(record)),
+    ):
         where, settings = record["environment"], record["settings"]
         parts.append(
             f"**{device}, {settings['dtype']}**, torch {where['torch']}, triton {where['triton']}: "
@@ -150,9 +155,11 @@ def step() -> str:
 
 
 def _newest_by_device(
-    pattern: str, wanted: Callable[[dict[str, Any]], bool] = bool
+    pattern: str,
+    wanted: Callable[[dict[str, Any]], bool] = bool,
+    width: Callable[[dict[str, Any]], int] = lambda record: 0,
 ) -> Iterator[tuple[Path, dict[str, Any], str]]:
-    """The newest result of a kind on each device in each dtype, with its record and the device.
+    """The newest of the widest results of a kind on each device in each dtype, with record, device.
 
     A CPU is named by its model and the row kernels that ran, since models of one name differ.
     """
@@ -169,6 +176,8 @@ def _newest_by_device(
                 continue
             device = f"{where['cpu']}, rows {rows}"
         key = device, record["settings"].get("dtype", "")
+        if key in latest and width(latest[key][1]) > width(record):
+            continue
         latest.pop(key, None)  # newest last
         latest[key] = path, record, device
     yield from reversed(latest.values())

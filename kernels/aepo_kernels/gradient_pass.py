@@ -20,7 +20,10 @@ from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import RowCoefs, RowStats
 from aepo_kernels.sampling import sample_rows, variance_of
 from aepo_kernels.sliced_logits import SlicedLogits
-from aepo_kernels.tokens import Tokens, join_tokens
+from aepo_kernels.tokens import Tokens, join_tokens, part_of
+
+# Rows of hidden's gradient that are rounded at a time, on their way to where they belong.
+_COPIED_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -182,9 +185,11 @@ class GradientPass:
             by_rows = dlogits if by_rows is None else by_rows
             self.total.add_slice(dlogits, by_rows, head.weight, head.lora, inputs, hidden, rows)
             del dlogits, by_rows  # which may be views of `space`
-        del space, second_space  # before hidden's gradient is rounded, as a copy
+        del space, second_space
         if self.total.hidden is not None and hidden is not None:
-            self.total.hidden[positions] = hidden.to(self.total.hidden.dtype)
+            for some in slices(count, _COPIED_ROWS):
+                rounded = hidden[some].to(self.total.hidden.dtype)
+                self.total.hidden[part_of(positions, some)] = rounded
 
     def _add_chunk(
         self,

@@ -25,16 +25,8 @@ class Tokens:
 
     def at(self, index: Tensor | slice) -> Tokens:
         """Some of these tokens."""
-        positions = self.positions
-        if isinstance(positions, Tensor):
-            positions = positions[index]
-        elif isinstance(index, Tensor):
-            positions = index + positions.start
-        else:
-            part = range(positions.start, positions.stop)[index]
-            positions = slice(part.start, part.stop)
         return Tokens(
-            positions,
+            part_of(self.positions, index),
             self.targets[index],
             _pick(self.inv_temperature, index),
             _pick(self.second_inv_temperature, index),
@@ -44,6 +36,16 @@ class Tokens:
         """The same with targets of a slice of the vocabulary, -1 where they are not in it."""
         inside = (self.targets >= rows.start) & (self.targets < rows.stop)
         return replace(self, targets=torch.where(inside, self.targets - rows.start, -1))
+
+
+def part_of(positions: Tensor | slice, index: Tensor | slice) -> Tensor | slice:
+    """Some of these positions."""
+    if isinstance(positions, Tensor):
+        return positions[index]
+    if isinstance(index, Tensor):
+        return index + positions.start
+    part = range(positions.start, positions.stop)[index]
+    return slice(part.start, part.stop)
 
 
 def join_tokens(parts: Sequence[Tokens]) -> Tokens:

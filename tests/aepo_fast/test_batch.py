@@ -8,7 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from aepo_fast.batch import Layout, MicroBatch, Row, make_microbatches
+from aepo_fast.batch import (
+    BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    Layout,
+    MicroBatch,
+    Row,
+    make_microbatches,
+)
 from aepo_fast.rollout.base import Completion
 
 LAYOUTS: tuple[Layout, ...] = ("packed", "shared", "padded")
@@ -106,6 +113,21 @@ def test_rows_of_other_lengths_are_not_padded_to_the_longest() -> None:
     rows = make_rows([33, 32, 31, 30])
     (whole,) = make_microbatches(rows, range(4), layout="padded", max_tokens=9999)
     assert len(whole.rows) == 4
+
+
+def test_micro_batches_that_cost_more_are_fewer() -> None:
+    rows = make_rows([60] * 10 + [30] * 20)
+    options = {"layout": "padded", "max_tokens": 9999}
+    cheap, dear = (
+        make_microbatches(rows, range(len(rows)), batch_tokens=cost, **options)
+        for cost in (BATCH_TOKENS, GPU_BATCH_TOKENS)
+    )
+    assert [len(batch.rows) for batch in cheap] == [10, 20]
+    assert [len(batch.rows) for batch in dear] == [30]
+    assert (
+        len(make_microbatches(rows, range(30), batch_tokens=10**6, layout="padded", max_tokens=900))
+        > 1
+    )
 
 
 def test_sharing_prompts_processes_fewer_tokens() -> None:

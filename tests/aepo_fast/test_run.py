@@ -335,7 +335,7 @@ def test_an_untested_vllm_is_refused_unless_allowed(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("aepo_fast.setup.vllm_version", lambda: version)
     cfg = tiny_config(tmp_path, tmp_path / "run", rollout=RolloutConfig(backend="vllm"))
-    with pytest.raises(ConfigError, match=rf"vLLM {version} is installed.*>=0.28"):
+    with pytest.raises(ConfigError, match=rf"vLLM {version} is installed.*>=0.26"):
         train(cfg)
     allowed = replace(cfg.rollout, allow_untested_vllm=True)
     check_rollout_backend(replace(cfg, rollout=allowed))

@@ -54,7 +54,7 @@ def test_logprob(most_alive: list[int]) -> None:
 
 
 LIMIT = 64 * 2**20
-_MMAP_THRESHOLD, _MMAP_MAX = -3, -4  # of malloc.h
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # of malloc.h
 
 
 def least_extra(run: Callable[[], None], *leaves: torch.Tensor, kept: int) -> int:
@@ -74,6 +74,8 @@ def all_at_once() -> Iterator[None]:
     A run in this process may have told malloc to keep it (aepo_fast.memory).
     """
     mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_TRIM_THRESHOLD, 2**17)
+    mallopt(_TOP_PAD, 0)
     mallopt(_MMAP_MAX, 2**16)
     mallopt(_MMAP_THRESHOLD, 2**18)
     yield
