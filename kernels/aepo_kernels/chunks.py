@@ -292,7 +292,8 @@ def gradient_chunk_size(problem: Problem, needs_weight: bool, rows: int) -> int:
         return size
     weight = problem.weight
     plain = (problem.weight_grad, problem.row_sampling) == (None, None)
-    if needs_weight and plain and weight.dtype == problem.hidden.dtype:
+    at_once = problem.backend != "fused" or rows <= _FUSED_FORWARD_TOKENS
+    if needs_weight and plain and at_once and weight.dtype == problem.hidden.dtype:
         spared = problem.stats_dtype.itemsize * weight.shape[1]  # bytes per row of weight
         if rows <= size + spared // logits_bytes(problem):
             return rows

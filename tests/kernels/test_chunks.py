@@ -55,3 +55,10 @@ def test_several_chunks_are_equal() -> None:
     size = gradient_chunk_size(head, True, 8192)
     assert size == 4096
     assert gradient_chunk_size(head, True, 8200) == 4160  # whole multiples of 64
+
+
+def test_fused_writes_the_gradient_once_only_where_it_goes_forward_at_once() -> None:
+    head = problem(backend="fused")
+    assert gradient_chunk_size(head, True, 4096) == 4096
+    # Two parts would be added up in bfloat16.
+    assert gradient_chunk_size(head, True, 4097) <= chunk_size(head) < 4096
