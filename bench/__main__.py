@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from bench import compiled, entropy, kernels, rollout, step, sync, tables
+from bench import compiled, entropy, kernels, launches, rollout, step, sync, tables
 
 
 def main() -> None:
     """Run the benchmark named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench")
     commands = parser.add_subparsers(required=True)
-    for command in (kernels, compiled, rollout, step, sync, entropy, tables):
+    for command in (kernels, compiled, launches, rollout, step, sync, entropy, tables):
         command.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
