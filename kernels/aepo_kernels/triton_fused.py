@@ -181,30 +181,17 @@ def partials_kernel(
     rows = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     row_inputs = targets, inv_temperature, second_inv_temperature
     logit_map = bias, scale, softcap
+    # One half after the other, where the sums of both together would not fit the registers.
+    PARTS: tl.constexpr = SPLIT + 1
+    WIDTH: tl.constexpr = BLOCK_VOCAB // PARTS
     if SPLIT:
-        # One half after the other, whose sums together would not fit the registers.
-        HALF: tl.constexpr = BLOCK_VOCAB // 2
-        halves = products.reshape(BLOCK_TOKENS, 2, HALF).permute(0, 2, 1).split()
-        for half in tl.static_range(2):
-            _store_partials(
-                halves[half],
-                2 * tile + half,
-                rows,
-                row_inputs,
-                logit_map,
-                partials,
-                target_logits,
-                num_rows,
-                vocab,
-                PER_TOKEN,
-                SECOND_PER_TOKEN,
-                SQUARES,
-                HALF,
-            )
+        parts = products.reshape(BLOCK_TOKENS, 2, WIDTH).permute(0, 2, 1).split()
     else:
+        parts = (products,)
+    for part in tl.static_range(PARTS):
         _store_partials(
-            products,
-            tile,
+            parts[part],
+            PARTS * tile + part,
             rows,
             row_inputs,
             logit_map,
@@ -215,7 +202,7 @@ def partials_kernel(
             PER_TOKEN,
             SECOND_PER_TOKEN,
             SQUARES,
-            BLOCK_VOCAB,
+            WIDTH,
         )
 
 

@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    PreTrainedModel,
 )
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -116,6 +117,18 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model_dir):
         gradients.append([parameter.grad for parameter in model.parameters()])
     for with_checkpointing, without in zip(*gradients, strict=True):
         assert torch.equal(with_checkpointing, without)
+
+
+def test_gradient_checkpointing_by_its_older_name(tiny_model_dir, monkeypatch):
+    calls = []
+    monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable")  # as in 5.17
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "gradient_checkpointing_enable",
+        lambda self, options: calls.append(options),
+    )
+    models.load_model(model_config(), tiny_model_dir, CPU)
+    assert calls == [{"use_reentrant": False}]
 
 
 def test_dropout_is_off_in_train_mode(tmp_path, tiny_model_dir):
