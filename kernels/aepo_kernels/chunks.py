@@ -28,6 +28,7 @@ _CPU_SCORING_TOKENS, _CPU_SCORING_COLUMNS = 256, 16384
 _FLOAT32_SCORING = 4
 _CPU_SLICE_BYTES, _ROW_BLOCK = 2**24, 2048
 _CPU_SLICE_COLUMNS = 16384  # where they are rows of a GEMM's first operand
+_CPU_SUM_BYTES = 28 * 2**20  # of hidden's gradient, added up beside what slices need
 _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
 # "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
 # in its backward.
@@ -327,8 +328,20 @@ def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:
 
 def keeps_logits(problem: Problem, rows: int) -> bool:
     """Whether slices of so many rows take the last chunk's logits instead of making them again."""
-    wide = 4 * rows * problem.hidden.shape[1]  # hidden's gradient, added up in float32
-    return problem.hidden.device.type == "cpu" and wide <= _CPU_SLICE_BYTES // 4
+    return (
+        problem.hidden.device.type == "cpu" and _sum_bytes(problem, rows) <= _CPU_SLICE_BYTES // 4
+    )
+
+
+def goes_by_blocks(problem: Problem, rows: int) -> bool:
+    """Whether slices take some of so many rows at a time, to keep memory within its bound."""
+    on_cpu = problem.hidden.device.type == "cpu" and problem.backend == "chunked"
+    return on_cpu and _sum_bytes(problem, rows) > _CPU_SUM_BYTES
+
+
+def _sum_bytes(problem: Problem, rows: int) -> int:
+    """Bytes of the sum of hidden's gradient."""
+    return problem.stats_dtype.itemsize * rows * problem.hidden.shape[1]
 
 
 def forward_chunk_size(problem: Problem) -> int:

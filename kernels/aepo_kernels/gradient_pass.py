@@ -11,10 +11,12 @@ from torch import Tensor
 
 from aepo_kernels.chunks import (
     Head,
+    goes_by_blocks,
     gradient_chunk_size,
     keeps_logits,
     slice_size,
 )
+from aepo_kernels.gradient_blocks import GradientBlocks
 from aepo_kernels.gradients import Gradients
 from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import RowCoefs, RowStats
@@ -67,6 +69,7 @@ class GradientPass:
     ) -> None:
         self.problem, self.head = problem, head
         self.slice = slice_size(problem, needs[1], most_rows)
+        self.blocks = self.slice is not None and needs[1] and goes_by_blocks(problem, most_rows)
         self.size = gradient_chunk_size(problem, needs[1], most_rows)
         once = self.slice is not None or most_rows <= self.size
         self.total = Gradients(problem, needs, written_once=once)
@@ -79,7 +82,8 @@ class GradientPass:
         """Where logits of at most so many tokens can wait, or None; to be asked once, first."""
         weight, dtype = self.problem.weight, self.head.logits_dtype
         fits = weight.shape[1] * weight.element_size() % dtype.itemsize == 0
-        if self.slice is None or not (fits and self.total.needs_weight and self.head.by_slices):
+        wanted = self.total.needs_weight and not self.blocks
+        if self.slice is None or not (fits and wanted and self.head.by_slices):
             return None
         memory = self.total.make_weight().view(dtype)
         return SlicedLogits(memory, min(tokens, memory.shape[1]), self.slice)
@@ -147,7 +151,11 @@ class GradientPass:
 
     def finish(self) -> Gradients:
         """The gradients, once all rows are in."""
-        if self.later and self.slice is not None:
+        if self.later and self.blocks:
+            part, most_rows = _join(self.later), self.problem.weight_slice
+            given = part.tokens, part.stats, part.coefs
+            GradientBlocks(self.total, self.head, *given, most_rows).add()
+        elif self.later and self.slice is not None:
             self._add_slices(self.slice)
         elif self.slice is not None:
             self.total.weight = None  # nothing but room
@@ -166,9 +174,12 @@ class GradientPass:
         inputs = take(self.head.hidden, positions)
         whole = replace(self.head, hidden=inputs)  # or every slice would pick the rows again
         parts = _side_by_side(parts)
-        hidden = None
-        if self.total.hidden is not None:
-            hidden = torch.zeros_like(inputs, dtype=self.head.dtype)
+        hidden = gradient = self.total.hidden
+        in_place = False
+        if gradient is not None:
+            in_place = isinstance(positions, slice) and gradient.dtype == self.head.dtype
+            zeros = None if in_place else torch.zeros_like(inputs, dtype=self.head.dtype)
+            hidden = gradient[positions] if zeros is None else zeros
         for rows in slices(self.head.weight.shape[0], size):
             head, bias = whole.at(rows), self.total.bias
             bias_grad = None if bias is None else bias[rows]
@@ -186,10 +197,9 @@ class GradientPass:
             self.total.add_slice(dlogits, by_rows, head.weight, head.lora, inputs, hidden, rows)
             del dlogits, by_rows  # which may be views of `space`
         del space, second_space
-        if self.total.hidden is not None and hidden is not None:
+        if gradient is not None and hidden is not None and not in_place:
             for some in slices(count, _COPIED_ROWS):
-                rounded = hidden[some].to(self.total.hidden.dtype)
-                self.total.hidden[part_of(positions, some)] = rounded
+                gradient[part_of(positions, some)] = hidden[some].to(gradient.dtype)
 
     def _add_chunk(
         self,

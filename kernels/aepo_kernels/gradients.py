@@ -84,11 +84,24 @@ class Gradients:
 
         The gradient of inputs is added to `hidden`.
         """
-        if hidden is not None:
-            add_product(hidden, by_rows, weight)
         if self.needs_weight:
             weight_grad = self.make_weight()[rows]
             product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
+        self.add_others(dlogits, by_rows, weight, lora, inputs, hidden, rows)
+
+    def add_others(
+        self,
+        dlogits: Tensor,
+        by_rows: Tensor,
+        weight: Tensor,
+        lora: tuple[Tensor, Tensor] | None,
+        inputs: Tensor,
+        hidden: Tensor | None,
+        rows: slice,
+    ) -> None:
+        """The same without the weight's gradient, and for some of the tokens."""
+        if hidden is not None:
+            add_product(hidden, by_rows, weight)
         through = self._add_lora_a(by_rows, lora, inputs)
         if lora is None or through is None:
             return
@@ -96,7 +109,7 @@ class Gradients:
             add_product(hidden, through, lora[0])
         if self.lora_b is not None:
             scaled = matmul(inputs, lora[0].T).mul_(self.lora_scale)
-            self.lora_b[rows] = product(dlogits.T, scaled, self.lora_b.dtype)
+            add_product(self.lora_b[rows], dlogits.T, scaled)
 
     def _add_lora_a(
         self, dlogits: Tensor, lora: tuple[Tensor, Tensor] | None, inputs: Tensor

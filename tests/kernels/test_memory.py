@@ -110,11 +110,21 @@ def test_at_most_64_mib_on_a_cpu(vocab: int, size: int, dtype: torch.dtype, call
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
 @pytest.mark.usefixtures("all_at_once")
-def test_at_most_64_mib_where_some_of_many_hidden_states_have_a_gradient() -> None:
-    hidden = torch.randn(4096, 1536, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(6_000, 1536, dtype=torch.bfloat16, requires_grad=True)
-    targets, advantage = torch.randint(6_000, (4096,)), torch.ones(4096)
-    advantage[::100] = 0  # so that the others' rows are picked
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "passive"),
+    [
+        (4_096, 6_000, slice(None, None, 100)),  # so that the others' rows are picked
+        (20_000, 600, slice(None, None, 100)),
+        (20_000, 600, slice(0)),
+    ],
+)
+def test_at_most_64_mib_whatever_number_of_hidden_states_has_a_gradient(
+    tokens: int, vocab: int, passive: slice
+) -> None:
+    hidden = torch.randn(tokens, 1536, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocab, 1536, dtype=torch.bfloat16, requires_grad=True)
+    targets, advantage = torch.randint(vocab, (tokens,)), torch.ones(tokens)
+    advantage[passive] = 0
 
     def run() -> None:
         linear_token_loss(

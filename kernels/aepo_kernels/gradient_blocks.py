@@ -1,0 +1,151 @@
+"""Gradients of so many tokens that a float32 sum of hidden's would be large, on a CPU.
+
+Logits are made by blocks: some tokens by some rows of the vocabulary. What of hidden's sum is more
+than a budget lies in the gradient of the weight's last rows and is rounded before those are
+written: the logits of those rows alone are made once more. Memory beside the gradients has a bound
+at any N and V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from aepo_kernels.chunks import Head
+from aepo_kernels.gemm import add_product
+from aepo_kernels.gradients import Gradients
+from aepo_kernels.problem import slices, take
+from aepo_kernels.rows import RowCoefs, RowStats
+from aepo_kernels.tokens import Tokens, part_of
+
+# Bytes of a block's logits, of its hidden states, and of a slice of the weight's gradient.
+_LOGITS_BYTES, _HIDDEN_BYTES, _WEIGHT_BYTES = 2**24, 2**23, 2**23
+_BLOCK_TOKENS = 1024
+# Bytes of the sum of hidden's gradient that nobody lends.
+_SUM_BYTES = 20 * 2**20
+
+
+class GradientBlocks:
+    """Adds to `total` what tokens with these statistics and coefficients give.
+
+    most_rows: of the weight at a time; None is what the memory budget holds.
+    """
+
+    def __init__(
+        self,
+        total: Gradients,
+        head: Head,
+        tokens: Tokens,
+        stats: RowStats,
+        coefs: RowCoefs,
+        most_rows: int | None,
+    ) -> None:
+        self.total, self.head = total, head
+        self.tokens, self.stats, self.coefs = tokens, stats, coefs
+        count, width = len(tokens.targets), head.hidden.shape[1]
+        held = _HIDDEN_BYTES // (width * head.hidden.element_size())
+        self.block = min(count, max(64, min(held, _BLOCK_TOKENS)))
+        held = _LOGITS_BYTES // (self.block * head.logits_dtype.itemsize)
+        held = max(64, min(held, _WEIGHT_BYTES // (width * head.dtype.itemsize)) // 64 * 64)
+        self.slice = min(len(head.weight), held, most_rows or held)
+        first = head.at(slice(self.slice))
+        self.space = first.space(self.block)
+        self.by_rows = first.by_rows_space(self.block)
+        self.weight_sum = head.hidden.new_empty(self.slice, width, dtype=head.dtype)
+
+    def add(self) -> None:
+        """Add all of them."""
+        count, num_rows = len(self.tokens.targets), len(self.head.weight)
+        sums, first_borrowed = self._hidden_sums()
+        kept = first_borrowed // self.slice * self.slice
+        for some in slices(count, sum(map(len, sums)) or count):
+            for piece in sums:
+                piece.zero_()
+            for rows in slices(num_rows, self.slice):
+                self._add_slice(rows, some, sums, weight=rows.stop <= kept, others=True)
+            self._round(sums, some)
+        for rows in slices(num_rows, self.slice):
+            if rows.stop > kept:
+                self._add_slice(rows, slice(0, count), [], weight=True, others=False)
+
+    def _hidden_sums(self) -> tuple[list[Tensor], int]:
+        """Where hidden's gradient is added up, all but the last piece for whole blocks of tokens;
+        and the first row of the weight's gradient that lends its memory to that.
+        """
+        count, width = len(self.tokens.targets), self.head.hidden.shape[1]
+        num_rows, gradient, dtype = len(self.head.weight), self.total.hidden, self.head.dtype
+        if gradient is None:
+            return [], num_rows
+        if self._is_in_place():
+            return [gradient[self.tokens.positions]], num_rows
+        token_bytes = width * dtype.itemsize
+        held = max(1, _SUM_BYTES // (token_bytes * self.block)) * self.block
+        own = gradient.new_empty(min(held, count), width, dtype=dtype)
+        weight = self.total.make_weight().view(-1).view(torch.uint8)
+        lent = min(count - len(own), len(weight) // token_bytes)
+        start = (len(weight) - lent * token_bytes) // dtype.itemsize * dtype.itemsize
+        borrowed = weight[start : start + lent * token_bytes].view(dtype).view(lent, width)
+        one_set = len(own) + lent == count
+        return [own, borrowed], start // (len(weight) // num_rows) if one_set else 0
+
+    def _is_in_place(self) -> bool:
+        gradient, adjacent = self.total.hidden, isinstance(self.tokens.positions, slice)
+        return gradient is not None and adjacent and gradient.dtype == self.head.dtype
+
+    def _add_slice(
+        self, rows: slice, some: slice, sums: list[Tensor], *, weight: bool, others: bool
+    ) -> None:
+        """Some tokens at a slice of the vocabulary; sums: of their gradients."""
+        head, total = self.head.at(rows), self.total
+        bias_grad = None if total.bias is None or not others else total.bias[rows]
+        weight_sum = self.weight_sum[: len(head.weight)].zero_() if weight else None
+        for part in slices(some.stop - some.start, self.block):
+            index = slice(some.start + part.start, some.start + part.stop)
+            dlogits, by_rows, inputs = self._dlogits(head, rows, index, bias_grad, twice=others)
+            if others:
+                hidden = _at(sums, part)
+                total.add_others(dlogits, by_rows, head.weight, head.lora, inputs, hidden, rows)
+            if weight_sum is not None:
+                add_product(weight_sum, dlogits.T, inputs)
+        if weight_sum is not None:
+            total.make_weight()[rows] = weight_sum
+
+    def _dlogits(
+        self, head: Head, rows: slice, index: slice, bias_grad: Tensor | None, *, twice: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's gradient by the logits, the same by rows if `twice`, and its hidden states."""
+        tokens = self.tokens.at(index).within(rows)
+        inputs = take(head.hidden, tokens.positions)
+        tokens = replace(tokens, positions=slice(0, len(inputs)))
+        head = replace(head, hidden=inputs)
+        assert self.space is not None
+        out = head.logits_in(self.space, len(inputs))
+        by_rows = self.by_rows if twice else None
+        if by_rows is not None:
+            by_rows = by_rows[: len(inputs), : len(head.weight)]
+        products = head.products(tokens, out)
+        stats, coefs = self.stats.select(index), self.coefs.select(index)
+        dlogits = head.dlogits(tokens, products, stats, coefs, bias_grad, by_rows=by_rows)
+        return dlogits, dlogits if by_rows is None else by_rows, inputs
+
+    def _round(self, sums: list[Tensor], some: slice) -> None:
+        gradient = self.total.hidden
+        if gradient is None or self._is_in_place():
+            return
+        positions = part_of(self.tokens.positions, some)
+        for part in slices(some.stop - some.start, self.block):
+            values = _at(sums, part)
+            assert values is not None
+            gradient[part_of(positions, part)] = values.to(gradient.dtype)
+
+
+def _at(sums: list[Tensor], part: slice) -> Tensor | None:
+    """The sums of a block of tokens, or None where there are none."""
+    start = part.start
+    for piece in sums:
+        if start < len(piece):
+            return piece[start : start + part.stop - part.start]
+        start -= len(piece)
+    return None
