@@ -4,8 +4,9 @@ varlen: packed attention with torch's own variable-length kernel, without flash-
 end to end are told apart by their position_ids, which restart at 0. With a mask or a key-value
 cache (rollouts) it is sdpa.
 
-grouped: eager attention whose query heads share their keys and values as they are, instead of
-copies of them, and whose probabilities are never in float32. Single tokens are decoded in C++.
+grouped: query heads share their keys and values as they are, instead of copies of them. Single
+tokens are decoded in C++, short rows go by two GEMMs a group, whose probabilities are never in
+float32, and long ones by torch's kernel.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from aepo_kernels import cpu_layers, cpu_library
+
+# From so many tokens on torch's kernel was faster on a CPU, and it keeps no probabilities.
+_LONG = 128
 
 # The layers of a model share one position_ids tensor: its segments are found once, since finding
 # them waits for the GPU.
@@ -100,6 +105,14 @@ def grouped_attention(
         return cpu_layers.decode_attention(query, key, value, mask, scaling)[:, None], None
     shared, total = key.shape[1:3]
     with torch.autocast(query.device.type, enabled=False):
+        if length >= _LONG:
+            if attention_mask is not None:
+                attention_mask = attention_mask[..., :total].to(value.dtype)
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            output = F.scaled_dot_product_attention(
+                query, key, value, attention_mask, scale=scaling, enable_gqa=True
+            )
+            return output.transpose(1, 2), None
         query = (query * scaling).to(value.dtype).reshape(batch * shared, -1, width)
         keys = key.to(value.dtype).reshape(batch * shared, total, width)
         scores = torch.bmm(query, keys.mT).view(batch, shared, -1, length, total)

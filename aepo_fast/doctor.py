@@ -56,7 +56,7 @@ def _attention_status(name: Attention) -> str:
     device = choose_device("auto")
     cfg = ModelConfig(path="any", attention=name, compute_dtype="bfloat16")
     try:
-        chosen = choose_attention(cfg, device)
+        chosen = choose_attention(cfg, device, "llama")
     except ConfigError as error:
         return error.reason
     return f"is {chosen} here" if name == "auto" else "works"

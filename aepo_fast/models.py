@@ -28,6 +28,8 @@ from aepo_fast.fused_layers import fuse_layers
 from aepo_fast.packages import PREFIX, find_package, resolve_package
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# Architectures whose attention is no more than what "grouped" does, as tests say.
+_GROUPED = ("llama", "qwen2", "qwen3")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -107,16 +109,18 @@ def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> Pr
     Raises ConfigError where cfg.attention or cfg.liger cannot be had, or the folder's head is not
     one that `head_of` describes.
     """
-    attention = choose_attention(cfg, device)
+    config = _without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
+    attention = choose_attention(cfg, device, config.model_type)
     if cfg.liger:
         _check_liger(cfg, device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
-        config=_without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True)),
+        config=config,
         dtype=getattr(torch, cfg.dtype),
-        attn_implementation=attention,
+        # Left to itself, transformers takes eager for the architectures that have no sdpa.
+        attn_implementation=None if (cfg.attention, attention) == ("auto", "sdpa") else attention,
         local_files_only=True,
     )
     model.to(device)  # type: ignore[arg-type]
@@ -132,14 +136,18 @@ def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> Pr
     return model
 
 
-def choose_attention(cfg: ModelConfig, device: torch.device) -> str:
+def choose_attention(cfg: ModelConfig, device: torch.device, model_type: str = "") -> str:
     """The attention implementation for cfg.attention; raises ConfigError where it cannot run.
 
-    "auto" is flash_attention_2 where flash-attn is installed and the compute dtype allows it, and
-    sdpa elsewhere.
+    "auto" is flash_attention_2 where flash-attn is installed and the compute dtype allows it,
+    grouped on a CPU for architectures that it was tried with, and elsewhere sdpa, or eager for
+    architectures without it.
     """
     fast = device.type == "cuda" and cfg.compute_dtype == "bfloat16"
     if cfg.attention == "auto":
+        if device.type == "cpu" and model_type in _GROUPED:
+            register()
+            return "grouped"
         return "flash_attention_2" if fast and is_flash_attn_2_available() else "sdpa"
     if cfg.attention in ("flash_attention_2", "varlen"):
         reason = ""

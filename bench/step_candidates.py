@@ -114,7 +114,6 @@ def load_problem(
     device = choose_device("auto")
     on_gpu = device.type == "cuda"
     settings = [
-        f"model.attention={'auto' if on_gpu else 'grouped'}",
         f"trainer.tokens_per_microbatch={tokens_per_microbatch}",
         f"trainer.lr={LEARNING_RATE}",
     ]

@@ -20,7 +20,7 @@ def test_backends_are_listed_with_their_reasons(monkeypatch: pytest.MonkeyPatch)
 def test_attention_that_cannot_run_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     report = doctor.report()
-    assert "auto: is sdpa here" in report and "sdpa: works" in report
+    assert "auto: is grouped here" in report and "sdpa: works" in report
     assert "flash_attention_2: needs a GPU" in report and "varlen: needs a GPU" in report
 
 

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
@@ -104,7 +105,26 @@ def test_model_loads_for_training(tiny_model_dir, dtype):
     model = models.load_model(model_config(dtype=dtype), tiny_model_dir, CPU)
     assert model.training and model.is_activation_checkpointing
     assert all(parameter.dtype == getattr(torch, dtype) for parameter in model.parameters())
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "grouped"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("length", [20, 150])
+@torch.no_grad()
+def test_auto_attention_is_that_of_transformers(kind, length, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SMALL, "num_attention_heads": 4})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ids, mask = torch.randint(3, 50, (2, length)), torch.ones(2, length, dtype=torch.long)
+    mask[0, :5] = 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    model = models.load_model(model_config(), tmp_path, CPU)
+    # Gemma2 caps its scores, and so has no sdpa, either.
+    assert model.config._attn_implementation == ("eager" if kind == "gemma2" else "grouped")
+    found, expected = (
+        one(input_ids=ids, attention_mask=mask).logits[mask == 1] for one in (model, plain)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model_dir):
@@ -246,7 +266,7 @@ def test_varlen_model_generates_as_sdpa_does(varlen_model, tiny_model_dir):
     assert torch.equal(varlen_model.generate(ids, **options), plain.generate(ids, **options))
 
 
-@pytest.mark.parametrize(("length", "total"), [(7, 7), (1, 9)])
+@pytest.mark.parametrize(("length", "total"), [(7, 7), (1, 9), (130, 140)])
 def test_grouped_attention_is_eager_attention(length, total):
     module = torch.nn.Identity()
     module.num_key_value_groups = 3
