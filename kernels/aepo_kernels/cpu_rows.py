@@ -16,6 +16,24 @@ from aepo_kernels.cpu_library import DTYPES, Coefs, Grad, Logits, Sample, State,
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
 
 _STATE_SIZE = 6  # of rows.h
+# Defined and implemented, not torch.library.custom_op: what that wraps around an operator takes
+# some 0.3 ms a call, of which a head makes hundreds.
+_LIBRARY = torch.library.Library("aepo_kernels", "FRAGMENT")
+_LAW = (
+    "Tensor inv_temperature, Tensor? second_inv_temperature, Tensor? bias, float softcap, "
+    "float scale"
+)
+_LIBRARY.define(
+    "cpu_sample_rows(Tensor logits, Tensor inv_temperature, Tensor uniform) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"cpu_row_stats(Tensor products, Tensor targets, {_LAW}, bool squares, Tensor(a!)? state, "
+    "bool is_first, bool is_last) -> Tensor[]"
+)
+_LIBRARY.define(
+    f"cpu_row_grad(Tensor products, Tensor targets, {_LAW}, Tensor?[] stats, Tensor?[] coefs, "
+    "Tensor(a!) out, Tensor(b!)? bias_grad, Tensor(c!)? by_rows) -> ()"
+)
 
 
 def row_stats(
@@ -39,7 +57,8 @@ def row_stats(
     """
     assert dtype == torch.float32
     law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
-    found = iter(_stats(products, targets, *law, squares, state, is_first, is_last))
+    given = products, targets, *law, squares, state, is_first, is_last
+    found = iter(torch.ops.aepo_kernels.cpu_row_stats(*given))
     wanted = _wanted(second_inv_temperature is not None, squares)
     if not is_last:
         return None
@@ -69,16 +88,21 @@ def row_grad(
     by_rows: where products and `out` lie by columns, [C, V] by rows to take the gradient as well.
     """
     law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
-    _grad(products, targets, *law, list(stats), list(coefs), out, bias_grad, by_rows)
+    given = products, targets, *law, list(stats), list(coefs), out, bias_grad, by_rows
+    torch.ops.aepo_kernels.cpu_row_grad(*given)
 
 
-@torch.library.custom_op("aepo_kernels::cpu_sample_rows", mutates_args=(), device_types="cpu")
 def sample_rows(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw a token of softmax(logits / T) per row by inverting its distribution.
 
     logits: [B, V] fp32, bf16 or fp16. inv_temperature: [B]. uniform: [B] in [0, 1), float64.
     Returns ids [B] int64, -1 where all logits are -inf or one is NaN, and their log-probs [B] fp32.
     """
+    return torch.ops.aepo_kernels.cpu_sample_rows(logits, inv_temperature, uniform)
+
+
+@torch.library.impl(_LIBRARY, "cpu_sample_rows", "CPU")
+def _sample(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     tokens = torch.empty(len(logits), dtype=torch.int64)
     logprobs = torch.empty(len(logits), dtype=torch.float32)
     given = [tokens, *_floats(inv_temperature, None, None)]
@@ -88,13 +112,13 @@ def sample_rows(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tup
     return tokens, logprobs
 
 
-@sample_rows.register_fake
+@torch.library.register_fake("aepo_kernels::cpu_sample_rows")
 def _(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     size = logits.shape[:1]
     return logits.new_empty(size, dtype=torch.int64), logits.new_empty(size, dtype=torch.float32)
 
 
-@torch.library.custom_op("aepo_kernels::cpu_row_stats", mutates_args=("state",), device_types="cpu")
+@torch.library.impl(_LIBRARY, "cpu_row_stats", "CPU")
 def _stats(
     products: Tensor,
     targets: Tensor,
@@ -122,7 +146,7 @@ def _stats(
     return [x for x in found if x is not None] if is_last else []
 
 
-@_stats.register_fake
+@torch.library.register_fake("aepo_kernels::cpu_row_stats")
 def _(products: Tensor, *rest) -> list[Tensor]:
     size, (squares, _, _, is_last) = products.shape[:1], rest[-4:]
     wanted = _wanted(rest[2] is not None, squares)
@@ -130,9 +154,7 @@ def _(products: Tensor, *rest) -> list[Tensor]:
     return made if is_last else []
 
 
-@torch.library.custom_op(
-    "aepo_kernels::cpu_row_grad", mutates_args=("out", "bias_grad", "by_rows"), device_types="cpu"
-)
+@torch.library.impl(_LIBRARY, "cpu_row_grad", "CPU")
 def _grad(
     products: Tensor,
     targets: Tensor,

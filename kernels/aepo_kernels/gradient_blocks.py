@@ -59,20 +59,20 @@ class GradientBlocks:
         """Add all of them."""
         count, num_rows = len(self.tokens.targets), len(self.head.weight)
         sums, first_borrowed = self._hidden_sums()
-        kept = first_borrowed // self.slice * self.slice
         for some in slices(count, sum(map(len, sums)) or count):
             for piece in sums:
                 piece.zero_()
             for rows in slices(num_rows, self.slice):
-                self._add_slice(rows, some, sums, weight=rows.stop <= kept, others=True)
+                self._add_slice(rows, some, sums, weight=rows.stop <= first_borrowed, others=True)
             self._round(sums, some)
         for rows in slices(num_rows, self.slice):
-            if rows.stop > kept:
+            if rows.stop > first_borrowed:
                 self._add_slice(rows, slice(0, count), [], weight=True, others=False)
 
     def _hidden_sums(self) -> tuple[list[Tensor], int]:
-        """Where hidden's gradient is added up, all but the last piece for whole blocks of tokens;
-        and the first row of the weight's gradient that lends its memory to that.
+        """Where hidden's gradient is added up, and the first row of the weight's that lends memory.
+
+        All pieces but the last are for whole blocks of tokens.
         """
         count, width = len(self.tokens.targets), self.head.hidden.shape[1]
         num_rows, gradient, dtype = len(self.head.weight), self.total.hidden, self.head.dtype

@@ -232,6 +232,24 @@ def test_slices_of_columns_give_the_bits_of_whole_rows(size: int) -> None:
         assert torch.equal(one, other)
 
 
+def test_they_are_operators_with_shapes_for_tracing() -> None:
+    products, targets = products_of(5, 300, torch.bfloat16), targets_of(5, 300)
+    law = torch.ones(5), torch.full((5,), 2.0), torch.zeros(300), 0.0, 1.0
+    operators = torch.ops.aepo_kernels
+    checks = "test_schema", "test_faketensor"
+    state = cpu_rows.new_state(5)
+    for is_last in (False, True):
+        given = products, targets, *law, True, state, not is_last, is_last
+        torch.library.opcheck(operators.cpu_row_stats.default, given, test_utils=checks)
+    stats = list(cpu_rows.row_stats(products, targets, *law[:2], PLAIN, torch.float32))
+    coefs = [torch.randn(5), torch.randn(5), None, torch.randn(5)]
+    out, bias_grad = torch.empty_like(products), torch.zeros(300)
+    given = products, targets, *law, stats, coefs, out, bias_grad, None
+    torch.library.opcheck(operators.cpu_row_grad.default, given, test_utils=checks)
+    given = products, torch.ones(5), torch.rand(5, dtype=torch.float64)
+    torch.library.opcheck(operators.cpu_sample_rows.default, given, test_utils=checks)
+
+
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu_library.ISA_VARIABLE, "mmx")
     with pytest.raises(
