@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from bench.kernel_table import SUMMARY_MODES, shown_cases
 
 OURS, OTHERS = "#0072b2", "#999999"
+_PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # or the line would cross figures
 
 
 def draw(record: dict[str, Any], path: Path) -> Path:
@@ -78,7 +79,8 @@ def _bars(axis: Any, mode: dict[str, Any], names: list[str]) -> None:
             axis.text(1.02, index, found["status"], va="center", fontsize=7, color="#d55e00")
             continue
         axis.barh(index, ratio, color=OURS if name.startswith("ours") else OTHERS, height=0.7)
-        axis.text(ratio, index, f" {ratio:.2f}", va="center", fontsize=7)
+        end = ratio + 0.02 * max(1, ratio)
+        axis.text(end, index, f"{ratio:.2f}", va="center", fontsize=7, bbox=_PLAIN)
     axis.axvline(1, color="black", linestyle="--", linewidth=1)
     axis.margins(x=0.15)
     axis.spines[["top", "right"]].set_visible(False)
