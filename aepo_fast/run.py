@@ -41,7 +41,8 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
         trainer = Trainer(cfg, inputs, guard)
         policy = trainer.policy
         layers = ", ".join(fused_kinds(policy.model)) or "none"
-        head = f"head: {policy.backend}, rows {policy.row_kernels}"
+        attention = policy.model.config._attn_implementation
+        head = f"head: {policy.backend}, rows {policy.row_kernels}; attention: {attention}"
         print(f"{head}; fused layers: {layers}\n{describe_dtypes(cfg)}", flush=True)
         try:
             return _Run(cfg, trainer, logger).run()
