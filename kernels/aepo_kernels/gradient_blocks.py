@@ -58,31 +58,31 @@ class GradientBlocks:
     def add(self) -> None:
         """Add all of them."""
         count, num_rows = len(self.tokens.targets), len(self.head.weight)
-        sums, first_borrowed = self._hidden_sums()
+        in_place = self.total.hidden_sum(self.tokens.positions, self.head.dtype)
+        sums, first_lent = ([in_place], num_rows) if in_place is not None else self._borrow()
         for some in slices(count, sum(map(len, sums)) or count):
             for piece in sums:
                 piece.zero_()
             for rows in slices(num_rows, self.slice):
-                self._add_slice(rows, some, sums, weight=rows.stop <= first_borrowed, others=True)
-            self._round(sums, some)
+                self._add_slice(rows, some, sums, weight=rows.stop <= first_lent)
+            if in_place is None:
+                self._round(sums, some)
         for rows in slices(num_rows, self.slice):
-            if rows.stop > first_borrowed:
-                self._add_slice(rows, slice(0, count), [], weight=True, others=False)
+            if rows.stop > first_lent:
+                self._add_slice(rows, slice(0, count), None, weight=True)
 
-    def _hidden_sums(self) -> tuple[list[Tensor], int]:
+    def _borrow(self) -> tuple[list[Tensor], int]:
         """Where hidden's gradient is added up, and the first row of the weight's that lends memory.
 
         All pieces but the last are for whole blocks of tokens.
         """
         count, width = len(self.tokens.targets), self.head.hidden.shape[1]
-        num_rows, gradient, dtype = len(self.head.weight), self.total.hidden, self.head.dtype
-        if gradient is None:
+        num_rows, dtype = len(self.head.weight), self.head.dtype
+        if self.total.hidden is None:
             return [], num_rows
-        if self._is_in_place():
-            return [gradient[self.tokens.positions]], num_rows
         token_bytes = width * dtype.itemsize
         held = max(1, _SUM_BYTES // (token_bytes * self.block)) * self.block
-        own = gradient.new_empty(min(held, count), width, dtype=dtype)
+        own = self.weight_sum.new_empty(min(held, count), width)
         weight = self.total.make_weight().view(-1).view(torch.uint8)
         lent = min(count - len(own), len(weight) // token_bytes)
         start = (len(weight) - lent * token_bytes) // dtype.itemsize * dtype.itemsize
@@ -90,55 +90,54 @@ class GradientBlocks:
         one_set = len(own) + lent == count
         return [own, borrowed], start // (len(weight) // num_rows) if one_set else 0
 
-    def _is_in_place(self) -> bool:
-        gradient, adjacent = self.total.hidden, isinstance(self.tokens.positions, slice)
-        return gradient is not None and adjacent and gradient.dtype == self.head.dtype
-
     def _add_slice(
-        self, rows: slice, some: slice, sums: list[Tensor], *, weight: bool, others: bool
+        self, rows: slice, some: slice, sums: list[Tensor] | None, *, weight: bool
     ) -> None:
-        """Some tokens at a slice of the vocabulary; sums: of their gradients."""
+        """Some tokens at a slice of the vocabulary; without `sums`, to the weight's alone."""
         head, total = self.head.at(rows), self.total
-        bias_grad = None if total.bias is None or not others else total.bias[rows]
         weight_sum = self.weight_sum[: len(head.weight)].zero_() if weight else None
         for part in slices(some.stop - some.start, self.block):
             index = slice(some.start + part.start, some.start + part.stop)
-            dlogits, by_rows, inputs = self._dlogits(head, rows, index, bias_grad, twice=others)
-            if others:
+            given = self._dlogits(head, rows, index, weight_alone=sums is None)
+            dlogits, by_rows, inputs = given
+            if sums is not None:
                 hidden = _at(sums, part)
-                total.add_others(dlogits, by_rows, head.weight, head.lora, inputs, hidden, rows)
+                total.add_slice(dlogits, by_rows, head.weight, head.lora, inputs, hidden, rows)
             if weight_sum is not None:
                 add_product(weight_sum, dlogits.T, inputs)
         if weight_sum is not None:
             total.make_weight()[rows] = weight_sum
 
     def _dlogits(
-        self, head: Head, rows: slice, index: slice, bias_grad: Tensor | None, *, twice: bool
+        self, head: Head, rows: slice, index: slice, *, weight_alone: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's gradient by the logits, the same by rows if `twice`, and its hidden states."""
+        """A block's gradient by the logits, the same by rows, and its hidden states.
+
+        weight_alone: neither adds to bias's gradient nor lays the logits' out by rows.
+        """
         tokens = self.tokens.at(index).within(rows)
         inputs = take(head.hidden, tokens.positions)
         tokens = replace(tokens, positions=slice(0, len(inputs)))
         head = replace(head, hidden=inputs)
         assert self.space is not None
         out = head.logits_in(self.space, len(inputs))
-        by_rows = self.by_rows if twice else None
-        if by_rows is not None:
-            by_rows = by_rows[: len(inputs), : len(head.weight)]
+        by_rows, bias_grad = self.by_rows, self.total.bias
+        by_rows = (
+            None if by_rows is None or weight_alone else by_rows[: len(inputs), : len(head.weight)]
+        )
+        bias_grad = None if bias_grad is None or weight_alone else bias_grad[rows]
         products = head.products(tokens, out)
         stats, coefs = self.stats.select(index), self.coefs.select(index)
         dlogits = head.dlogits(tokens, products, stats, coefs, bias_grad, by_rows=by_rows)
         return dlogits, dlogits if by_rows is None else by_rows, inputs
 
     def _round(self, sums: list[Tensor], some: slice) -> None:
-        gradient = self.total.hidden
-        if gradient is None or self._is_in_place():
-            return
-        positions = part_of(self.tokens.positions, some)
-        for part in slices(some.stop - some.start, self.block):
-            values = _at(sums, part)
-            assert values is not None
-            gradient[part_of(positions, part)] = values.to(gradient.dtype)
+        start = some.start
+        for piece in sums:
+            part = slice(start, min(start + len(piece), some.stop))
+            values = piece[: part.stop - part.start]
+            self.total.set_hidden(part_of(self.tokens.positions, part), values)
+            start = part.stop
 
 
 def _at(sums: list[Tensor], part: slice) -> Tensor | None:

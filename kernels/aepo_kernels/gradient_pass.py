@@ -22,10 +22,7 @@ from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import RowCoefs, RowStats
 from aepo_kernels.sampling import sample_rows, variance_of
 from aepo_kernels.sliced_logits import SlicedLogits
-from aepo_kernels.tokens import Tokens, join_tokens, part_of
-
-# Rows of hidden's gradient that are rounded at a time, on their way to where they belong.
-_COPIED_ROWS = 512
+from aepo_kernels.tokens import Tokens, join_tokens
 
 
 @dataclass(frozen=True)
@@ -174,12 +171,9 @@ class GradientPass:
         inputs = take(self.head.hidden, positions)
         whole = replace(self.head, hidden=inputs)  # or every slice would pick the rows again
         parts = _side_by_side(parts)
-        hidden = gradient = self.total.hidden
-        in_place = False
-        if gradient is not None:
-            in_place = isinstance(positions, slice) and gradient.dtype == self.head.dtype
-            zeros = None if in_place else torch.zeros_like(inputs, dtype=self.head.dtype)
-            hidden = gradient[positions] if zeros is None else zeros
+        hidden = in_place = self.total.hidden_sum(positions, self.head.dtype)
+        if in_place is None and self.total.hidden is not None:
+            hidden = torch.zeros_like(inputs, dtype=self.head.dtype)
         for rows in slices(self.head.weight.shape[0], size):
             head, bias = whole.at(rows), self.total.bias
             bias_grad = None if bias is None else bias[rows]
@@ -194,12 +188,12 @@ class GradientPass:
                     copy = None if by_rows is None else by_rows[some]
                     part.dlogits(head, rows, dlogits[some], bias_grad, copy)
             by_rows = dlogits if by_rows is None else by_rows
+            self.total.set_weight(dlogits, inputs, rows)
             self.total.add_slice(dlogits, by_rows, head.weight, head.lora, inputs, hidden, rows)
             del dlogits, by_rows  # which may be views of `space`
         del space, second_space
-        if gradient is not None and hidden is not None and not in_place:
-            for some in slices(count, _COPIED_ROWS):
-                gradient[part_of(positions, some)] = hidden[some].to(gradient.dtype)
+        if in_place is None and hidden is not None:
+            self.total.set_hidden(positions, hidden)
 
     def _add_chunk(
         self,

@@ -7,7 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aepo_kernels.gemm import add_product, matmul, product
-from aepo_kernels.problem import Problem
+from aepo_kernels.problem import Problem, slices
+from aepo_kernels.tokens import part_of
+
+# Rows of hidden's gradient that are rounded at a time, on their way to where they belong.
+_COPIED_ROWS = 512
 
 
 class Gradients:
@@ -70,6 +74,24 @@ class Gradients:
             self.weight = torch.empty(self.weight_shape, dtype=dtype, device=self.device)
         return self.weight
 
+    def hidden_sum(self, positions: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
+        """Hidden's gradient at some positions; None where no sum in `dtype` can be made in it."""
+        if self.hidden is None or isinstance(positions, Tensor) or self.hidden.dtype != dtype:
+            return None
+        return self.hidden[positions]
+
+    def set_hidden(self, positions: Tensor | slice, values: Tensor) -> None:
+        """Hidden's gradient at some positions, rounded a few rows at a time."""
+        assert self.hidden is not None
+        for rows in slices(len(values), _COPIED_ROWS):
+            self.hidden[part_of(positions, rows)] = values[rows].to(self.hidden.dtype)
+
+    def set_weight(self, dlogits: Tensor, inputs: Tensor, rows: slice) -> None:
+        """The weight's gradient at a slice of the vocabulary: dlogits, inputs of all tokens."""
+        if self.needs_weight:
+            weight_grad = self.make_weight()[rows]
+            product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
+
     def add_slice(
         self,
         dlogits: Tensor,
@@ -80,26 +102,11 @@ class Gradients:
         hidden: Tensor | None,
         rows: slice,
     ) -> None:
-        """Add a slice of the vocabulary, once, for all tokens: dlogits [M, rows], inputs [M, H].
+        """Add some tokens at a slice of the vocabulary, to all but weight's and bias's gradients.
 
-        The gradient of inputs is added to `hidden`.
+        Shapes: see `add`; weight and lora are those of the slice. The gradient of inputs is added
+        to `hidden`.
         """
-        if self.needs_weight:
-            weight_grad = self.make_weight()[rows]
-            product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
-        self.add_others(dlogits, by_rows, weight, lora, inputs, hidden, rows)
-
-    def add_others(
-        self,
-        dlogits: Tensor,
-        by_rows: Tensor,
-        weight: Tensor,
-        lora: tuple[Tensor, Tensor] | None,
-        inputs: Tensor,
-        hidden: Tensor | None,
-        rows: slice,
-    ) -> None:
-        """The same without the weight's gradient, and for some of the tokens."""
         if hidden is not None:
             add_product(hidden, by_rows, weight)
         through = self._add_lora_a(by_rows, lora, inputs)

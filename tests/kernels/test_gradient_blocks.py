@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from aepo_kernels import chunks, cpu_library, gradient_blocks, linear_logprob
+from aepo_kernels import chunks, gradient_blocks, linear_logprob
 from aepo_kernels.gradient_blocks import GradientBlocks
 from tests.kernels.oracle import (
     assert_as_accurate,
@@ -19,24 +18,13 @@ from tests.kernels.oracle import (
     weighted_gradients,
 )
 from tests.kernels.test_lora import SCALE, factors
-from tests.kernels.test_token_loss import by_autograd, make_columns, policy_gradient, run
+from tests.kernels.test_token_loss import policy_gradient, run
+from tests.kernels.test_weight_slice import DTYPES, ROWS, check_unasked
 
 TOKENS, WIDTH = 200, 64
 # With a budget for the sums of 64 tokens, a large weight lends room for all others, a small one
 # several times for some of them.
 VOCABS = {"one set": 1000, "several sets": 100}
-needs_cpp = pytest.mark.skipif(
-    cpu_library.unavailable_reason() is not None, reason="torch's row operations know whole rows"
-)
-DTYPES = pytest.mark.parametrize(
-    ("dtype", "weight_dtype"),
-    [
-        (torch.bfloat16, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-        pytest.param(torch.float32, torch.float32, marks=needs_cpp),
-    ],
-    ids=str,
-)
 
 
 @pytest.fixture
@@ -54,7 +42,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[GradientBlocks]:
 
 
 @pytest.mark.usefixtures("layout")
-@pytest.mark.parametrize("rows", ["all active", "active first", "some without coefficients"])
+@ROWS
 @pytest.mark.parametrize("vocab", VOCABS.values(), ids=VOCABS)
 @pytest.mark.parametrize("option", ["plain", "all"])
 @DTYPES
@@ -67,22 +55,8 @@ def test_token_loss_matches_float64(
     blocks: list[GradientBlocks],
 ) -> None:
     case = make_case(TOKENS, WIDTH, vocab, dtype=dtype, option=option, seed=3)
-    advantage, more = make_columns(case).advantage, {}
-    if rows != "all active":
-        passive = torch.arange(TOKENS) % 5 == 0
-        advantage = advantage.masked_fill(passive, 0)
-        if rows == "active first":
-            more["active"] = (~passive).nonzero().squeeze(1)
-    _, _, truth = by_autograd(case.fresh(torch.float64), policy_gradient, advantage)
-    _, _, base = by_autograd(case.fresh(), policy_gradient, advantage)
-    leaves = case.fresh()
-    leaves = replace(leaves, weight=leaves.weight.detach().to(weight_dtype).requires_grad_())
-    output = run(leaves, policy_gradient, advantage, chunk_tokens=None, **more)
-    grads = torch.autograd.grad(output.loss, leaves.tensors())
+    check_unasked(case, weight_dtype, rows)
     assert [(taken.block, taken.slice) for taken in blocks] == [(64, 64)]
-    assert grads[1].dtype == weight_dtype
-    for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
-        assert_as_accurate(ours, theirs, wanted, f"gradient {index}")
 
 
 @pytest.mark.parametrize("vocab", VOCABS.values(), ids=VOCABS)
