@@ -34,10 +34,12 @@ class EntropyController:
         self.integral = 0.0
 
     def target(self) -> float:
-        """The entropy aimed at now: H0, or on the way to it."""
+        """The entropy aimed at now: H0, or on the way to it; NaN before a ramp has its start."""
         aim = self.cfg.entropy_target
-        if self.first is None or self.measured >= self.cfg.ramp_steps:
+        if self.measured >= self.cfg.ramp_steps:
             return aim
+        if self.first is None:
+            return math.nan
         return aim + (self.first - aim) * (1 - self.measured / self.cfg.ramp_steps)
 
     def error(self) -> float:

@@ -62,9 +62,9 @@ def _draw_entropy(axis: Axes, steps: list[Line]) -> None:
     _series(axis, steps, "entropy", BLUE, "policy")
     # T stays 1 in a run without AEPO, which has no target to show.
     if any(line["aepo/temperature"] != 1 for line in steps):
-        aim = steps[-1]["aepo/entropy_target"]
-        points = [(line["step"], line["aepo/entropy_target"]) for line in steps]
-        axis.plot(*zip(*points, strict=True), color=ORANGE, linestyle="--", label=f"target {aim:g}")
+        name = "aepo/entropy_target"
+        aim = [line[name] for line in steps if line.get(name) is not None][-1]
+        _series(axis, steps, name, ORANGE, f"target {aim:g}", linestyle="--", marker="")
     axis.set_title("Token entropy at T = 1 (nats)")
     _from_zero(axis)
     axis.legend(frameon=False)
@@ -87,10 +87,12 @@ def _draw_lengths(axis: Axes, steps: list[Line]) -> None:
     axis.legend(handles=[*axis.get_lines(), *cut.get_lines()], frameon=False)
 
 
-def _series(axis: Axes, lines: list[Line], name: str, color: str, label: str | None) -> None:
+def _series(
+    axis: Axes, lines: list[Line], name: str, color: str, label: str | None, **style: Any
+) -> None:
     """A line through the steps that have a finite value."""
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    axis.plot(*zip(*points, strict=True), color=color, marker=".", label=label)
+    axis.plot(*zip(*points, strict=True), color=color, label=label, **{"marker": ".", **style})
 
 
 def _from_zero(axis: Axes) -> None:

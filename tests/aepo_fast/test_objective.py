@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -277,6 +278,8 @@ def test_looking_ahead_acts_before_the_target_is_crossed() -> None:
 
 def test_the_target_falls_from_the_first_entropy_to_the_aim() -> None:
     controller = EntropyController(AepoConfig(entropy_target=0.5, ramp_steps=4))
+    assert math.isnan(controller.target()) and controller.temperature() == 1.0
+    assert EntropyController(AepoConfig(entropy_target=0.5)).target() == 0.5
     targets = []
     for entropy in (2.5, 2.0, 1.6, 1.0, 0.6, 0.5):
         controller.update(entropy)

@@ -68,6 +68,8 @@ def test_the_target_is_drawn_only_where_aepo_is_at_work(draw: Any) -> None:
     assert points(entropy, 1) == [(1, 0.7), (2, 0.6)]
     assert entropy.get_lines()[1].get_linestyle() == "--"
     assert len(draw([step(1), step(2)])[1].get_lines()) == 1
+    unknown = {"aepo/entropy_target": None}  # before a ramp has its start
+    assert points(draw([step(1, **unknown), step(2, **falling)])[1], 1) == [(2, 0.6)]
 
 
 def test_negative_rewards_stay_in_the_picture(draw: Any) -> None:
