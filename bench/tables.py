@@ -1,4 +1,4 @@
-"""Writes the tables of the README from the committed results: `python -m bench tables`."""
+"""Writes the tables of the README and docs from committed results: `python -m bench tables`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from bench.entropy import table
 from bench.environment import RESULTS, ROOT
 from bench.step import table as step_table
 
-README = ROOT / "README.md"
+_OURS, _BESIDE = "ours (chunked)", ("TRL chunked", "torch.compile")
+# Page -> how its links lead to the root.
+PAGES = {ROOT / "README.md": "", ROOT / "docs" / "benchmarks.md": "../"}
 
 
 def add_command(commands: Any) -> None:
@@ -24,30 +26,33 @@ def add_command(commands: Any) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Write the README's generated blocks, and figures that are missing beside a result."""
+    """Write the generated blocks of all pages, and figures that are missing beside a result."""
     from bench.kernel_figure import draw
 
     for path in RESULTS.glob("*/kernels-*.json"):
         if not path.with_suffix(".png").exists():
             draw(json.loads(path.read_text()), path.with_suffix(".png"))
-    README.write_text(render(README.read_text()))
+    for page, to_root in PAGES.items():
+        page.write_text(render(page.read_text(), to_root))
 
 
-def render(readme: str) -> str:
-    """The README with every generated block made anew; a block without results stays empty."""
+def render(page: str, to_root: str = "") -> str:
+    """A page with its generated blocks made anew; a block without results stays empty."""
     blocks = {
-        "first-light": first_light(),
-        "entropy": entropy(),
-        "kernels": kernels(),
-        "step": step(),
+        "first-light": first_light,
+        "entropy": entropy,
+        "kernels-gpu": lambda: kernels(on_cpu=False),
+        "kernels-cpu": lambda: kernels(on_cpu=True),
+        "tokens-cpu": tokens_on_cpu,
+        "step-gpu": lambda: step(on_cpu=False),
+        "step-cpu": lambda: step(on_cpu=True),
     }
-    for name, block in blocks.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        readme, count = re.subn(
-            pattern, lambda match, text=block: match[1] + text + match[2], readme, flags=re.S
-        )
-        assert count == 1, f"README.md has no block {name}"
-    return readme
+    return re.sub(
+        r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)",
+        lambda match: match[1] + blocks[match[2]]().replace("](", f"]({to_root}") + match[3],
+        page,
+        flags=re.S,
+    )
 
 
 def newest(pattern: str) -> Path | None:
@@ -109,7 +114,7 @@ def _entropy_note(path: Path, record: dict[str, Any], runs: list[dict[str, Any]]
     )
 
 
-def kernels() -> str:
+def kernels(*, on_cpu: bool) -> str:
     """The widest kernel benchmark of each device and dtype: summary and what was left out.
 
     That of the most shapes, the newest of those. One that timed nothing beside ours says too little
@@ -121,6 +126,7 @@ def kernels() -> str:
         "*/kernels-*.json",
         kernel_table.compares,
         lambda record: len(kernel_table.shown_cases(record)),
+        on_cpu=on_cpu,
     ):
         where, settings = record["environment"], record["settings"]
         parts.append(
@@ -139,10 +145,50 @@ def kernels() -> str:
     return "\n".join(parts)
 
 
-def step() -> str:
+def tokens_on_cpu() -> str:
+    """Training by number of tokens and shape on each CPU in bfloat16.
+
+    Of each the newest run that timed others beside ours, if there is one.
+    """
+    shapes: dict[str, None] = {}
+    cells: dict[str, dict[tuple[int, str], list[str]]] = {}  # device -> (tokens, shape) -> texts
+    for path in sorted(RESULTS.glob("cpu/kernels-*.json"), key=lambda path: path.name):
+        record = json.loads(path.read_text())
+        device = _device(record)
+        if device is None or record["settings"]["dtype"] != "bfloat16":
+            continue
+        for case in record["cases"]:
+            found = case.get("modes", {}).get("training", {}).get("candidates", {})
+            ours, *others = [_time_and_memory(found.get(name)) for name in (_OURS, *_BESIDE)]
+            if ours is None:
+                continue
+            shape = f"H {case['hidden']}, V {case['vocab']}"
+            shapes[shape] = None
+            texts = [f"**[{ours}]({_link(path)})**"]
+            texts += [f"{name} {text}" for name, text in zip(_BESIDE, others, strict=True) if text]
+            before = cells.setdefault(device, {}).get((case["tokens"], shape), [])
+            if len(texts) > 1 or len(before) <= 1:
+                cells[device][case["tokens"], shape] = texts
+    parts = []
+    for device, found in reversed(cells.items()):
+        rows = [f"| N | {' | '.join(shapes)} |", "|---|" + "---|" * len(shapes)]
+        for tokens in sorted({tokens for tokens, _ in found}):
+            each = ["; ".join(found.get((tokens, shape), ["-"])) for shape in shapes]
+            rows.append(f"| {tokens:,} | {' | '.join(each)} |")
+        parts.append("\n".join([f"**{device}**", "", *rows, ""]))
+    return "\n".join(parts)
+
+
+def _time_and_memory(found: dict[str, Any] | None) -> str | None:
+    if found is None or found["status"] != "ok" or found["peak_extra_bytes"] is None:
+        return None
+    return f"{found['ratio_to_floor']:.2f}, {found['peak_extra_bytes'] / 2**20:,.0f} MiB"
+
+
+def step(*, on_cpu: bool) -> str:
     """The newest benchmark of a whole training step on each device."""
     parts = []
-    for path, record, device in _newest_by_device("*/step-*.json"):
+    for path, record, device in _newest_by_device("*/step-*.json", on_cpu=on_cpu):
         where, settings = record["environment"], record["settings"]
         parts.append(
             f"{device}, torch {where['torch']}, {settings['model']}: {settings['prompts']} prompts "
@@ -158,29 +204,39 @@ def _newest_by_device(
     pattern: str,
     wanted: Callable[[dict[str, Any]], bool] = bool,
     width: Callable[[dict[str, Any]], int] = lambda record: 0,
+    *,
+    on_cpu: bool,
 ) -> Iterator[tuple[Path, dict[str, Any], str]]:
-    """The newest of the widest results of a kind on each device in each dtype, with record, device.
+    """The newest of the widest results of a kind on each device in each dtype.
 
-    A CPU is named by its model and the row kernels that ran, since models of one name differ.
+    Each with its record and device, the newest first.
     """
     latest: dict[tuple[str, str], tuple[Path, dict[str, Any], str]] = {}
     for path in sorted(RESULTS.glob(pattern), key=lambda path: path.name):
         record = json.loads(path.read_text())
-        if not wanted(record):
+        device = _device(record)
+        if (record["environment"]["device"] == "cpu") != on_cpu or not wanted(record):
             continue
-        where = record["environment"]
-        device = where["device"]
-        if device == "cpu":
-            rows = record.get("row_kernels") or where.get("row_kernels")
-            if rows is None:  # of before there were C++ ones
-                continue
-            device = f"{where['cpu']}, rows {rows}"
+        if device is None:
+            continue
         key = device, record["settings"].get("dtype", "")
         if key in latest and width(latest[key][1]) > width(record):
             continue
         latest.pop(key, None)  # newest last
         latest[key] = path, record, device
     yield from reversed(latest.values())
+
+
+def _device(record: dict[str, Any]) -> str | None:
+    """A GPU's name; a CPU's with the rows that ran, since models of one name differ.
+
+    None for a CPU's result of before there were rows in C++.
+    """
+    where = record["environment"]
+    rows = record.get("row_kernels") or where.get("row_kernels")
+    if where["device"] == "cpu":
+        return f"{where['cpu']}, rows {rows}" if rows else None
+    return where["device"]
 
 
 def _link(path: Path) -> str:

@@ -127,7 +127,7 @@ def test_command_writes_a_record(
         assert set(one["errors"]) == {"loss", "grad_norm", "entropy", "logprob", "gradient"}
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    block = tables.step()
+    block = tables.step(on_cpu=record["environment"]["device"] == "cpu")
     assert "1 prompts of 40 tokens, 2 samples each" in block and "| ours | " in block
 
 
