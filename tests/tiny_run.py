@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from aepo_fast.config import (
     TrainerConfig,
 )
 
+ROOT = Path(__file__).parents[1]
 PRODUCTS = SourceConfig(
     "reasoning_gym", "products", {"min_terms": 2, "max_terms": 2, "max_digits": 1}, size=60
 )
@@ -62,3 +64,10 @@ def copy_until(step: int, run: Config, copy: Config) -> None:
     shutil.copytree(run.output_dir, copy.output_dir)
     for later in range(step + 1, run.trainer.steps + 1):
         shutil.rmtree(Path(copy.output_dir) / "checkpoints" / f"step_{later}")
+
+
+def explained_metrics() -> set[str]:
+    """The metrics that docs/metrics.md explains."""
+    glossary, _ = (ROOT / "docs" / "metrics.md").read_text().split("## When a number looks wrong")
+    rows = re.findall(r"^\| (`.*?) \|", glossary, flags=re.M)
+    return {name for row in rows for name in re.findall(r"`(.+?)`", row)}

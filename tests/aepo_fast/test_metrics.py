@@ -12,6 +12,7 @@ from rich.console import Console
 
 from aepo_fast.config import ConfigError
 from aepo_fast.metrics import MetricsLogger, read_lines
+from tests.tiny_run import ROOT, explained_metrics
 
 STEP = {
     "step": 3,
@@ -108,3 +109,13 @@ def test_tensorboard_that_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"logging.tensorboard = True: .*aepo-fast\[tensorboard"):
         logger(tmp_path, tensorboard=True)
+
+
+def test_the_glossary_explains_all_metrics_and_no_others() -> None:
+    runs = (ROOT / "bench" / "results").glob("*/first-light*.jsonl")
+    logged = {name for path in runs for line in read_lines(path) for name in line}
+    assert len(logged) > 50
+    assert logged - {"step"} <= explained_metrics()
+    source = "".join(path.read_text() for path in (ROOT / "aepo_fast").rglob("*.py"))
+    unknown = {name for name in explained_metrics() - logged if f'"{name}"' not in source}
+    assert not unknown

@@ -37,7 +37,7 @@ from aepo_fast.run import train
 from aepo_fast.setup import check_rollout_backend
 from aepo_fast.trainer import TrainingError
 from tests.tiny_model import build_tiny_model
-from tests.tiny_run import tiny_config, with_trainer
+from tests.tiny_run import explained_metrics, tiny_config, with_trainer
 
 # What differs between two runs of the same thing.
 VARYING = ("time/", "perf/")
@@ -363,6 +363,7 @@ def test_every_promised_metric_is_logged_and_rollouts_are_kept(
         perf/peak_memory_gib""".split()
     for line in lines[1:]:
         assert not set(promised) - line.keys()
+        assert line.keys() - {"step"} <= explained_metrics()
         assert line["kernel/backend"] == "chunked"
         assert line["kernel/rows"].startswith(("c++ (", "torch ("))
         assert all(line[name] == line[name] for name in promised)
