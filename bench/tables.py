@@ -90,9 +90,9 @@ def entropy() -> str:
     """The entropy benchmark's table and figure."""
     latest: dict[str, Path] = {}  # setting -> the newest result that has it
     records: dict[Path, dict[str, Any]] = {}
-    for path in sorted(RESULTS.glob("*/entropy-*.json"), key=lambda path: path.name):
-        records[path] = json.loads(path.read_text())
-        latest |= dict.fromkeys(records[path]["settings"], path)
+    for path, record in _by_date("*/entropy-*.json"):
+        records[path] = record
+        latest |= dict.fromkeys(record["settings"], path)
     runs, notes, figures = [], [], []
     for path in sorted(set(latest.values()), key=lambda path: path.name, reverse=True):
         record = records[path]
@@ -152,8 +152,7 @@ def tokens_on_cpu() -> str:
     """
     shapes: dict[str, None] = {}
     cells: dict[str, dict[tuple[int, str], list[str]]] = {}  # device -> (tokens, shape) -> texts
-    for path in sorted(RESULTS.glob("cpu/kernels-*.json"), key=lambda path: path.name):
-        record = json.loads(path.read_text())
+    for path, record in _by_date("cpu/kernels-*.json"):
         device = _device(record)
         if device is None or record["settings"]["dtype"] != "bfloat16":
             continue
@@ -212,12 +211,10 @@ def _newest_by_device(
     Each with its record and device, the newest first.
     """
     latest: dict[tuple[str, str], tuple[Path, dict[str, Any], str]] = {}
-    for path in sorted(RESULTS.glob(pattern), key=lambda path: path.name):
-        record = json.loads(path.read_text())
+    for path, record in _by_date(pattern):
         device = _device(record)
-        if (record["environment"]["device"] == "cpu") != on_cpu or not wanted(record):
-            continue
-        if device is None:
+        right = (path.parent.name == "cpu") == on_cpu
+        if device is None or not right or not wanted(record):
             continue
         key = device, record["settings"].get("dtype", "")
         if key in latest and width(latest[key][1]) > width(record):
@@ -225,6 +222,12 @@ def _newest_by_device(
         latest.pop(key, None)  # newest last
         latest[key] = path, record, device
     yield from reversed(latest.values())
+
+
+def _by_date(pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Results of a kind with their records, the newest last."""
+    for path in sorted(RESULTS.glob(pattern), key=lambda path: path.name):
+        yield path, json.loads(path.read_text())
 
 
 def _device(record: dict[str, Any]) -> str | None:

@@ -22,8 +22,8 @@ from aepo_fast.config import (
     SourceConfig,
     TrainerConfig,
 )
+from bench.environment import ROOT
 
-ROOT = Path(__file__).parents[1]
 PRODUCTS = SourceConfig(
     "reasoning_gym", "products", {"min_terms": 2, "max_terms": 2, "max_digits": 1}, size=60
 )

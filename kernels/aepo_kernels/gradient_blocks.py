@@ -121,11 +121,11 @@ class GradientBlocks:
         head = replace(head, hidden=inputs)
         assert self.space is not None
         out = head.logits_in(self.space, len(inputs))
-        by_rows, bias_grad = self.by_rows, self.total.bias
-        by_rows = (
-            None if by_rows is None or weight_alone else by_rows[: len(inputs), : len(head.weight)]
-        )
-        bias_grad = None if bias_grad is None or weight_alone else bias_grad[rows]
+        by_rows, bias_grad = (None, None) if weight_alone else (self.by_rows, self.total.bias)
+        if by_rows is not None:
+            by_rows = by_rows[: len(inputs), : len(head.weight)]
+        if bias_grad is not None:
+            bias_grad = bias_grad[rows]
         products = head.products(tokens, out)
         stats, coefs = self.stats.select(index), self.coefs.select(index)
         dlogits = head.dlogits(tokens, products, stats, coefs, bias_grad, by_rows=by_rows)

@@ -278,7 +278,7 @@ def test_tables_of_the_pages_are_those_of_the_results() -> None:
         assert tables.render(page.read_text(), to_root) == page.read_text()
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert link.startswith("https://") or (page.parent / link).exists(), link
-    for name in ("first-light", "entropy", "kernels-gpu", "kernels-cpu", "step-gpu", "step-cpu"):
+    for name in "first-light entropy kernels-gpu kernels-cpu tokens-cpu step-gpu step-cpu".split():
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
 
 
