@@ -59,20 +59,25 @@ def token_loss(
         loss = torch.zeros((), dtype=head.dtype, device=problem.hidden.device)
         metrics: dict[str, Tensor] = {}
         parts: list[RowStats] = []
-        num_tokens, room = len(tokens.targets), gradients.room(num_active)
-        kept = 0 if room is None else room.tokens
+        num_tokens, rooms = len(tokens.targets), gradients.rooms(num_active)
+        kept = sum(room.tokens for room in rooms)
         size = forward_chunk_size(problem) if head.fused else gradients.size
         scoring_size = scoring_chunk_size(problem)
         used = gradients.first_used(kept, num_active, size)
         space = head.space(min(size, num_active - used))
         scored = max(used - kept, num_tokens - num_active)
-        scores = head.scoring_space(min(scoring_size, scored))
-        runs = (kept, kept), (used, scoring_size), (num_active, size), (num_tokens, scoring_size)
+        scratch = max((room.scratch for room in rooms), default=0)
+        scores = head.scoring_space(min(scoring_size, scored), scratch)
+        waiting = iter(rooms)
+        runs = [(room.tokens, room.tokens) for room in rooms]
+        runs += (used - kept, scoring_size), (num_active - used, size)
+        runs += [(num_tokens - num_active, scoring_size)]
         for index in _chunks(runs):
             chunk = tokens.at(index)
             wants_grad = index.start < num_active
-            if room is not None and index.stop <= kept:
-                products, stats = room, head.forward_into(room, chunk)
+            if index.stop <= kept:
+                products = next(waiting)
+                stats = head.forward_into(products, chunk, scores)
             elif used <= index.start < num_active:
                 products, stats = head.forward(chunk, space)
             else:
@@ -219,12 +224,12 @@ def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
 
 
 def _chunks(runs: Sequence[tuple[int, int]]) -> Iterator[slice]:
-    """Chunks of tokens from 0 on: up to each run's end they hold so many."""
+    """Chunks of tokens from 0 on: of each run's tokens, so many at a time."""
     start = 0
-    for stop, most in runs:
-        for index in slices(stop - start, max(most, 1)):
+    for count, most in runs:
+        for index in slices(count, max(most, 1)):
             yield slice(start + index.start, start + index.stop)
-        start = stop
+        start += count
 
 
 def _join(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:

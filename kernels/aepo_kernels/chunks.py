@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from aepo_kernels import cpu_rows
 from aepo_kernels.backends import gemms_want_columns, row_operations
 from aepo_kernels.gemm import GEMM_BYTES, add_product, in_cpp, is_widened, matmul
+from aepo_kernels.huge_pages import advise
 from aepo_kernels.options import VocabShard
 from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
@@ -29,6 +29,7 @@ _FLOAT32_SCORING = 4
 _CPU_SLICE_BYTES, _ROW_BLOCK = 2**24, 2048
 _CPU_SLICE_COLUMNS = 16384  # where they are rows of a GEMM's first operand
 _CPU_SUM_BYTES = 28 * 2**20  # of hidden's gradient, added up beside what slices need
+_CPU_WAITING_BYTES = 2**25  # of float16 logits that wait beside the weight's gradient
 _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
 # "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
 # in its backward.
@@ -64,7 +65,7 @@ class Head:
         """
         if self.hidden.is_cuda or self.fused:
             return None
-        return self.hidden.new_empty(tokens * len(self.weight), dtype=self.logits_dtype)
+        return advise(self.hidden.new_empty(tokens * len(self.weight), dtype=self.logits_dtype))
 
     def by_rows_space(self, tokens: int) -> Tensor | None:
         """Room for the logits' gradient once more, by rows, where logits lie by columns; [C, V]."""
@@ -97,11 +98,12 @@ class Head:
         products = self.products(tokens, out)
         return products, self.stats(tokens, products)
 
-    def scoring_space(self, tokens: int) -> Tensor | None:
-        """Room for `score`."""
+    def scoring_space(self, tokens: int, least: int = 0) -> Tensor | None:
+        """Room for `score`, of so many numbers at least."""
         if self.by_slices:
             columns = min(self._scoring_columns, len(self.weight))
-            return self.hidden.new_empty(tokens * columns, dtype=self.logits_dtype)
+            size = max(tokens * columns, least)
+            return advise(self.hidden.new_empty(size, dtype=self.logits_dtype))
         return self.space(tokens)
 
     def score(self, tokens: Tokens, space: Tensor | None) -> RowStats:
@@ -109,27 +111,32 @@ class Head:
         if not self.by_slices:
             return self.forward(tokens, space)[1]
         assert space is not None
-        return self._stats_by_slices(tokens, self._scoring_columns, lambda rows: space)
+        return self._stats_by_slices(tokens, self._scoring_columns, space)
 
     @property
     def _scoring_columns(self) -> int:
         is_float32 = self.logits_dtype == torch.float32
         return _CPU_SCORING_COLUMNS // (_FLOAT32_SCORING if is_float32 else 1)
 
-    def forward_into(self, room: SlicedLogits, tokens: Tokens) -> RowStats:
-        """Statistics, with the logits in memory that keeps them."""
-        return self._stats_by_slices(tokens, room.size, lambda rows: room.memory[rows])
+    def forward_into(self, room: SlicedLogits, tokens: Tokens, space: Tensor | None) -> RowStats:
+        """Statistics, with the logits in memory that keeps them; space has room for its scratch."""
+        return self._stats_by_slices(tokens, room.size, space, room)
 
     def _stats_by_slices(
-        self, tokens: Tokens, size: int, space: Callable[[slice], Tensor]
+        self, tokens: Tokens, size: int, space: Tensor | None, room: SlicedLogits | None = None
     ) -> RowStats:
         count = len(self.weight)
         state, stats = cpu_rows.new_state(len(tokens.targets)), None
         for rows in slices(count, size):
             head, local = self.at(rows), tokens.within(rows)
-            products = head.products(local, head.logits_in(space(rows), len(local.targets)))
-            first_and_last = {"is_first": rows.start == 0, "is_last": rows.stop == count}
-            stats = head.row_stats(local, products, state=state, **first_and_last)
+            part: dict[str, Any] = {"is_first": rows.start == 0, "is_last": rows.stop == count}
+            out, base = (None, None) if room is None else room.at(head, rows)
+            if base is not None:
+                part |= {"kept": out, "base": base}
+            if out is None or base is not None:
+                assert space is not None
+                out = head.logits_in(space, len(local.targets))
+            stats = head.row_stats(local, head.products(local, out), state=state, **part)
         assert stats is not None
         return self._whole(stats, tokens)
 
@@ -188,14 +195,16 @@ class Head:
         bias_grad: Tensor | None,
         out: Tensor | None = None,
         by_rows: Tensor | None = None,
+        base: Tensor | None = None,
     ) -> Tensor:
         """The loss's gradient by the raw logits, in hidden's dtype or, widened, in place in theirs.
 
-        by_rows: see `by_rows_space`; gets the gradient as well.
+        by_rows: see `by_rows_space`; gets the gradient as well. base: see `SlicedLogits.read`.
         """
         if out is None:
             in_place = products.dtype == self.hidden.dtype or is_widened(self.hidden)
             out = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
+        more = {"by_rows": by_rows, "base": base}
         row_operations(products).row_grad(
             products,
             tokens.targets,
@@ -206,7 +215,7 @@ class Head:
             coefs,
             out=out,
             bias_grad=bias_grad,
-            **({} if by_rows is None else {"by_rows": by_rows}),
+            **{name: value for name, value in more.items() if value is not None},
         )
         return out
 
@@ -324,6 +333,24 @@ def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:
     size = min(size, most)
     # Multiples of the blocks in which rows are added up give the same bits as whole rows.
     return size if size < _ROW_BLOCK else size // _ROW_BLOCK * _ROW_BLOCK
+
+
+def waiting_as_float16(problem: Problem, rows: int) -> tuple[int, int]:
+    """Of so many rows, how many wait for slices as float16: in the weight's gradient, and beside.
+
+    Those are widened ones of which too few would fit as they are.
+    """
+    hidden, weight = problem.hidden, problem.weight
+    if problem.backend != "chunked" or not is_widened(hidden):
+        return 0, 0
+    if row_operations(hidden) is not cpu_rows:
+        return 0, 0
+    lent, keeps = weight.shape[1] * weight.element_size(), keeps_logits(problem, rows)
+    if rows <= lent // torch.float32.itemsize + (chunk_size(problem) if keeps else 0):
+        return 0, 0
+    inside = min(rows, lent // torch.float16.itemsize)
+    held = _CPU_WAITING_BYTES // (torch.float16.itemsize * len(weight)) if keeps else 0
+    return inside, min(rows - inside, held)
 
 
 def keeps_logits(problem: Problem, rows: int) -> bool:

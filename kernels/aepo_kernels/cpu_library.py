@@ -34,6 +34,7 @@ class Logits(ctypes.Structure):
         ("bias", _POINTER),
         ("softcap", _FLOAT),
         ("scale", _FLOAT),
+        ("base", _POINTER),
     ]
 
 
@@ -48,6 +49,10 @@ class Stats(ctypes.Structure):
 
 class State(ctypes.Structure):
     _fields_ = [("numbers", _POINTER), ("is_first", _INT), ("is_last", _INT)]
+
+
+class Kept(ctypes.Structure):
+    _fields_ = [("logits", _POINTER), ("row_stride", _LONG), ("base", _POINTER)]
 
 
 class Coefs(ctypes.Structure):
@@ -78,7 +83,7 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded = ctypes.CDLL(spec.origin)
     loaded.aepo_isa_name.restype = ctypes.c_char_p
-    loaded.aepo_row_stats.argtypes = [_POINTER, _POINTER, _POINTER, _INT]
+    loaded.aepo_row_stats.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT]
     loaded.aepo_sample_rows.argtypes = [_POINTER, _POINTER, _INT]
     loaded.aepo_row_grad.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT]
     return loaded

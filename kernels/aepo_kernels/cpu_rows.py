@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aepo_kernels.cpu_library import DTYPES, Coefs, Grad, Logits, Sample, State, Stats, call
+from aepo_kernels.cpu_library import DTYPES, Coefs, Grad, Kept, Logits, Sample, State, Stats, call
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
 
 _STATE_SIZE = 6  # of rows.h
@@ -28,11 +28,11 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     f"cpu_row_stats(Tensor products, Tensor targets, {_LAW}, bool squares, Tensor(a!)? state, "
-    "bool is_first, bool is_last) -> Tensor[]"
+    "bool is_first, bool is_last, Tensor(b!)? kept, Tensor(c!)? base) -> Tensor[]"
 )
 _LIBRARY.define(
     f"cpu_row_grad(Tensor products, Tensor targets, {_LAW}, Tensor?[] stats, Tensor?[] coefs, "
-    "Tensor(a!) out, Tensor(b!)? bias_grad, Tensor(c!)? by_rows) -> ()"
+    "Tensor(a!) out, Tensor(b!)? bias_grad, Tensor(c!)? by_rows, Tensor? base) -> ()"
 )
 
 
@@ -48,16 +48,22 @@ def row_stats(
     state: Tensor | None = None,
     is_first: bool = True,
     is_last: bool = True,
+    kept: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> RowStats | None:
     """See `rows.row_stats`; dtype is torch.float32.
 
     Rows may come a slice of their columns after the other, with targets -1 outside of it and a
     `state` from `new_state`; the last one gives what whole rows would, the others None. The bits
     are the same where the others' columns are multiples of 2048.
+
+    kept, base: [C, V] float16 and [C] float32 that become the logits less a base per row, for
+    `row_grad`; products and `kept` then lie by rows. The base is a row's largest logit so far, so
+    that logits near it lose next to nothing.
     """
     assert dtype == torch.float32
     law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
-    given = products, targets, *law, squares, state, is_first, is_last
+    given = products, targets, *law, squares, state, is_first, is_last, kept, base
     found = iter(torch.ops.aepo_kernels.cpu_row_stats(*given))
     wanted = _wanted(second_inv_temperature is not None, squares)
     if not is_last:
@@ -82,13 +88,15 @@ def row_grad(
     out: Tensor,
     bias_grad: Tensor | None,
     by_rows: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> None:
     """See `rows.row_grad`.
 
     by_rows: where products and `out` lie by columns, [C, V] by rows to take the gradient as well.
+    base: [C] float32; the products are what `row_stats` kept with it.
     """
     law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
-    given = products, targets, *law, list(stats), list(coefs), out, bias_grad, by_rows
+    given = products, targets, *law, list(stats), list(coefs), out, bias_grad, by_rows, base
     torch.ops.aepo_kernels.cpu_row_grad(*given)
 
 
@@ -131,6 +139,8 @@ def _stats(
     state: Tensor | None,
     is_first: bool,
     is_last: bool,
+    kept: Tensor | None,
+    base: Tensor | None,
 ) -> list[Tensor]:
     """Those of RowStats that are wanted, in order, after the last slice; softcap 0 is none."""
     law = _floats(inv_temperature, second_inv_temperature, bias)
@@ -142,13 +152,14 @@ def _stats(
         _logits(products, given, softcap, scale),
         Stats(*map(_address, found)),
         State(_address(state), is_first, is_last),
+        Kept(_address(kept), 0 if kept is None else kept.stride(0), _address(base)),
     )
     return [x for x in found if x is not None] if is_last else []
 
 
 @torch.library.register_fake("aepo_kernels::cpu_row_stats")
 def _(products: Tensor, *rest) -> list[Tensor]:
-    size, (squares, _, _, is_last) = products.shape[:1], rest[-4:]
+    size, (squares, _, _, is_last) = products.shape[:1], rest[-6:-2]
     wanted = _wanted(rest[2] is not None, squares)
     made = [products.new_empty(size, dtype=torch.float32) for want in wanted if want]
     return made if is_last else []
@@ -168,6 +179,7 @@ def _grad(
     out: Tensor,
     bias_grad: Tensor | None,
     by_rows: Tensor | None,
+    base: Tensor | None,
 ) -> None:
     """The gradient by the products into `out`, which may be the products themselves."""
     law = _floats(inv_temperature, second_inv_temperature, bias)
@@ -176,7 +188,7 @@ def _grad(
     known, factors = _floats(*stats), _floats(*coefs)
     call(
         "aepo_row_grad",
-        _logits(products, given, softcap, scale),
+        _logits(products, given, softcap, scale, base),
         Stats(*map(_address, known)),
         Coefs(*map(_address, factors)),
         Grad(
@@ -202,7 +214,13 @@ def _floats(*values: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.float().contiguous() for x in values]
 
 
-def _logits(products: Tensor, given: list[Tensor | None], softcap: float, scale: float) -> Logits:
+def _logits(
+    products: Tensor,
+    given: list[Tensor | None],
+    softcap: float,
+    scale: float,
+    base: Tensor | None = None,
+) -> Logits:
     """The C arguments; `given` (targets, temperatures, bias) has to outlive the call."""
     return Logits(
         products.data_ptr(),
@@ -213,6 +231,7 @@ def _logits(products: Tensor, given: list[Tensor | None], softcap: float, scale:
         *map(_address, given),
         softcap,
         scale,
+        _address(base),
     )
 
 

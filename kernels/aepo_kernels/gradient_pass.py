@@ -15,9 +15,11 @@ from aepo_kernels.chunks import (
     gradient_chunk_size,
     keeps_logits,
     slice_size,
+    waiting_as_float16,
 )
 from aepo_kernels.gradient_blocks import GradientBlocks
 from aepo_kernels.gradients import Gradients
+from aepo_kernels.huge_pages import advise
 from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import RowCoefs, RowStats
 from aepo_kernels.sampling import sample_rows, variance_of
@@ -43,15 +45,16 @@ class _Part:
         by_rows: Tensor | None,
     ) -> Tensor:
         """The gradient by the logits at a slice of the vocabulary, in `out` where there is one."""
-        local = self.tokens.within(rows)
+        local, base = self.tokens.within(rows), None
         if isinstance(self.logits, Tensor):
             products = self.logits[:, rows]
         elif self.logits is not None:
             assert out is not None
-            products = self.logits.read(head, rows, out)
+            products, base = self.logits.read(head, rows, out)
         else:
             products = head.products(local, out)
-        return head.dlogits(local, products, self.stats, self.coefs, bias_grad, out, by_rows)
+        given = local, products, self.stats, self.coefs, bias_grad
+        return head.dlogits(*given, out, by_rows, base)
 
 
 class GradientPass:
@@ -73,17 +76,31 @@ class GradientPass:
         self.rows = 0
         self.variance = torch.zeros((), dtype=head.dtype, device=head.hidden.device)
         self.later: list[_Part] = []
+        self.last_lasts = True
         self.by_rows: Tensor | None = None
 
-    def room(self, tokens: int) -> SlicedLogits | None:
-        """Where logits of at most so many tokens can wait, or None; to be asked once, first."""
+    def rooms(self, tokens: int) -> list[SlicedLogits]:
+        """Where logits of the first of so many tokens can wait; to be asked once, first.
+
+        Widened logits wait as float16 where those of all tokens would not fit.
+        """
+        wanted = self.total.needs_weight and not self.blocks and self.head.by_slices
+        if self.slice is None or not wanted:
+            return []
         weight, dtype = self.problem.weight, self.head.logits_dtype
-        fits = weight.shape[1] * weight.element_size() % dtype.itemsize == 0
-        wanted = self.total.needs_weight and not self.blocks
-        if self.slice is None or not (fits and wanted and self.head.by_slices):
-            return None
-        memory = self.total.make_weight().view(dtype)
-        return SlicedLogits(memory, min(tokens, memory.shape[1]), self.slice)
+        inside, beside = waiting_as_float16(self.problem, tokens)
+        if inside:
+            dtype, self.last_lasts = torch.float16, False
+        if weight.shape[1] * weight.element_size() % dtype.itemsize != 0:
+            return []
+        memories = [self.total.make_weight().view(dtype)]
+        if beside:
+            memories.append(advise(weight.new_empty(len(weight), beside, dtype=dtype)))
+        rooms = []
+        for memory in memories:
+            rooms.append(SlicedLogits.in_memory(memory, tokens, self.slice))
+            tokens -= rooms[-1].tokens
+        return rooms
 
     def first_used(self, start: int, stop: int, size: int) -> int:
         """Of tokens start to stop, the first one whose logits `add` has a use for.
@@ -93,7 +110,8 @@ class GradientPass:
         """
         if self.slice is None:
             return start
-        return max(start, stop - size) if keeps_logits(self.problem, stop) else stop
+        lasts = self.last_lasts and keeps_logits(self.problem, stop)
+        return max(start, stop - size) if lasts else stop
 
     def add(
         self,

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aepo_kernels.gemm import add_product, matmul, product
+from aepo_kernels.huge_pages import advise
 from aepo_kernels.problem import Problem, slices
 from aepo_kernels.tokens import part_of
 
@@ -71,7 +72,7 @@ class Gradients:
         if self.weight is None:
             dtype = dtype or self.dtypes[1]
             assert dtype is not None
-            self.weight = torch.empty(self.weight_shape, dtype=dtype, device=self.device)
+            self.weight = advise(torch.empty(self.weight_shape, dtype=dtype, device=self.device))
         return self.weight
 
     def hidden_sum(self, positions: Tensor | slice, dtype: torch.dtype) -> Tensor | None:

@@ -1,9 +1,9 @@
-"""Logits that wait for their gradient in memory which is written only then: the weight's gradient.
+"""Logits that wait for their gradient a slice of the vocabulary after the other.
 
-A slice of S rows of the vocabulary has S x H numbers of gradient, and for T <= H tokens S x T
-logits (T <= 2 H where the gradient's numbers are twice as wide). A slice's logits are read for the
-last time just before its gradient is written, so that both have room, and no logit of those tokens
-is made twice.
+The best place is memory that is written only then: the weight's gradient. A slice of S rows of the
+vocabulary has S x H numbers of gradient, and for T tokens S x T logits. A slice's logits are read
+for the last time just before its gradient is written, so that both have room where T logits take no
+more bytes than a row of the gradient, and no logit of those tokens is made twice.
 """
 
 from __future__ import annotations
@@ -20,23 +20,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SlicedLogits:
-    """Raw logits of `tokens` tokens, [T, V], a slice of `size` columns after the other.
+    """Logits of `tokens` tokens, [T, V], a slice of `size` columns after the other.
 
     memory: contiguous [V, room] with T <= room; rows a to b have columns a to b at their front, as
     the head's `logits_in` lays them out.
+    bases: None of raw logits; or [slices, T] float32, and the memory has float16, see
+    `cpu_rows.row_stats`.
     picked: indices [M] of the tokens that are still wanted, or None for all.
     """
 
     memory: Tensor
     tokens: int
     size: int
+    bases: Tensor | None = None
     picked: Tensor | None = None
 
-    def read(self, head: Head, rows: slice, out: Tensor) -> Tensor:
-        """The logits of the wanted tokens at one slice, in `out` where they have to be picked."""
-        logits = head.logits_in(self.memory[rows], self.tokens)
+    @classmethod
+    def in_memory(cls, memory: Tensor, tokens: int, size: int) -> SlicedLogits:
+        """Those of as many of the tokens as `memory` has room for, of its dtype."""
+        tokens, bases = min(tokens, memory.shape[1]), None
+        if memory.dtype == torch.float16:
+            bases = torch.empty(-(-len(memory) // size), tokens, device=memory.device)
+        return cls(memory, tokens, size, bases)
+
+    @property
+    def scratch(self) -> int:
+        """Numbers that the first GEMM writes elsewhere, as a slice's float16 is made of them."""
+        return 0 if self.bases is None else self.tokens * min(self.size, len(self.memory))
+
+    def at(self, head: Head, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """A slice's memory as [T, S], and its base if it has one."""
+        base = None if self.bases is None else self.bases[rows.start // self.size]
+        return head.logits_in(self.memory[rows], self.tokens), base
+
+    def read(self, head: Head, rows: slice, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same of the wanted tokens, raw logits in `out` where they have to be picked."""
+        logits, base = self.at(head, rows)
         if self.picked is None:
-            return logits
+            return logits, base
+        if base is not None:
+            return logits.index_select(0, self.picked), base[self.picked]
         if head.by_columns:
-            return torch.index_select(logits.T, 1, self.picked, out=out.T).T
-        return torch.index_select(logits, 0, self.picked, out=out)
+            return torch.index_select(logits.T, 1, self.picked, out=out.T).T, None
+        return torch.index_select(logits, 0, self.picked, out=out), None

@@ -114,6 +114,44 @@ def test_logits_may_be_mapped(bias: bool, softcap: float | None, scale: float) -
     check(products, targets_of(9, 333), logit_map=logit_map, second=0.8, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("bias", "softcap", "scale"),
+    [(False, None, 1.0), (True, None, 1.0), (False, 30.0, 1.0), (True, 5.0, 0.7)],
+)
+def test_logits_may_wait_as_float16(bias: bool, softcap: float | None, scale: float) -> None:
+    # In two slices, the larger logits in the second one; targets are likely, so that 1 - p counts.
+    count, vocab, first = 9, 2048 + 333, 2048
+    products = products_of(count, vocab, torch.float32)
+    products[:, first:] += 9
+    vector = torch.randn(vocab, generator=torch.Generator().manual_seed(0)) if bias else None
+    logit_map = LogitMap(vector, softcap, scale)
+    targets, inverse, second = products.argmax(1), torch.linspace(0.5, 2, count), torch.ones(count)
+    args = inverse, second, logit_map
+    stats = cpu_rows.row_stats(products, targets, *args, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    coefs = RowCoefs(*(torch.randn(count, generator=generator) for _ in range(4)))
+    plain, waited = torch.empty(count, vocab), torch.empty(count, vocab)
+    more = {"stats": stats, "coefs": coefs, "bias_grad": None}
+    cpu_rows.row_grad(products, targets, *args, **more, out=plain)  # type: ignore[arg-type]
+    state, found = cpu_rows.new_state(count), None
+    for columns in (slice(0, first), slice(first, vocab)):
+        part = LogitMap(None if vector is None else vector[columns], softcap, scale)
+        inside = (targets >= columns.start) & (targets < columns.stop)
+        given = torch.where(inside, targets - columns.start, -1), inverse, second, part
+        kept = torch.empty(count, columns.stop - columns.start, dtype=torch.float16)
+        base = torch.empty(count)
+        ends = {"is_first": columns.start == 0, "is_last": columns.stop == vocab}
+        waits = {"kept": kept, "base": base, "state": state}
+        found = cpu_rows.row_stats(products[:, columns], *given, torch.float32, **ends, **waits)
+        cpu_rows.row_grad(kept, *given, **more, out=waited[:, columns], base=base)  # type: ignore[arg-type]
+    assert found is not None and all(map(torch.equal, found[:6], stats[:6]))
+    size = plain.abs().amax(1, keepdim=True)
+    assert ((waited - plain).abs() <= 1e-3 * size).all()
+    if vector is None:  # or the likeliest token need not have the largest product
+        at_target = targets[:, None]
+        torch.testing.assert_close(waited.gather(1, at_target), plain.gather(1, at_target))
+
+
 def test_temperatures_per_row_and_twice() -> None:
     inverse = torch.tensor([0.5, 1.0, 2.0, 1 / 0.7, 1.0])
     second = torch.tensor([1.0, 0.8, 1.2, 3.0, 1.0])
@@ -238,14 +276,16 @@ def test_they_are_operators_with_shapes_for_tracing() -> None:
     operators = torch.ops.aepo_kernels
     checks = "test_schema", "test_faketensor"
     state = cpu_rows.new_state(5)
-    for is_last in (False, True):
-        given = products, targets, *law, True, state, not is_last, is_last
+    kept = torch.empty(5, 300, dtype=torch.float16), torch.empty(5)
+    for is_last, waits in ((False, (None, None)), (True, (None, None)), (True, kept)):
+        given = products, targets, *law, True, state, not is_last, is_last, *waits
         torch.library.opcheck(operators.cpu_row_stats.default, given, test_utils=checks)
     stats = list(cpu_rows.row_stats(products, targets, *law[:2], PLAIN, torch.float32))
     coefs = [torch.randn(5), torch.randn(5), None, torch.randn(5)]
     out, bias_grad = torch.empty_like(products), torch.zeros(300)
-    given = products, targets, *law, stats, coefs, out, bias_grad, None
-    torch.library.opcheck(operators.cpu_row_grad.default, given, test_utils=checks)
+    for source, base in ((products, None), kept):
+        given = source, targets, *law, stats, coefs, out, bias_grad, None, base
+        torch.library.opcheck(operators.cpu_row_grad.default, given, test_utils=checks)
     given = products, torch.ones(5), torch.rand(5, dtype=torch.float64)
     torch.library.opcheck(operators.cpu_sample_rows.default, given, test_utils=checks)
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from aepo_kernels import RowSampling, chunks, cpu_library, linear_logprob
+from aepo_kernels import RowSampling, backends, chunks, cpu_library, linear_logprob
 from aepo_kernels.gemm import GEMM_BYTES
 from aepo_kernels.gradients import Gradients
+from aepo_kernels.sliced_logits import SlicedLogits
 from tests.kernels.oracle import (
     OPTIONS,
     Case,
@@ -96,13 +97,18 @@ def check_unasked(case: Case, weight_dtype: torch.dtype, rows: str) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize(("tokens", "again"), [(64, 0), (80, 0), (110, 14)])
+@pytest.mark.parametrize(
+    ("tokens", "again", "widened_again"),
+    [(64, 0, 0), (80, 0, 0), (110, 14, 0), (160, 64, 12)],
+)
 def test_on_a_cpu_few_logits_are_made_twice(
-    tokens: int, again: int, layout: str, monkeypatch: pytest.MonkeyPatch
+    tokens: int, again: int, widened_again: int, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 64 tokens' logits wait in the gradient of a weight of 64 columns, those of the last chunk of
     # at most 32 where they are. Half the budget is the gradient's once more, if by columns; widened
-    # GEMMs' logits are as wide as a float32 weight.
+    # GEMMs' logits are as wide as a float32 weight. Of more than would fit, twice as many wait
+    # there as float16, and 20 beside.
+    monkeypatch.setattr(chunks, "_CPU_WAITING_BYTES", 2 * 1000 * 20)
     budget = 2 * 1000 * 32 * (1 if layout == "rows" else 2)
     budget += GEMM_BYTES if layout == "widened" else 0
     monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", budget)
@@ -119,7 +125,34 @@ def test_on_a_cpu_few_logits_are_made_twice(
     if layout == "widened":
         leaves = replace(leaves, weight=leaves.weight.detach().float().requires_grad_())
     run(leaves, policy_gradient, torch.randn(tokens), chunk_tokens=None).loss.backward()
-    assert sum(made) == (tokens + again) * 1000
+    assert sum(made) == (tokens + (widened_again if layout == "widened" else again)) * 1000
+
+
+@needs_cpp
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1, 6])  # of logits: the likeliest token has 1 % and 97 %
+def test_what_waits_as_float16_keeps_its_accuracy(
+    size: int, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", GEMM_BYTES + 4 * 3000 * 16)
+    waiting: list[SlicedLogits] = []
+    read = SlicedLogits.read
+    monkeypatch.setattr(
+        SlicedLogits, "read", lambda self, *a: waiting.append(self) or read(self, *a)
+    )
+    case = make_case(200, 64, 3000, dtype=torch.bfloat16, seed=5)
+    case = replace(case, weight=size * case.weight)
+    case = replace(case, targets=(case.hidden.float() @ case.weight.float().T).argmax(1))
+    advantage = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    _, _, truth = by_autograd(case.fresh(torch.float64), policy_gradient, advantage)
+    leaves = case.fresh()
+    leaves = replace(leaves, weight=leaves.weight.detach().to(weight_dtype).requires_grad_())
+    output = run(leaves, policy_gradient, advantage, chunk_tokens=None)
+    for grad, wanted in zip(torch.autograd.grad(output.loss, leaves.tensors()), truth, strict=True):
+        error = (grad.double() - wanted).norm() / wanted.norm()
+        assert error <= (1e-4 if grad.dtype == torch.float32 else 2e-3)  # bfloat16's rounding
+    assert waiting and all(room.memory.dtype == torch.float16 for room in waiting)
 
 
 @pytest.mark.parametrize("weight_slice", [1, 64, 300, 5000])

@@ -154,8 +154,9 @@ RowState merged(const AepoLogits& logits, std::int64_t index, RowState state, Ro
   return state;
 }
 
-int row_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState& known) {
-  if (logits.dtype != kBFloat16) return 1;
+int row_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState& known,
+              const AepoKept& kept) {
+  if (logits.dtype != kBFloat16 || logits.base != nullptr || kept.logits != nullptr) return 1;
   const bool is_whole = known.numbers == nullptr, squares = stats.sum_squares != nullptr;
   const bool is_first = is_whole || known.is_first, is_last = is_whole || known.is_last;
   const std::int64_t blocks = (logits.vocab + kBlock - 1) / kBlock;
@@ -271,7 +272,7 @@ void grad_of_tile(const AepoLogits& logits, const AepoGrad& grad, const GradOfRo
 
 int row_grad(const AepoLogits& logits, const AepoStats& stats, const AepoCoefs& coefs,
              const AepoGrad& grad) {
-  if (logits.dtype != kBFloat16 || grad.dtype != kBFloat16) return 1;
+  if (logits.dtype != kBFloat16 || grad.dtype != kBFloat16 || logits.base != nullptr) return 1;
   const std::int64_t groups = (logits.rows + kLanes - 1) / kLanes;
   const std::unique_ptr<GradOfRows[]> rows(new GradOfRows[groups]);
   for (std::int64_t group = 0; group < groups; ++group) {

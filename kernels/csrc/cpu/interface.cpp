@@ -27,7 +27,10 @@ const Isa kIsas[] = {
     {kFirst, &kPortableRows, &kPortableColumns, &kPortableLayers, [] { return true; }},
 #if defined(__x86_64__)
     {"avx2", &kAvx2Rows, &kAvx2Columns, &kAvx2Layers,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
     {"avx512", &kAvx512Rows, &kAvx512Columns, &kAvx512Layers,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -48,9 +51,11 @@ const char* aepo_isa_name(std::int32_t isa) {
 int aepo_isa_runs(std::int32_t isa) { return isa >= 0 && isa < kCount && kIsas[isa].runs(); }
 
 int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats, const AepoState* state,
-                   std::int32_t isa) {
-  if (logits->column_stride != 1) return kIsas[isa].columns->row_stats(*logits, *stats, *state);
-  return kIsas[isa].rows->row_stats(*logits, *stats, *state);
+                   const AepoKept* kept, std::int32_t isa) {
+  if (logits->column_stride != 1) {
+    return kIsas[isa].columns->row_stats(*logits, *stats, *state, *kept);
+  }
+  return kIsas[isa].rows->row_stats(*logits, *stats, *state, *kept);
 }
 
 int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,

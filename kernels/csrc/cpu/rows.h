@@ -20,6 +20,7 @@ struct AepoLogits {
   const float* second_inv_temperature;
   const float* bias;                // [vocab]
   float softcap, scale;
+  const float* base;                // per row; not null: the products are z - base, see AepoKept
 };
 
 // log_sum = log sum_j exp((z_j - max) / T); sum_squares = sum_j p_j^2.
@@ -36,6 +37,14 @@ struct AepoState {
   std::int32_t is_first, is_last;
 };
 constexpr int kStateSize = 6;
+
+// Where logits wait for their gradient as fp16, [rows, vocab]: z - base, of which the largest are
+// exact since base, fp32 [rows], is the largest logit of a row so far.
+struct AepoKept {
+  void* logits;  // null: they are not kept
+  std::int64_t row_stride;
+  float* base;
+};
 
 // Derivatives of the loss by each row's outputs.
 struct AepoCoefs {
@@ -63,9 +72,10 @@ struct AepoSample {
 #define AEPO_EXPORT __attribute__((visibility("default")))
 
 extern "C" {
-// All return 0, or 1 where a dtype is unknown. isa: see aepo_isa_name.
+// All return 0, or 1 where a dtype is unknown or products by columns have or want a base. isa: see aepo_isa_name.
 AEPO_EXPORT int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats,
-                               const AepoState* state, std::int32_t isa);
+                               const AepoState* state, const AepoKept* kept,
+                               std::int32_t isa);
 AEPO_EXPORT int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,
                   const AepoGrad* grad, std::int32_t isa);
 // Of products by rows; ignores the targets. A row whose logits are all -inf, or NaN, gives token -1.

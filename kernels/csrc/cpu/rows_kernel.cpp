@@ -5,6 +5,7 @@
 #include <limits>
 #include <memory>
 
+#include "elements.h"
 #include "row_math.h"
 #include "rows.h"
 #include "rows_kernel.h"
@@ -16,6 +17,7 @@ template <typename Value>
 struct Row {
   const Value* products;
   const AepoLogits& logits;
+  float base;  // of products that are logits but for this
 
   // A vector of logits from a column on; those beyond the vocabulary are -inf.
   Floats at(std::int64_t column) const {
@@ -32,6 +34,7 @@ struct Row {
   float one(std::int64_t column) const { return at(column)[0]; }
 
   Floats map(Floats value, std::int64_t column, std::int64_t count = kLanes) const {
+    if (logits.base != nullptr) return value + base;
     if (logits.bias != nullptr) {
       if (count == kLanes) {
         value += load(logits.bias + column);
@@ -46,7 +49,8 @@ struct Row {
 template <typename Value>
 Row<Value> row_at(const AepoLogits& logits, std::int64_t index) {
   const auto* products = static_cast<const Value*>(logits.products);
-  return {products + index * logits.row_stride, logits};
+  const float base = logits.base == nullptr ? 0 : logits.base[index];
+  return {products + index * logits.row_stride, logits, base};
 }
 
 Sums block_sums(const Floats* block, std::int64_t count, float max, float inverse, bool squares) {
@@ -108,14 +112,27 @@ void add_columns(const AepoLogits& logits, const AepoStats& stats, std::int64_t 
   state.second = second;
 }
 
+// Keeps a row's logits, which its statistics have just brought into the cache.
+template <typename Value>
+void keep_row(const AepoLogits& logits, const AepoKept& kept, std::int64_t index, float max) {
+  const Row<Value> row = row_at<Value>(logits, index);
+  auto* to = static_cast<Float16*>(kept.logits) + index * kept.row_stride;
+  const float base = std::max(max, std::numeric_limits<float>::lowest());  // of a row of -inf
+  kept.base[index] = base;
+  for (std::int64_t column = 0; column < logits.vocab; column += kLanes) {
+    store_some(to + column, row.at(column) - base, logits.vocab - column);
+  }
+}
+
 template <typename Value>
 void stats_of_row(const AepoLogits& logits, const AepoStats& stats, const AepoState& known,
-                  std::int64_t index) {
+                  const AepoKept& kept, std::int64_t index) {
   const bool is_whole = known.numbers == nullptr;
   const bool is_first = is_whole || known.is_first, is_last = is_whole || known.is_last;
   double* numbers = is_whole ? nullptr : known.numbers + index * kStateSize;
   RowState state = is_first ? RowState{} : RowState::read(numbers);
   add_columns<Value>(logits, stats, index, is_first, state);
+  if (kept.logits != nullptr) keep_row<Value>(logits, kept, index, state.max);
   if (is_last) {
     finish_row(logits, stats, index, state);
   } else {
@@ -143,13 +160,7 @@ void grad_of_part(const AepoLogits& logits, const GradOfRow& row_grad, const Aep
       value *= 1.0f - share * share;
     }
     const std::int64_t count = std::min<std::int64_t>(kLanes, logits.vocab - column);
-    if (count == kLanes) {
-      store(out + column, value);
-    } else {
-      Out padded[kLanes];
-      store(padded, value);
-      std::copy(padded, padded + count, out + column);
-    }
+    store_some(out + column, value, count);
     if (sums != nullptr) {
       for (std::int64_t i = 0; i < count; ++i) sums[column - start + i] += value[i];
     }
@@ -214,10 +225,11 @@ void all_samples(const AepoLogits& logits, const AepoSample& sample) {
 }
 
 template <typename Value>
-void all_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState& state) {
+void all_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState& state,
+               const AepoKept& kept) {
 #pragma omp parallel for schedule(static) num_threads(logits.threads)
   for (std::int64_t index = 0; index < logits.rows; ++index) {
-    stats_of_row<Value>(logits, stats, state, index);
+    stats_of_row<Value>(logits, stats, state, kept, index);
   }
 }
 
@@ -256,11 +268,12 @@ int grads_from(const AepoLogits& logits, const AepoStats& stats, const AepoCoefs
   }
 }
 
-int row_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState& state) {
+int row_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState& state,
+              const AepoKept& kept) {
   switch (logits.dtype) {
-    case kFloat32: all_stats<float>(logits, stats, state); return 0;
-    case kBFloat16: all_stats<BFloat16>(logits, stats, state); return 0;
-    case kFloat16: all_stats<Float16>(logits, stats, state); return 0;
+    case kFloat32: all_stats<float>(logits, stats, state, kept); return 0;
+    case kBFloat16: all_stats<BFloat16>(logits, stats, state, kept); return 0;
+    case kFloat16: all_stats<Float16>(logits, stats, state, kept); return 0;
     default: return 1;
   }
 }

@@ -4,7 +4,8 @@
 #include "rows.h"
 
 struct RowKernels {
-  int (*row_stats)(const AepoLogits&, const AepoStats&, const AepoState&);
+  int (*row_stats)(const AepoLogits&, const AepoStats&, const AepoState&,
+                   const AepoKept&);
   int (*row_grad)(const AepoLogits&, const AepoStats&, const AepoCoefs&, const AepoGrad&);
   int (*sample_rows)(const AepoLogits&, const AepoSample&);
 };

@@ -62,14 +62,6 @@ inline Words load_words(const std::uint16_t* from) {
 
 inline Floats load(const BFloat16* from) { return bits<Floats>(load_words(&from->bits) << 16); }
 
-inline Floats load(const Float16* from) {
-  const Words half = load_words(&from->bits);
-  // Exponents are 112 apart; multiplying by a power of two also makes subnormals right.
-  const Floats scaled = bits<Floats>((half & 0x7fffu) << 13) * 0x1p112f;
-  const Words special = (half & 0x7c00u) == 0x7c00u ? (Words{} + 0x7f800000u) : Words{};
-  return bits<Floats>(bits<Words>(scaled) | special | (half & 0x8000u) << 16);
-}
-
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
 inline void store_words(std::uint16_t* to, Words words) {  // each below 2^16
@@ -91,6 +83,26 @@ inline Words rounded_bits(Floats value) {
 
 inline void store(BFloat16* to, Floats value) { store_words(&to->bits, rounded_bits(value)); }
 
+#if defined(__F16C__) && !defined(__AVX512F__)
+inline Floats load(const Float16* from) {
+  __m128i half;
+  std::memcpy(&half, from, sizeof half);
+  return bits<Floats>(_mm256_cvtph_ps(half));
+}
+
+inline void store(Float16* to, Floats value) {
+  const __m128i half = _mm256_cvtps_ph(bits<__m256>(value), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(to, &half, sizeof half);
+}
+#else
+inline Floats load(const Float16* from) {
+  const Words half = load_words(&from->bits);
+  // Exponents are 112 apart; multiplying by a power of two also makes subnormals right.
+  const Floats scaled = bits<Floats>((half & 0x7fffu) << 13) * 0x1p112f;
+  const Words special = (half & 0x7c00u) == 0x7c00u ? (Words{} + 0x7f800000u) : Words{};
+  return bits<Floats>(bits<Words>(scaled) | special | (half & 0x8000u) << 16);
+}
+
 inline void store(Float16* to, Floats value) {
   const Words word = bits<Words>(value);
   const Words sign = (word >> 16) & 0x8000u;
@@ -105,6 +117,7 @@ inline void store(Float16* to, Floats value) {
   half = magnitude > 0x7f800000u ? (Words{} + 0x7e00u) : half;
   store_words(&to->bits, half | sign);
 }
+#endif
 
 // Sums are kept in 16 lanes whatever the registers' width, and added up in the same order.
 constexpr int kWide = 16, kParts = kWide / kLanes;

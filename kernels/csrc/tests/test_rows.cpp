@@ -42,6 +42,10 @@ double rounding_of(std::int32_t dtype, double size) {
                             : std::fmax(0x1p-11 * size, 0x1p-25);
 }
 
+bool same(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
 struct Options {
   const char* name;
   bool bias = false, second = false, squares = false, only_logprob = false, bias_grad = false;
@@ -49,6 +53,7 @@ struct Options {
   bool in_place = false, by_columns = false;
 };
 
+constexpr AepoKept kNowhere{};
 constexpr std::int64_t kKinds = 6;  // of rows
 constexpr std::int64_t kSizes[] = {1, 7, 15, 16, 17, 31, 2047, 2048, 2049, 5003};
 constexpr float kInverse[kKinds] = {1, 0.5f, 1 / 0.7f, 2, 1, 0.7f};
@@ -130,7 +135,7 @@ struct Case {
     logits = {products.at(1), in, 1, rows, vocab, strides.row, strides.column, targets.data(),
               inverse.data(),
               options.second ? second_inverse.data() : nullptr,
-              options.bias ? bias.data() : nullptr, options.softcap, options.scale};
+              options.bias ? bias.data() : nullptr, options.softcap, options.scale, nullptr};
     given.logprob = coefs[0].data();
     if (options.only_logprob) return;
     given.entropy = coefs[1].data();
@@ -162,7 +167,7 @@ struct Case {
       call.targets = inside.data();
       if (options.bias) call.bias = bias.data() + start;
       const AepoState state{numbers.data(), start == 0, start + slice >= vocab};
-      expect(aepo_row_stats(&call, &stats, &state, isa) == 0, "row_stats", isa);
+      expect(aepo_row_stats(&call, &stats, &state, &kNowhere, isa) == 0, "row_stats", isa);
     }
     return run;
   }
@@ -183,10 +188,57 @@ struct Case {
       grad.out = kept.at(1);
     }
     const AepoState whole{};
-    expect(aepo_row_stats(&call, &stats, &whole, isa) == 0, "row_stats", isa);
+    expect(aepo_row_stats(&call, &stats, &whole, &kNowhere, isa) == 0, "row_stats", isa);
     expect(aepo_row_grad(&call, &stats, &given, &grad, isa) == 0, "row_grad", isa);
     if (options.in_place) run.out = std::move(kept);
     return run;
+  }
+
+  // Logits that wait change no statistic, and give the gradient of what they were rounded to.
+  void check_kept(Run& whole, std::int32_t isa, const std::string& name) {
+    const std::int64_t stride = vocab + 3;
+    Run run{{}, Buffer(kFloat32, rows * vocab), Buffer(kFloat32, 0), {}};
+    Buffer halves(kFloat16, rows * stride), rounded(kFloat32, rows * vocab), right = run.out;
+    std::vector<float> bases(rows, NAN);
+    const AepoStats stats = stats_into(run);
+    const AepoState state{};
+    const AepoKept kept{halves.at(0), stride, bases.data()};
+    expect(aepo_row_stats(&logits, &stats, &state, &kept, isa) == 0, name, isa);
+    for (int i = 0; i < 7; ++i) expect(same(whole.stats[i], run.stats[i]), name + ": stats", i);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      expect(bases[row] == stats.max_logit[row], name + ": base", bases[row]);
+      bool has_largest = false;
+      for (std::int64_t column = 0; column < stride; ++column) {
+        const float half = halves.get(row * stride + column);
+        if (column >= vocab) {
+          expect(std::isnan(half), name + ": a gap", half);
+          continue;
+        }
+        has_largest |= half == 0;
+        rounded.set(row * vocab + column, half + bases[row]);
+        if (options.softcap != 0 || options.bias || options.scale != 1) continue;
+        const float z = values[row * vocab + column] - bases[row];
+        const float right_half = z < -65519 ? -INFINITY : z;
+        const double off = std::fmax(0x1p-11 * std::fabs(z), 0x1p-25);
+        expect(half == right_half || std::fabs(half - z) <= off, name + ": half", half);
+      }
+      expect(has_largest, name + ": the largest is exact", double(row));
+    }
+    if (options.softcap != 0 || options.scale != 1) return;  // their slope is not that of 1
+    AepoLogits waited = logits, plain = logits;
+    waited.products = halves.at(0);
+    waited.dtype = kFloat16;
+    waited.row_stride = stride;
+    waited.base = bases.data();
+    plain.products = rounded.at(0);
+    plain.dtype = kFloat32;
+    plain.row_stride = vocab;
+    plain.bias = nullptr;
+    AepoGrad grad{run.out.at(0), kFloat32, vocab, 1, nullptr, nullptr, 0};
+    expect(aepo_row_grad(&waited, &stats, &given, &grad, isa) == 0, name, isa);
+    grad.out = right.at(0);
+    expect(aepo_row_grad(&plain, &stats, &given, &grad, isa) == 0, name, isa);
+    expect(run.out.bytes == right.bytes, name + ": gradient of what waited", isa);
   }
 
   void check_stats(Run& run, const std::vector<RowTruth>& truth, const std::string& name) {
@@ -262,11 +314,9 @@ void numbers(const Options& options, std::int64_t vocab, std::int32_t in, std::i
     const std::string name = std::string(aepo_isa_name(isa)) + ", " + options.name + ", " +
                              std::to_string(vocab) + ", dtypes " + std::to_string(in) +
                              std::to_string(out);
-    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
-      return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-    };
     Run one = test.run(isa, 1);
     test.check(one, truth, name);
+    if (!options.by_columns && in == out) test.check_kept(one, isa, name + ", kept");
     for (const std::int64_t slice : {7, 50, 2048, 4096}) {
       if (in != out) break;  // it has no output in `out`
       Run other = test.run_sliced(isa, slice);
@@ -294,10 +344,10 @@ void nan_stays(std::int64_t vocab, std::int64_t from, float before) {
     row[column] = NAN;
     for (std::int32_t isa = 0; aepo_isa_runs(isa); ++isa) {
       const AepoLogits logits{row.data(), kFloat32, 1, 1, vocab, vocab, 1, &target,
-                              &one, nullptr, nullptr, 0, 1};
+                              &one, nullptr, nullptr, 0, 1, nullptr};
       const AepoStats stats{&stat[0], &stat[1], &stat[2], &stat[3], nullptr, nullptr, nullptr};
       const AepoState whole{};
-      aepo_row_stats(&logits, &stats, &whole, isa);
+      aepo_row_stats(&logits, &stats, &whole, &kNowhere, isa);
       const AepoCoefs coefs{&one, nullptr, nullptr, nullptr};
       const AepoGrad out{grad.data(), kFloat32, vocab, 1, nullptr, nullptr, 0};
       aepo_row_grad(&logits, &stats, &coefs, &out, isa);
