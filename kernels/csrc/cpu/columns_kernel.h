@@ -4,8 +4,7 @@
 #include "rows.h"
 
 struct ColumnKernels {
-  int (*row_stats)(const AepoLogits&, const AepoStats&, const AepoState&,
-                   const AepoKept&);
+  int (*row_stats)(const AepoLogits&, const AepoStats&, const AepoState&, const AepoKept&);
   int (*row_grad)(const AepoLogits&, const AepoStats&, const AepoCoefs&, const AepoGrad&);
 };
 

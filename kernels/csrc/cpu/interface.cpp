@@ -1,5 +1,9 @@
 // The C interface: which instruction sets there are, which run here, and calls into one of them.
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "columns_kernel.h"
 #include "gemm_kernel.h"
 #include "layers.h"
@@ -23,13 +27,20 @@ constexpr const char* kFirst = "neon";  // which every such processor has
 constexpr const char* kFirst = "portable";
 #endif
 
+#if defined(__x86_64__)
+// Not every compiler's __builtin_cpu_supports knows its name.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 const Isa kIsas[] = {
     {kFirst, &kPortableRows, &kPortableColumns, &kPortableLayers, [] { return true; }},
 #if defined(__x86_64__)
     {"avx2", &kAvx2Rows, &kAvx2Columns, &kAvx2Layers,
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
      }},
     {"avx512", &kAvx512Rows, &kAvx512Columns, &kAvx512Layers,
      [] {

@@ -72,10 +72,10 @@ struct AepoSample {
 #define AEPO_EXPORT __attribute__((visibility("default")))
 
 extern "C" {
-// All return 0, or 1 where a dtype is unknown or products by columns have or want a base. isa: see aepo_isa_name.
+// All return 0, or 1 where a dtype is unknown or products by columns have or want a base.
+// isa: see aepo_isa_name.
 AEPO_EXPORT int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats,
-                               const AepoState* state, const AepoKept* kept,
-                               std::int32_t isa);
+                               const AepoState* state, const AepoKept* kept, std::int32_t isa);
 AEPO_EXPORT int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,
                   const AepoGrad* grad, std::int32_t isa);
 // Of products by rows; ignores the targets. A row whose logits are all -inf, or NaN, gives token -1.

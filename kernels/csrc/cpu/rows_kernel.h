@@ -4,8 +4,7 @@
 #include "rows.h"
 
 struct RowKernels {
-  int (*row_stats)(const AepoLogits&, const AepoStats&, const AepoState&,
-                   const AepoKept&);
+  int (*row_stats)(const AepoLogits&, const AepoStats&, const AepoState&, const AepoKept&);
   int (*row_grad)(const AepoLogits&, const AepoStats&, const AepoCoefs&, const AepoGrad&);
   int (*sample_rows)(const AepoLogits&, const AepoSample&);
 };
