@@ -66,8 +66,8 @@ def token_loss(
         used = gradients.first_used(kept, num_active, size)
         space = head.space(min(size, num_active - used))
         scored = max(used - kept, num_tokens - num_active)
-        scratch = max((room.scratch for room in rooms), default=0)
-        scores = head.scoring_space(min(scoring_size, scored), scratch)
+        scores = head.scoring_space(min(scoring_size, scored), gradients.scratch)
+        gradients.space = scores if gradients.scratch else None
         waiting = iter(rooms)
         runs = [(room.tokens, room.tokens) for room in rooms]
         runs += (used - kept, scoring_size), (num_active - used, size)

@@ -11,7 +11,6 @@ from torch import Tensor
 from aepo_kernels import cpu_rows
 from aepo_kernels.backends import gemms_want_columns, row_operations
 from aepo_kernels.gemm import GEMM_BYTES, add_product, in_cpp, is_widened, matmul
-from aepo_kernels.huge_pages import advise
 from aepo_kernels.options import VocabShard
 from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import LogitMap, RowCoefs, RowStats
@@ -65,7 +64,7 @@ class Head:
         """
         if self.hidden.is_cuda or self.fused:
             return None
-        return advise(self.hidden.new_empty(tokens * len(self.weight), dtype=self.logits_dtype))
+        return self.hidden.new_empty(tokens * len(self.weight), dtype=self.logits_dtype)
 
     def by_rows_space(self, tokens: int) -> Tensor | None:
         """Room for the logits' gradient once more, by rows, where logits lie by columns; [C, V]."""
@@ -103,7 +102,7 @@ class Head:
         if self.by_slices:
             columns = min(self._scoring_columns, len(self.weight))
             size = max(tokens * columns, least)
-            return advise(self.hidden.new_empty(size, dtype=self.logits_dtype))
+            return self.hidden.new_empty(size, dtype=self.logits_dtype)
         return self.space(tokens)
 
     def score(self, tokens: Tokens, space: Tensor | None) -> RowStats:
@@ -195,16 +194,15 @@ class Head:
         bias_grad: Tensor | None,
         out: Tensor | None = None,
         by_rows: Tensor | None = None,
-        base: Tensor | None = None,
+        **waited: Tensor,
     ) -> Tensor:
         """The loss's gradient by the raw logits, in hidden's dtype or, widened, in place in theirs.
 
-        by_rows: see `by_rows_space`; gets the gradient as well. base: see `SlicedLogits.read`.
+        by_rows: see `by_rows_space`; gets the gradient as well. waited: see `SlicedLogits.read`.
         """
         if out is None:
             in_place = products.dtype == self.hidden.dtype or is_widened(self.hidden)
             out = products if in_place else torch.empty_like(products, dtype=self.hidden.dtype)
-        more = {"by_rows": by_rows, "base": base}
         row_operations(products).row_grad(
             products,
             tokens.targets,
@@ -215,7 +213,8 @@ class Head:
             coefs,
             out=out,
             bias_grad=bias_grad,
-            **{name: value for name, value in more.items() if value is not None},
+            **({} if by_rows is None else {"by_rows": by_rows}),
+            **waited,
         )
         return out
 

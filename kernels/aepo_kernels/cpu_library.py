@@ -35,6 +35,7 @@ class Logits(ctypes.Structure):
         ("softcap", _FLOAT),
         ("scale", _FLOAT),
         ("base", _POINTER),
+        ("picked", _POINTER),
     ]
 
 

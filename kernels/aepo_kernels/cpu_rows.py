@@ -32,7 +32,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     f"cpu_row_grad(Tensor products, Tensor targets, {_LAW}, Tensor?[] stats, Tensor?[] coefs, "
-    "Tensor(a!) out, Tensor(b!)? bias_grad, Tensor(c!)? by_rows, Tensor? base) -> ()"
+    "Tensor(a!) out, Tensor(b!)? bias_grad, Tensor(c!)? by_rows, "
+    "Tensor? base, Tensor? picked) -> ()"
 )
 
 
@@ -89,14 +90,15 @@ def row_grad(
     bias_grad: Tensor | None,
     by_rows: Tensor | None = None,
     base: Tensor | None = None,
+    picked: Tensor | None = None,
 ) -> None:
     """See `rows.row_grad`.
 
     by_rows: where products and `out` lie by columns, [C, V] by rows to take the gradient as well.
-    base: [C] float32; the products are what `row_stats` kept with it.
+    base, picked: the products are what `row_stats` kept with that base, or rows [C] of it.
     """
-    law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
-    given = products, targets, *law, list(stats), list(coefs), out, bias_grad, by_rows, base
+    law = _law(len(targets), inv_temperature, second_inv_temperature, logit_map)
+    given = products, targets, *law, list(stats), list(coefs), out, bias_grad, by_rows, base, picked
     torch.ops.aepo_kernels.cpu_row_grad(*given)
 
 
@@ -180,6 +182,7 @@ def _grad(
     bias_grad: Tensor | None,
     by_rows: Tensor | None,
     base: Tensor | None,
+    picked: Tensor | None,
 ) -> None:
     """The gradient by the products into `out`, which may be the products themselves."""
     law = _floats(inv_temperature, second_inv_temperature, bias)
@@ -188,7 +191,7 @@ def _grad(
     known, factors = _floats(*stats), _floats(*coefs)
     call(
         "aepo_row_grad",
-        _logits(products, given, softcap, scale, base),
+        _logits(products, given, softcap, scale, base, picked),
         Stats(*map(_address, known)),
         Coefs(*map(_address, factors)),
         Grad(
@@ -220,18 +223,21 @@ def _logits(
     softcap: float,
     scale: float,
     base: Tensor | None = None,
+    picked: Tensor | None = None,
 ) -> Logits:
     """The C arguments; `given` (targets, temperatures, bias) has to outlive the call."""
     return Logits(
         products.data_ptr(),
         DTYPES[products.dtype],
         torch.get_num_threads(),
-        *products.shape,
+        len(products) if picked is None else len(picked),
+        products.shape[1],
         *_strides(products),
         *map(_address, given),
         softcap,
         scale,
         _address(base),
+        _address(picked),
     )
 
 

@@ -19,7 +19,6 @@ from aepo_kernels.chunks import (
 )
 from aepo_kernels.gradient_blocks import GradientBlocks
 from aepo_kernels.gradients import Gradients
-from aepo_kernels.huge_pages import advise
 from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import RowCoefs, RowStats
 from aepo_kernels.sampling import sample_rows, variance_of
@@ -45,16 +44,16 @@ class _Part:
         by_rows: Tensor | None,
     ) -> Tensor:
         """The gradient by the logits at a slice of the vocabulary, in `out` where there is one."""
-        local, base = self.tokens.within(rows), None
+        local, more = self.tokens.within(rows), dict[str, Tensor]()
         if isinstance(self.logits, Tensor):
             products = self.logits[:, rows]
         elif self.logits is not None:
             assert out is not None
-            products, base = self.logits.read(head, rows, out)
+            products, more = self.logits.read(head, rows, out)
         else:
             products = head.products(local, out)
         given = local, products, self.stats, self.coefs, bias_grad
-        return head.dlogits(*given, out, by_rows, base)
+        return head.dlogits(*given, out, by_rows, **more)
 
 
 class GradientPass:
@@ -76,7 +75,8 @@ class GradientPass:
         self.rows = 0
         self.variance = torch.zeros((), dtype=head.dtype, device=head.hidden.device)
         self.later: list[_Part] = []
-        self.last_lasts = True
+        self.scratch = 0  # numbers that slices work in, where there is `space` for them
+        self.space: Tensor | None = None
         self.by_rows: Tensor | None = None
 
     def rooms(self, tokens: int) -> list[SlicedLogits]:
@@ -90,12 +90,12 @@ class GradientPass:
         weight, dtype = self.problem.weight, self.head.logits_dtype
         inside, beside = waiting_as_float16(self.problem, tokens)
         if inside:
-            dtype, self.last_lasts = torch.float16, False
+            dtype, self.scratch = torch.float16, tokens * min(self.slice, len(weight))
         if weight.shape[1] * weight.element_size() % dtype.itemsize != 0:
             return []
         memories = [self.total.make_weight().view(dtype)]
         if beside:
-            memories.append(advise(weight.new_empty(len(weight), beside, dtype=dtype)))
+            memories.append(weight.new_empty(len(weight), beside, dtype=dtype))
         rooms = []
         for memory in memories:
             rooms.append(SlicedLogits.in_memory(memory, tokens, self.slice))
@@ -110,7 +110,7 @@ class GradientPass:
         """
         if self.slice is None:
             return start
-        lasts = self.last_lasts and keeps_logits(self.problem, stop)
+        lasts = self.scratch == 0 and keeps_logits(self.problem, stop)
         return max(start, stop - size) if lasts else stop
 
     def add(
@@ -184,7 +184,8 @@ class GradientPass:
         count = sum(len(part.tokens.targets) for part in parts)
         first = self.head.at(slice(size))
         # First of all: what scoring has left is as large, and malloc may not have given it back.
-        space, second_space = first.space(count), first.by_rows_space(count)
+        space = first.space(count) if self.space is None else self.space
+        second_space = first.by_rows_space(count)
         positions = join_tokens([part.tokens for part in parts]).positions
         inputs = take(self.head.hidden, positions)
         whole = replace(self.head, hidden=inputs)  # or every slice would pick the rows again

@@ -43,23 +43,21 @@ class SlicedLogits:
             bases = torch.empty(-(-len(memory) // size), tokens, device=memory.device)
         return cls(memory, tokens, size, bases)
 
-    @property
-    def scratch(self) -> int:
-        """Numbers that the first GEMM writes elsewhere, as a slice's float16 is made of them."""
-        return 0 if self.bases is None else self.tokens * min(self.size, len(self.memory))
-
     def at(self, head: Head, rows: slice) -> tuple[Tensor, Tensor | None]:
         """A slice's memory as [T, S], and its base if it has one."""
         base = None if self.bases is None else self.bases[rows.start // self.size]
         return head.logits_in(self.memory[rows], self.tokens), base
 
-    def read(self, head: Head, rows: slice, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same of the wanted tokens, raw logits in `out` where they have to be picked."""
+    def read(self, head: Head, rows: slice, out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A slice's logits of the wanted tokens, and what `cpu_rows.row_grad` has to know of them.
+
+        Raw ones are in `out` where they have to be picked.
+        """
         logits, base = self.at(head, rows)
-        if self.picked is None:
-            return logits, base
         if base is not None:
-            return logits.index_select(0, self.picked), base[self.picked]
+            return logits, {"base": base} | ({} if self.picked is None else {"picked": self.picked})
+        if self.picked is None:
+            return logits, {}
         if head.by_columns:
-            return torch.index_select(logits.T, 1, self.picked, out=out.T).T, None
-        return torch.index_select(logits, 0, self.picked, out=out), None
+            return torch.index_select(logits.T, 1, self.picked, out=out.T).T, {}
+        return torch.index_select(logits, 0, self.picked, out=out), {}

@@ -144,6 +144,13 @@ def test_logits_may_wait_as_float16(bias: bool, softcap: float | None, scale: fl
         waits = {"kept": kept, "base": base, "state": state}
         found = cpu_rows.row_stats(products[:, columns], *given, torch.float32, **ends, **waits)
         cpu_rows.row_grad(kept, *given, **more, out=waited[:, columns], base=base)  # type: ignore[arg-type]
+        picked = torch.tensor([7, 0, 3])
+        again, right = torch.empty(2, 3, kept.shape[1])
+        some = [x if x is None or isinstance(x, LogitMap) else x[picked] for x in given]
+        few = {"stats": stats.select(picked), "coefs": coefs.select(picked), "bias_grad": None}  # type: ignore[union-attr]
+        cpu_rows.row_grad(kept, *some, **few, out=again, base=base, picked=picked)
+        cpu_rows.row_grad(kept[picked], *some, **few, out=right, base=base[picked])
+        assert torch.equal(again, right)
     assert found is not None and all(map(torch.equal, found[:6], stats[:6]))
     size = plain.abs().amax(1, keepdim=True)
     assert ((waited - plain).abs() <= 1e-3 * size).all()
@@ -284,7 +291,7 @@ def test_they_are_operators_with_shapes_for_tracing() -> None:
     coefs = [torch.randn(5), torch.randn(5), None, torch.randn(5)]
     out, bias_grad = torch.empty_like(products), torch.zeros(300)
     for source, base in ((products, None), kept):
-        given = source, targets, *law, stats, coefs, out, bias_grad, None, base
+        given = source, targets, *law, stats, coefs, out, bias_grad, None, base, None
         torch.library.opcheck(operators.cpu_row_grad.default, given, test_utils=checks)
     given = products, torch.ones(5), torch.rand(5, dtype=torch.float64)
     torch.library.opcheck(operators.cpu_sample_rows.default, given, test_utils=checks)

@@ -20,7 +20,10 @@ struct AepoLogits {
   const float* second_inv_temperature;
   const float* bias;                // [vocab]
   float softcap, scale;
-  const float* base;                // per row; not null: the products are z - base, see AepoKept
+  // Where not null, the products are z - base, see AepoKept; and where `picked` is not, those of a
+  // row, and its base, are in row picked[row].
+  const float* base;
+  const std::int64_t* picked;
 };
 
 // log_sum = log sum_j exp((z_j - max) / T); sum_squares = sum_j p_j^2.

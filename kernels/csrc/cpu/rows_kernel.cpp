@@ -49,8 +49,9 @@ struct Row {
 template <typename Value>
 Row<Value> row_at(const AepoLogits& logits, std::int64_t index) {
   const auto* products = static_cast<const Value*>(logits.products);
-  const float base = logits.base == nullptr ? 0 : logits.base[index];
-  return {products + index * logits.row_stride, logits, base};
+  if (logits.base == nullptr) return {products + index * logits.row_stride, logits, 0};
+  const std::int64_t source = logits.picked == nullptr ? index : logits.picked[index];
+  return {products + source * logits.row_stride, logits, logits.base[source]};
 }
 
 Sums block_sums(const Floats* block, std::int64_t count, float max, float inverse, bool squares) {

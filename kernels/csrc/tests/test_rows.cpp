@@ -135,7 +135,7 @@ struct Case {
     logits = {products.at(1), in, 1, rows, vocab, strides.row, strides.column, targets.data(),
               inverse.data(),
               options.second ? second_inverse.data() : nullptr,
-              options.bias ? bias.data() : nullptr, options.softcap, options.scale, nullptr};
+              options.bias ? bias.data() : nullptr, options.softcap, options.scale, nullptr, nullptr};
     given.logprob = coefs[0].data();
     if (options.only_logprob) return;
     given.entropy = coefs[1].data();
@@ -344,7 +344,7 @@ void nan_stays(std::int64_t vocab, std::int64_t from, float before) {
     row[column] = NAN;
     for (std::int32_t isa = 0; aepo_isa_runs(isa); ++isa) {
       const AepoLogits logits{row.data(), kFloat32, 1, 1, vocab, vocab, 1, &target,
-                              &one, nullptr, nullptr, 0, 1, nullptr};
+                              &one, nullptr, nullptr, 0, 1, nullptr, nullptr};
       const AepoStats stats{&stat[0], &stat[1], &stat[2], &stat[3], nullptr, nullptr, nullptr};
       const AepoState whole{};
       aepo_row_stats(&logits, &stats, &whole, &kNowhere, isa);
