@@ -118,7 +118,7 @@ class Head:
         return _CPU_SCORING_COLUMNS // (_FLOAT32_SCORING if is_float32 else 1)
 
     def forward_into(self, room: SlicedLogits, tokens: Tokens, space: Tensor | None) -> RowStats:
-        """Statistics, with the logits in memory that keeps them; space has room for its scratch."""
+        """Statistics, with logits in memory that keeps them; float16 ones are made in `space`."""
         return self._stats_by_slices(tokens, room.size, space, room)
 
     def _stats_by_slices(

@@ -131,8 +131,8 @@ def test_logits_may_wait_as_float16(bias: bool, softcap: float | None, scale: fl
     generator = torch.Generator().manual_seed(1)
     coefs = RowCoefs(*(torch.randn(count, generator=generator) for _ in range(4)))
     plain, waited = torch.empty(count, vocab), torch.empty(count, vocab)
-    more = {"stats": stats, "coefs": coefs, "bias_grad": None}
-    cpu_rows.row_grad(products, targets, *args, **more, out=plain)  # type: ignore[arg-type]
+    assert stats is not None
+    cpu_rows.row_grad(products, targets, *args, stats, coefs, out=plain, bias_grad=None)
     state, found = cpu_rows.new_state(count), None
     for columns in (slice(0, first), slice(first, vocab)):
         part = LogitMap(None if vector is None else vector[columns], softcap, scale)
@@ -143,13 +143,14 @@ def test_logits_may_wait_as_float16(bias: bool, softcap: float | None, scale: fl
         ends = {"is_first": columns.start == 0, "is_last": columns.stop == vocab}
         waits = {"kept": kept, "base": base, "state": state}
         found = cpu_rows.row_stats(products[:, columns], *given, torch.float32, **ends, **waits)
-        cpu_rows.row_grad(kept, *given, **more, out=waited[:, columns], base=base)  # type: ignore[arg-type]
+        out = waited[:, columns]
+        cpu_rows.row_grad(kept, *given, stats, coefs, out=out, bias_grad=None, base=base)
         picked = torch.tensor([7, 0, 3])
         again, right = torch.empty(2, 3, kept.shape[1])
-        some = [x if x is None or isinstance(x, LogitMap) else x[picked] for x in given]
-        few = {"stats": stats.select(picked), "coefs": coefs.select(picked), "bias_grad": None}  # type: ignore[union-attr]
-        cpu_rows.row_grad(kept, *some, **few, out=again, base=base, picked=picked)
-        cpu_rows.row_grad(kept[picked], *some, **few, out=right, base=base[picked])
+        some = given[0][picked], inverse[picked], second[picked], part
+        few = *some, stats.select(picked), coefs.select(picked)
+        cpu_rows.row_grad(kept, *few, out=again, bias_grad=None, base=base, picked=picked)
+        cpu_rows.row_grad(kept[picked], *few, out=right, bias_grad=None, base=base[picked])
         assert torch.equal(again, right)
     assert found is not None and all(map(torch.equal, found[:6], stats[:6]))
     size = plain.abs().amax(1, keepdim=True)
