@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "elements.h"
@@ -40,7 +41,9 @@ struct Free {
 using Room = std::unique_ptr<float[], Free>;
 
 Room room(Index count) {
-  return Room(static_cast<float*>(std::aligned_alloc(64, up(4 * count, 64))));
+  auto* memory = static_cast<float*>(std::aligned_alloc(64, up(4 * count, 64)));
+  if (memory == nullptr && count > 0) throw std::bad_alloc();
+  return Room(memory);
 }
 
 // A square of words, in place: vector.h's is made of shuffles that AVX2 has no single instruction for.
@@ -216,7 +219,9 @@ struct Task {
 // A size of tiles for which packing and uneven shares of the threads cost least.
 Tile size_of_tiles(const Task& task) {
   const AepoGemm& gemm = task.gemm;
-  const Index most = std::clamp<Index>(kAllColumns / gemm.threads, 128, 768);
+  // Whole panels, which is what packing writes.
+  const Index share = kAllColumns / gemm.threads / kColumns * kColumns;
+  const Index most = std::clamp<Index>(share, 128, 768);
   const Index sums = kAllSums / std::min(gemm.threads, 16);
   Tile best{};
   double least = INFINITY;

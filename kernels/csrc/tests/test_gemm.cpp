@@ -46,7 +46,7 @@ void check(std::int32_t left_dtype, std::int32_t right_dtype, std::int32_t dtype
   left.fill(random);
   right.fill(random);
   std::vector<unsigned char> first;
-  for (const int threads : {1, 2, 8}) {
+  for (const int threads : {1, 2, 5, 8}) {
     Matrix out(dtype, rows, columns, true);
     std::mt19937 before(1);
     if (add) out.fill(before);
@@ -94,7 +94,8 @@ int main() {
   unknown.left.dtype = 7;
   if (aepo_gemm(&unknown) != 1) ++failures;
   const std::int64_t shapes[][3] = {{1, 1, 1},    {1, 9, 40},    {6, 8, 16},    {7, 17, 15},
-                                    {13, 600, 33}, {130, 20, 70}, {50, 193, 530}, {250, 1, 17}};
+                                    {13, 600, 33}, {130, 20, 70}, {50, 193, 530}, {250, 1, 17},
+                                    {2, 64, 1530}};  // at 5 threads the widest tiles
   for (const auto& [rows, inner, columns] : shapes) {
     for (int layout = 0; layout < 4; ++layout) {
       for (const std::int32_t dtype : {kFloat32, kBFloat16, kFloat16}) {
