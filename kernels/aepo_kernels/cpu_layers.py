@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from aepo_kernels.cpu_library import DTYPES, call
 
@@ -82,7 +83,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    out, rstd = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1])
+    out = torch.empty_like(x, dtype=dtype)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     call("aepo_rms_norm", _norm(x, weight, out, rstd, None, None, eps))
     return out, rstd
 
@@ -97,11 +99,14 @@ class _RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, rstd = ctx.saved_tensors
         out_grad = grads[0].contiguous()
         x_grad = torch.empty_like(x)
-        weight_grad = torch.empty(weight.shape) if ctx.needs_input_grad[1] else None
+        weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = torch.empty_like(weight, dtype=torch.float32)
         norm = _norm(x, weight, out_grad, rstd, x_grad, weight_grad, ctx.eps)
         call("aepo_rms_norm_grad", norm)
         return x_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None
@@ -134,10 +139,12 @@ class _SwigluFunction(torch.autograd.Function):
         return _gated(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
-        call("aepo_swiglu_grad", _swiglu(gate, up, grads[0].contiguous(), gate_grad, up_grad))
+        out_grad = grads[0].contiguous()  # kept by name: the library has only its address
+        call("aepo_swiglu_grad", _swiglu(gate, up, out_grad, gate_grad, up_grad))
         return gate_grad, up_grad
 
 
@@ -155,8 +162,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"cos {list(cos.shape)}, sin {list(sin.shape)}: do not fit x {list(x.shape)}"
         )
     if not torch.is_grad_enabled():
-        out = torch.empty(x.shape, dtype=x.dtype)
-        return _rotate(x, cos.contiguous(), sin.contiguous(), out, transpose=False)
+        return _rotate(x, cos.contiguous(), sin.contiguous(), x.new_empty(x.shape), transpose=False)
     return _RotaryFunction.apply(x, cos, sin)  # type: ignore[return-value]
 
 
@@ -165,13 +171,14 @@ class _RotaryFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, torch.empty(x.shape, dtype=x.dtype), transpose=False)
+        return _rotate(x, cos, sin, x.new_empty(x.shape), transpose=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
         batch, heads, length, width = grad.shape
-        x_grad = torch.empty(batch, length, heads, width, dtype=grad.dtype).transpose(1, 2)
+        x_grad = grad.new_empty(batch, length, heads, width).transpose(1, 2)
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, sin, x_grad, transpose=True), None, None
 
@@ -197,7 +204,7 @@ def decode_attention(
         )
     query, key, value = (_adjacent(x) for x in (query, key, value))
     mask = None if mask is None else _adjacent(mask)
-    out = torch.empty(query.shape, dtype=query.dtype)
+    out = query.new_empty(query.shape)
     call(
         "aepo_decode",
         _Decode(

@@ -104,7 +104,10 @@ def unavailable_reason() -> str | None:
     if os.environ.get(ISA_VARIABLE) == "torch":
         return f"{ISA_VARIABLE} = torch"
     if library() is None:
-        return "the package was built without its C++ part, as where no C++ compiler is found"
+        return (
+            "the package was built without its C++ part, as where no C++ compiler is found; "
+            "`pip install -v` says why"
+        )
     return None
 
 
@@ -137,4 +140,4 @@ def call(name: str, *arguments: ctypes.Structure) -> None:
     assert loaded is not None
     pointers = [ctypes.byref(argument) for argument in arguments]
     if getattr(loaded, name)(*pointers, _number(chosen())):
-        raise TypeError(f"{name}: no kernel for this dtype")
+        raise TypeError(f"{name}: no kernel for these dtypes and strides")

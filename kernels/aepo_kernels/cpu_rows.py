@@ -113,8 +113,10 @@ def sample_rows(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tup
 
 @torch.library.impl(_LIBRARY, "cpu_sample_rows", "CPU")
 def _sample(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = torch.empty(len(logits), dtype=torch.int64)
-    logprobs = torch.empty(len(logits), dtype=torch.float32)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    tokens = logits.new_empty(len(logits), dtype=torch.int64)
+    logprobs = logits.new_empty(len(logits), dtype=torch.float32)
     given = [tokens, *_floats(inv_temperature, None, None)]
     uniform = uniform.double().contiguous()
     sample = Sample(uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr())
@@ -148,7 +150,9 @@ def _stats(
     law = _floats(inv_temperature, second_inv_temperature, bias)
     given = [targets.contiguous(), *law]
     wanted = _wanted(second_inv_temperature is not None, squares)
-    found = [torch.empty(len(products)) if want else None for want in wanted]
+    found = [
+        products.new_empty(len(products), dtype=torch.float32) if want else None for want in wanted
+    ]
     call(
         "aepo_row_stats",
         _logits(products, given, softcap, scale),
@@ -245,7 +249,8 @@ def _strides(matrix: Tensor) -> tuple[int, int]:
     """By rows and by columns, as the library reads them: 1 by columns is a matrix by rows."""
     if matrix.stride(1) == 1 or matrix.shape[1] == 1:
         return matrix.stride(0), 1
-    assert matrix.stride(0) == 1 or matrix.shape[0] == 1
+    if matrix.stride(0) != 1 and matrix.shape[0] != 1:
+        raise ValueError(f"strides {matrix.stride()}: a matrix lies by rows or by columns")
     return 1, matrix.stride(1)
 
 
@@ -261,7 +266,7 @@ def _law(
 def _per_row(value: float | Tensor, count: int) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    return torch.full((count,), value, dtype=torch.float32)
+    return torch.full((count,), value, dtype=torch.float32, device="cpu")
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -149,8 +149,8 @@ def _space_like(matrix: Tensor, rows: int) -> Tensor:
     """Float32 room for some rows of a matrix, as they lie in it."""
     columns = matrix.shape[1]
     if matrix.stride(0) == 1 and matrix.stride(1) > 1:
-        return torch.empty(columns, rows).T
-    return torch.empty(rows, columns)
+        return matrix.new_empty(columns, rows, dtype=torch.float32).T
+    return matrix.new_empty(rows, columns, dtype=torch.float32)
 
 
 def _wide(rows: Tensor, space: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aepo_kernels import backends, chunks, cpu_library, cpu_rows
+from aepo_kernels import backends, cpu_library, cpu_rows
 from aepo_kernels.rows import LogitMap, RowCoefs
 from tests.kernels.test_cpu_rows import PLAIN, check, laid, products_of, targets_of
 
@@ -97,7 +97,7 @@ def test_any_number_of_threads_gives_the_same_bits(bias: bool) -> None:
 
 def test_other_dtypes_are_refused() -> None:
     products, targets = laid(products_of(4, 30, torch.float32), True), targets_of(4, 30)
-    with pytest.raises(TypeError, match="aepo_row_stats: no kernel for this dtype"):
+    with pytest.raises(TypeError, match="aepo_row_stats: no kernel for these dtypes and strides"):
         cpu_rows.row_stats(products, targets, 1.0, None, PLAIN, torch.float32)
 
 
@@ -107,6 +107,6 @@ def test_logits_lie_by_columns_where_gemms_want_it(
 ) -> None:
     monkeypatch.setattr(backends, "_has_amx", lambda: amx)
     hidden = torch.zeros(4, 8, dtype=dtype)
-    assert chunks.gemms_want_columns(hidden) == (amx and dtype == BF16)
+    assert backends.gemms_want_columns(hidden) == (amx and dtype == BF16)
     monkeypatch.setenv(cpu_library.ISA_VARIABLE, "torch")
-    assert not chunks.gemms_want_columns(hidden)
+    assert not backends.gemms_want_columns(hidden)

@@ -204,3 +204,23 @@ def test_what_does_not_fit_raises() -> None:
         cpu_layers.rotary(x, random(2, 4, 4), random(2, 4, 4))
     with pytest.raises(ValueError, match="query"):
         cpu_layers.decode_attention(x[:, :, 0], x, x[:, :2], None, 1.0)
+
+
+def test_gradients_that_are_not_contiguous() -> None:
+    gate, up = random(300, 64), random(64, 300).T
+    outputs = []
+    for grad in (torch.ones(1).expand(300, 64), torch.ones(300, 64)):
+        outputs.append(with_grads(cpu_layers.swiglu, gate, up, grad=grad)[1])
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = random(3, 8).requires_grad_()
+    for function in (
+        lambda x: cpu_layers.rms_norm(x, torch.ones(8), 1e-5),
+        lambda x: cpu_layers.swiglu(x, x),
+    ):
+        loss = function(x).pow(2).sum() + x.pow(2).sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()

@@ -338,3 +338,27 @@ def test_rows_without_a_law_give_no_token() -> None:
     logits[0], logits[2, 20] = float("-inf"), float("nan")
     tokens, _ = cpu_rows.sample_rows(logits, torch.ones(3), torch.full((3,), 0.5))
     assert tokens[0] == tokens[2] == -1 and 0 <= tokens[1] < 40
+
+
+def test_samples_of_logits_that_lie_by_columns() -> None:
+    logits, uniform = products_of(6, 50, torch.float32), torch.linspace(0, 0.9, 6).double()
+    wanted = cpu_rows.sample_rows(logits, torch.ones(6), uniform)
+    for other in (laid(logits, True), torch.stack([logits, logits], -1)[..., 0]):
+        assert other.stride(1) != 1
+        found = cpu_rows.sample_rows(other, torch.ones(6), uniform)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+def test_a_gradient_that_lies_otherwise_than_its_logits_is_refused() -> None:
+    products, targets = products_of(5, 40, torch.bfloat16), targets_of(5, 40)
+    stats = cpu_rows.row_stats(products, targets, 1.0, None, PLAIN, torch.float32)
+    assert stats is not None
+    coefs = RowCoefs(torch.ones(5), None, None, None)
+    given = targets, 1.0, None, PLAIN, stats, coefs
+    for by_columns in (True, False):
+        out = laid(torch.empty_like(products), not by_columns)
+        with pytest.raises(TypeError, match="no kernel for these dtypes and strides"):
+            cpu_rows.row_grad(laid(products, by_columns), *given, out=out, bias_grad=None)
+    neither = torch.stack([products, products], -1)[..., 0]
+    with pytest.raises(ValueError, match="by rows or by columns"):
+        cpu_rows.row_stats(neither, targets, 1.0, None, PLAIN, torch.float32)

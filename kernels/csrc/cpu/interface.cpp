@@ -71,7 +71,9 @@ int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats, const AepoS
 
 int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCoefs* coefs,
                   const AepoGrad* grad, std::int32_t isa) {
-  if (logits->column_stride != 1 || grad->column_stride != 1) {  // one row lies either way
+  const bool by_columns[] = {logits->column_stride != 1, grad->column_stride != 1};
+  if (by_columns[0] != by_columns[1] && logits->rows > 1 && logits->vocab > 1) return 1;
+  if (by_columns[0] || by_columns[1]) {  // one row lies either way
     return kIsas[isa].columns->row_grad(*logits, *stats, *coefs, *grad);
   }
   return kIsas[isa].rows->row_grad(*logits, *stats, *coefs, *grad);

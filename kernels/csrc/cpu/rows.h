@@ -75,7 +75,8 @@ struct AepoSample {
 #define AEPO_EXPORT __attribute__((visibility("default")))
 
 extern "C" {
-// All return 0, or 1 where a dtype is unknown or products by columns have or want a base.
+// All return 0, or 1 where a dtype is unknown, products by columns have or want a base, or a gradient
+// does not lie as its products do.
 // isa: see aepo_isa_name.
 AEPO_EXPORT int aepo_row_stats(const AepoLogits* logits, const AepoStats* stats,
                                const AepoState* state, const AepoKept* kept, std::int32_t isa);

@@ -1,4 +1,4 @@
-// The row operations themselves, compiled once per instruction set with AEPO_ISA naming it.
+// The row operations themselves, compiled once per instruction set with AEPO_KERNELS naming it.
 
 #include <algorithm>
 #include <cmath>

@@ -161,7 +161,7 @@ inline float maximum(Floats value) {
   return largest;
 }
 
-// exp for x <= 0, within 2 ulp; exactly 0 below -87.7. NaN of NaN.
+// exp for x <= 0, within 2 ulp; 0 from some -87.68 on. NaN of NaN.
 inline Floats exp_negative(Floats x) {
   constexpr float kLowest = -88, kLog2e = 0x1.715476p0f;
   constexpr float kLn2High = 0x1.62ep-1f, kLn2Low = 0x1.0bfbe8p-15f;  // the sum is ln 2
