@@ -15,15 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aepo_kernels.chunks import (
-    Head,
-    forward_chunk_size,
-    head_of,
-    scoring_chunk_size,
-)
+from aepo_kernels.chunks import forward_chunk_size, scoring_chunk_size
 from aepo_kernels.gemm import computing_on
 from aepo_kernels.gradient_pass import GradientPass
 from aepo_kernels.gradients import Gradients
+from aepo_kernels.head import Head, head_of
 from aepo_kernels.problem import (
     LogprobOutput,
     Problem,
@@ -89,7 +85,7 @@ def token_loss(
                 metrics[name] = metrics[name] + value if name in metrics else value
             if wants_grad:
                 gradients.add(chunk, products, stats, coefs)
-            else:
+            elif space is None:  # on a GPU, where the allocator would keep them beside these
                 gradients.forget_logits()
             parts.append(stats)
             del products  # or the next chunk's would stand beside them
@@ -151,10 +147,13 @@ class _Logprob(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         nothing = problem.hidden.new_empty(0)
         ctx.problem = problem.with_inputs([nothing, nothing, None, None, None])
-        values = outputs(problem, ctx.tokens, ctx.stats)
+        # Copies, since ctx holds the statistics: a caller may write to what it gets, and an output
+        # that its own node holds would never be freed.
+        found = outputs(problem, ctx.tokens, ctx.stats)
+        values = [None if value is None else value.clone() for value in found]
         squares = ctx.stats.sum_squares
         if squares is not None:
-            squares = problem.spread(squares, ctx.tokens.positions)
+            squares = problem.spread(squares, ctx.tokens.positions).clone()
             ctx.mark_non_differentiable(squares)
         return *values, squares
 

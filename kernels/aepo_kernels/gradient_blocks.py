@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from aepo_kernels.chunks import Head
 from aepo_kernels.gemm import add_product
 from aepo_kernels.gradients import Gradients
+from aepo_kernels.head import Head
 from aepo_kernels.problem import slices, take
 from aepo_kernels.rows import RowCoefs, RowStats
 from aepo_kernels.tokens import Tokens, part_of

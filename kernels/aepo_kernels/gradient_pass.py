@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aepo_kernels.chunks import (
-    Head,
+    forward_chunk_size,
     goes_by_blocks,
     gradient_chunk_size,
     keeps_logits,
@@ -19,6 +19,7 @@ from aepo_kernels.chunks import (
 )
 from aepo_kernels.gradient_blocks import GradientBlocks
 from aepo_kernels.gradients import Gradients
+from aepo_kernels.head import Head
 from aepo_kernels.problem import Problem, slices, take
 from aepo_kernels.rows import RowCoefs, RowStats
 from aepo_kernels.sampling import sample_rows, variance_of
@@ -70,7 +71,8 @@ class GradientPass:
         self.slice = slice_size(problem, needs[1], most_rows)
         self.blocks = self.slice is not None and needs[1] and goes_by_blocks(problem, most_rows)
         self.size = gradient_chunk_size(problem, needs[1], most_rows)
-        once = self.slice is not None or most_rows <= self.size
+        most = min(self.size, forward_chunk_size(problem)) if head.fused else self.size
+        once = self.slice is not None or most_rows <= most  # that many rows come at a time
         self.total = Gradients(problem, needs, written_once=once)
         self.rows = 0
         self.variance = torch.zeros((), dtype=head.dtype, device=head.hidden.device)
@@ -166,7 +168,8 @@ class GradientPass:
 
     def finish(self) -> Gradients:
         """The gradients, once all rows are in."""
-        if self.later and self.blocks:
+        if self.later and (self.blocks or self._picks_many()):
+            self.space = None  # nothing that slices would need is left beside the blocks
             part, most_rows = _join(self.later), self.problem.weight_slice
             given = part.tokens, part.stats, part.coefs
             GradientBlocks(self.total, self.head, *given, most_rows).add()
@@ -176,6 +179,12 @@ class GradientPass:
             self.total.weight = None  # nothing but room
         self.total.finish()
         return self.total
+
+    def _picks_many(self) -> bool:
+        positions = join_tokens([part.tokens for part in self.later]).positions
+        count = sum(len(part.tokens.targets) for part in self.later)
+        picked = isinstance(positions, Tensor) and self.total.needs_weight
+        return picked and goes_by_blocks(self.problem, count, picked=True)
 
     def _add_slices(self, size: int) -> None:
         """Take all rows a slice of the vocabulary at a time: each of dweight's is written once."""

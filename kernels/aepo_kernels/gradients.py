@@ -26,7 +26,7 @@ class Gradients:
     def __init__(self, problem: Problem, needs: tuple[bool, ...], *, written_once: bool) -> None:
         hidden, weight, bias, lora_a, lora_b = problem.inputs
         assert hidden is not None and weight is not None
-        wide = problem.stats_dtype
+        self.wide = wide = problem.stats_dtype
         self.dtypes = tuple(None if x is None else x.dtype for x in problem.inputs)
         self.weight_shape, self.device = weight.shape, weight.device
         self.shard, self.lora_scale, self.needs_weight = problem.shard, problem.lora_scale, needs[1]
@@ -91,7 +91,10 @@ class Gradients:
         """The weight's gradient at a slice of the vocabulary: dlogits, inputs of all tokens."""
         if self.needs_weight:
             weight_grad = self.make_weight()[rows]
-            product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
+            if weight_grad.dtype in (inputs.dtype, self.wide):
+                product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
+            else:  # which no GEMM writes
+                weight_grad.copy_(product(dlogits.T, inputs, self.wide))
 
     def add_slice(
         self,

@@ -46,6 +46,8 @@ def linear_logprob(
     Each [N]. A temperature is a tensor [N], or where that is None the number.
     """
     problem = _problem(locals())
+    if problem.backend == "reference":
+        raise ValueError("backend = 'reference': is no operator; use it outside of torch.compile")
     check_problem(problem)
     tokens, stats = chunked.forward(problem)
     values = chunked.outputs(problem, tokens, stats)

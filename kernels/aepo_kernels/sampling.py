@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from aepo_kernels.options import RowSampling
+from aepo_kernels.problem import slices
 from aepo_kernels.rows import RowCoefs, RowStats
+
+_NORM_ROWS = 16
 
 
 def sample_rows(stats: RowStats, coefs: RowCoefs, how: RowSampling) -> tuple[RowCoefs, Tensor]:
@@ -31,5 +34,10 @@ def variance_of(dlogits: Tensor, keep_prob: Tensor) -> Tensor:
     A row with gradient g, kept with probability q, adds |g|^2 (1/q - 1), of which a kept row
     estimates (1 - q) |g / q|^2; dlogits holds g / q.
     """
-    norms = torch.linalg.vector_norm(dlogits, dim=1, dtype=keep_prob.dtype)
-    return ((1 - keep_prob) * norms.square()).sum()
+    # A CPU would make a wide copy of all that a norm is taken of.
+    few = slices(len(dlogits), _NORM_ROWS if dlogits.device.type == "cpu" else len(dlogits) or 1)
+    squares = [
+        torch.linalg.vector_norm(dlogits[rows], dim=1, dtype=keep_prob.dtype).square()
+        for rows in few
+    ]
+    return ((1 - keep_prob) * torch.cat(squares)).sum() if squares else keep_prob.sum()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from aepo_kernels.chunks import Head
+    from aepo_kernels.head import Head
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SlicedLogits:
         """Those of as many of the tokens as `memory` has room for, of its dtype."""
         tokens, bases = min(tokens, memory.shape[1]), None
         if memory.dtype == torch.float16:
-            bases = torch.empty(-(-len(memory) // size), tokens, device=memory.device)
+            bases = memory.new_empty(-(-len(memory) // size), tokens, dtype=torch.float32)
         return cls(memory, tokens, size, bases)
 
     def at(self, head: Head, rows: slice) -> tuple[Tensor, Tensor | None]:

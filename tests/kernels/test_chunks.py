@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from aepo_kernels.chunks import chunk_size, gradient_chunk_size
-from aepo_kernels.options import RowSampling
+from aepo_kernels import backends, chunks, cpu_rows
+from aepo_kernels import problem as problem_module
+from aepo_kernels.chunks import chunk_size, gradient_chunk_size, waiting_as_float16
+from aepo_kernels.gradient_pass import GradientPass
+from aepo_kernels.head import head_of
+from aepo_kernels.options import RowSampling, VocabShard
 from aepo_kernels.problem import Problem
 
 
@@ -62,3 +68,30 @@ def test_fused_writes_the_gradient_once_only_where_it_goes_forward_at_once() -> 
     assert gradient_chunk_size(head, True, 4096) == 4096
     # Two parts would be added up in bfloat16.
     assert gradient_chunk_size(head, True, 4097) <= chunk_size(head) < 4096
+
+
+@pytest.mark.parametrize(
+    ("rows", "more"), [(4097, {}), (20_000, {"chunk_tokens": 100_000})], ids=str
+)
+def test_parts_of_the_fused_forward_pass_are_added_up_in_float32(rows: int, more: dict) -> None:
+    small = problem(vocab=8_192, backend="fused", **more)
+    assert rows <= gradient_chunk_size(small, True, rows)
+    for count, dtype in ((4096, torch.bfloat16), (rows, torch.float32)):
+        total = GradientPass(small, head_of(small), (True, True, *[False] * 3), count).total
+        assert total.weight_dtype == dtype
+
+
+def test_ranks_agree_on_chunks_where_their_rows_are_uneven(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(problem_module.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(chunks, "is_widened", lambda operand: True)
+    monkeypatch.setattr(chunks, "in_cpp", lambda operand: True)
+    monkeypatch.setattr(backends, "row_operations", lambda products: cpu_rows)
+    sizes = []
+    for start, stop in ((0, 100_000), (100_000, 160_000)):
+        shard = VocabShard(start, 160_000)
+        part = problem(512, stop - start, shard=shard)
+        part = replace(part, hidden=torch.empty(0, 512, dtype=torch.bfloat16))
+        sizes.append(waiting_as_float16(part, 2000))
+    assert sizes[0] == sizes[1] and min(sizes[0]) > 0

@@ -86,3 +86,10 @@ def test_bad_arguments_raise_inside_a_compiled_function_too() -> None:
     compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match=r"targets = 30: outside \[0, 30\)"):
         compiled(case.hidden, case.weight, torch.full((5,), 30))
+
+
+def test_the_reference_is_no_operator() -> None:
+    case = make_case(5, 8, 30)
+    compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="backend = 'reference': .*outside of torch.compile"):
+        compiled(case.hidden, case.weight, case.targets, backend="reference")

@@ -192,3 +192,14 @@ def test_changing_the_weight_before_backward_is_an_error() -> None:
         leaves.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+def test_what_is_written_to_results_changes_no_gradient() -> None:
+    grads = []
+    for edit in (False, True):
+        case = make_case(20, 8, 30, option="second").fresh()
+        outputs = run(case)
+        for output in outputs:
+            output.detach().mul_(0.0 if edit else 1.0)
+        grads.append(gradients(case, outputs, output_weights(20)))
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))

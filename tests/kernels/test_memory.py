@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aepo_kernels import chunks, linear_logprob, linear_token_loss
+from aepo_kernels import RowSampling, head, linear_logprob, linear_token_loss
 from aepo_kernels.tokens import Tokens
 from bench.timing import peak_extra_bytes
 from tests.kernels.oracle import make_case
@@ -22,17 +22,15 @@ def most_alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many chunks' logits were in memory whenever another one's had just been made."""
     alive: list[weakref.ref] = []
     counts: list[int] = []
-    products = chunks.Head.products
+    products = head.Head.products
 
-    def watched(
-        self: chunks.Head, tokens: Tokens, space: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def watched(self: head.Head, tokens: Tokens, space: torch.Tensor | None = None) -> torch.Tensor:
         made = products(self, tokens, space)
         alive.append(weakref.ref(made))
         counts.append(sum(reference() is not None for reference in alive))
         return made
 
-    monkeypatch.setattr(chunks.Head, "products", watched)
+    monkeypatch.setattr(head.Head, "products", watched)
     return counts
 
 
@@ -111,18 +109,20 @@ def test_at_most_64_mib_on_a_cpu(vocab: int, size: int, dtype: torch.dtype, call
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
 @pytest.mark.usefixtures("all_at_once")
 @pytest.mark.parametrize(
-    ("tokens", "vocab", "passive"),
+    ("tokens", "vocab", "passive", "dtype"),
     [
-        (4_096, 6_000, slice(None, None, 100)),  # so that the others' rows are picked
-        (20_000, 600, slice(None, None, 100)),
-        (20_000, 600, slice(0)),
+        (4_096, 6_000, slice(None, None, 100), torch.bfloat16),  # so that the others are picked
+        (4_700, 6_000, slice(None, None, 100), torch.bfloat16),
+        (4_096, 6_000, slice(None, None, 100), torch.float32),
+        (20_000, 600, slice(None, None, 100), torch.bfloat16),
+        (20_000, 600, slice(0), torch.bfloat16),
     ],
 )
 def test_at_most_64_mib_whatever_number_of_hidden_states_has_a_gradient(
-    tokens: int, vocab: int, passive: slice
+    tokens: int, vocab: int, passive: slice, dtype: torch.dtype
 ) -> None:
-    hidden = torch.randn(tokens, 1536, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(vocab, 1536, dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.randn(tokens, 1536, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, 1536, dtype=dtype, requires_grad=True)
     targets, advantage = torch.randint(vocab, (tokens,)), torch.ones(tokens)
     advantage[passive] = 0
 
@@ -133,3 +133,30 @@ def test_at_most_64_mib_whatever_number_of_hidden_states_has_a_gradient(
 
     kept = hidden.nbytes + weight.nbytes
     assert 0 < least_extra(run, hidden, weight, kept=kept) <= LIMIT
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
+@pytest.mark.usefixtures("all_at_once")
+def test_at_most_64_mib_where_rows_are_sampled() -> None:
+    hidden = torch.randn(1200, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(50_000, 16, dtype=torch.bfloat16, requires_grad=True)
+    targets, sampling = torch.randint(50_000, (1200,)), RowSampling(1e-12)
+
+    def run() -> None:
+        linear_token_loss(
+            hidden, weight, targets, lambda logprob, *_: logprob.sum(), row_sampling=sampling
+        ).loss.backward()
+
+    # A sum of the weight's gradients in float32, as said.
+    kept = hidden.nbytes + 3 * weight.nbytes
+    assert 0 < least_extra(run, hidden, weight, kept=kept) <= LIMIT
+
+
+@pytest.mark.parametrize("option", ["plain", "second"])
+def test_results_hold_nothing_once_they_are_gone(option: str) -> None:
+    case = make_case(20, 8, 30, option=option).fresh()
+    inputs = case.hidden * 1.0
+    inputs_node = weakref.ref(inputs)
+    output = linear_logprob(inputs, case.weight, case.targets, **case.options, ignore_index=None)
+    del inputs, output
+    assert inputs_node() is None

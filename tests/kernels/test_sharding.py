@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from aepo_kernels import VocabShard, chunks, linear_logprob
+from aepo_kernels import VocabShard, backends, linear_logprob
 from tests.kernels.oracle import (
     Case,
     assert_as_accurate,
@@ -42,7 +42,7 @@ def work(rank: int, world_size: int, folder: str, row_kernels: str) -> None:
     if row_kernels == "triton":
         from aepo_kernels import triton_rows
 
-        chunks.row_operations = lambda products: triton_rows
+        backends.row_operations = lambda products: triton_rows
     results: dict[str, Any] = {}
     for option in OPTIONS:
         case = make_case(60, 32, 1000, option=option)

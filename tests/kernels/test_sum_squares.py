@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aepo_kernels import chunks, linear_logprob, rows
+from aepo_kernels import backends, linear_logprob, rows
 from tests.kernels.oracle import IGNORED, Case, make_case
 
 
@@ -31,7 +31,7 @@ def test_matches_float64(option: str, kind: str, monkeypatch: pytest.MonkeyPatch
         if torch.cuda.is_available():
             pytest.skip("on a GPU these kernels take its tensors alone")
         monkeypatch.setattr(
-            chunks, "row_operations", lambda _: module if kind == "triton rows" else rows
+            backends, "row_operations", lambda _: module if kind == "triton rows" else rows
         )
     case = make_case(40, 16, 300, option=option)
     case = case.fresh()

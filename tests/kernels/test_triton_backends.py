@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aepo_kernels import chunks, launch, linear_logprob
+from aepo_kernels import backends, chunks, head, launch, linear_logprob
 from aepo_kernels.tokens import Tokens
 from tests.kernels import test_logprob, test_token_loss
 from tests.kernels.oracle import IGNORED, OPTIONS, Case, make_case, output_weights
@@ -32,7 +32,7 @@ def _triton_rows_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         calls.append(products.shape)
         return triton_rows
 
-    monkeypatch.setattr(chunks, "row_operations", row_operations)
+    monkeypatch.setattr(backends, "row_operations", row_operations)
     yield
 
 
@@ -122,13 +122,13 @@ def test_fused_leaves_out_rows_without_a_coefficient() -> None:
 
 def test_fused_never_has_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    products = chunks.Head.products
+    products = head.Head.products
 
-    def watched(self: chunks.Head, tokens: Tokens, *space: torch.Tensor) -> torch.Tensor:
+    def watched(self: head.Head, tokens: Tokens, *space: torch.Tensor) -> torch.Tensor:
         sizes.append(len(tokens.targets))
         return products(self, tokens)
 
-    monkeypatch.setattr(chunks.Head, "products", watched)
+    monkeypatch.setattr(head.Head, "products", watched)
     case = make_case(60, 16, 200)
     columns = make_columns(case)
     with torch.no_grad():

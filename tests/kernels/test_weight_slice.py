@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from aepo_kernels import RowSampling, backends, chunks, cpu_library, linear_logprob
+from aepo_kernels import (
+    RowSampling,
+    backends,
+    chunks,
+    cpu_library,
+    head,
+    linear_logprob,
+    linear_token_loss,
+)
 from aepo_kernels.gemm import GEMM_BYTES
 from aepo_kernels.gradients import Gradients
 from aepo_kernels.sliced_logits import SlicedLogits
@@ -113,14 +121,14 @@ def test_on_a_cpu_few_logits_are_made_twice(
     budget += GEMM_BYTES if layout == "widened" else 0
     monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", budget)
     made: list[int] = []
-    products = chunks.Head.products
+    products = head.Head.products
 
-    def counted(self: chunks.Head, *arguments: Any) -> torch.Tensor:
+    def counted(self: head.Head, *arguments: Any) -> torch.Tensor:
         result = products(self, *arguments)
         made.append(result.numel())
         return result
 
-    monkeypatch.setattr(chunks.Head, "products", counted)
+    monkeypatch.setattr(head.Head, "products", counted)
     leaves = make_case(tokens, 64, 1000, dtype=torch.bfloat16).fresh()
     if layout == "widened":
         leaves = replace(leaves, weight=leaves.weight.detach().float().requires_grad_())
@@ -206,3 +214,24 @@ def test_what_goes_by_whole_rows_is_refused(names: dict[str, Any], reason: str) 
     leaves = make_case(20, 8, 30).fresh()
     with pytest.raises(ValueError, match=reason):
         run(leaves, policy_gradient, torch.randn(20), **names)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float64)],
+    ids=str,
+)
+@pytest.mark.usefixtures("layout")
+def test_weights_of_a_dtype_that_no_gemm_writes(hidden: torch.dtype, weight: torch.dtype) -> None:
+    case, grads = make_case(40, 16, 200), []
+    for size in (None, 64):
+        leaves = [case.hidden.to(hidden), case.weight.to(weight)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        run = linear_token_loss(
+            *leaves, case.targets, lambda logprob, *_: logprob.sum(), weight_slice=size
+        )
+        run.loss.backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for one, other, leaf in zip(*grads, leaves, strict=True):
+        assert one.dtype == other.dtype == leaf.dtype
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
