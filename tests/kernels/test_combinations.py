@@ -1,0 +1,220 @@
+"""Options together, drawn at random, against float64: what tests of one option at a time miss.
+
+Chunks and slices are small, so that all ways through them are taken. Errors are compared in norm
+and with room for roundings, of which other tests take care.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aepo_kernels import (
+    RowSampling,
+    backends,
+    chunks,
+    gradient_blocks,
+    linear_logprob,
+    linear_token_loss,
+)
+from tests.kernels.oracle import IGNORED
+
+F32, BF16 = torch.float32, torch.bfloat16
+LORA_SCALE = 0.5
+
+
+@dataclass
+class Draw:
+    """A call: tensors are hidden, weight, bias, lora_a and lora_b, None where there is none.
+
+    coefs: the loss's derivatives by log-prob, entropy and second log-prob, [N] each.
+    """
+
+    rng: random.Random
+    tensors: list[Tensor | None]
+    targets: Tensor
+    coefs: list[Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def draw(seed: int) -> Draw:
+    """Shapes, dtypes and options of a call, all by the seed."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    count, vocab = rng.choice([0, 1, 3, 40, 150, 300]), rng.choice([1, 7, 31, 300, 2049, 6000])
+    size, dtype = rng.choice([8, 33, 64]), rng.choice([F32, BF16, BF16])
+
+    def normal(*shape: int, dtypes: tuple[torch.dtype, ...] = (F32, dtype)) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(rng.choice(dtypes))
+
+    def temperature(number: float) -> float | Tensor:
+        return rng.choice([number, torch.rand(count, generator=generator) + 0.5])
+
+    weight = normal(vocab, size, dtypes=(dtype, dtype, dtype, F32, BF16)) * (2 / size**0.5)
+    tensors: list[Tensor | None] = [normal(count, size, dtypes=(dtype,)), weight, None, None, None]
+    if rng.random() < 0.3:
+        tensors[2] = normal(vocab)
+    options: dict[str, Any] = {}
+    if rng.random() < 0.3:
+        rank = rng.choice([1, 4, 9])
+        tensors[3:] = normal(rank, size) / size**0.5, normal(vocab, rank)
+        options["lora_scale"] = LORA_SCALE
+    for name, value, chance in (
+        ("temperature", temperature(0.7), 0.3),
+        ("second_temperature", temperature(1.3), 0.4),
+        ("softcap", 5.0, 0.3),
+        ("logit_scale", 0.6, 0.3),
+        ("chunk_tokens", rng.choice([1, 16, 50, 1000]), 0.3),
+        ("weight_slice", rng.choice([64, 100, 5000, 100_000]), 0.25),
+    ):
+        if rng.random() < chance:
+            options[name] = value
+    targets = torch.randint(vocab, (count,), generator=generator)
+    if rng.random() < 0.5:
+        targets[torch.rand(count, generator=generator) < 0.3] = IGNORED
+    elif rng.random() < 0.5:
+        options["ignore_index"] = None
+    coefs = [torch.randn(count, generator=generator) / max(count, 1) for _ in range(3)]
+    passive = torch.rand(count, generator=generator) < rng.choice([0.0, 0.3, 0.95, 1.0])
+    for coef in coefs:
+        coef[passive] = 0
+    return Draw(rng, tensors, targets, coefs, options)
+
+
+def shrink(rng: random.Random, vocab: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets of memory that make several chunks, slices and blocks of a small call."""
+    for name, values in (
+        ("_CPU_CHUNK_BYTES", [32 * vocab, 96 * vocab, 2**23 + 128 * vocab]),
+        ("_CPU_SLICE_BYTES", [2**12, 2**16, 2**20]),
+        ("_CPU_WAITING_BYTES", [0, 40 * vocab, 2**25]),
+        ("_CPU_SUM_BYTES", [0, 200 * size, 2**25, 2**25]),
+        ("_CPU_SCORING_COLUMNS", [2048, 4096, 16384]),
+        ("_CPU_SCORING_TOKENS", [16, 64, 256]),
+    ):
+        monkeypatch.setattr(chunks, name, rng.choice(values))
+    monkeypatch.setattr(gradient_blocks, "_SUM_BYTES", rng.choice([256 * size, 2**24]))
+    monkeypatch.setattr(gradient_blocks, "_BLOCK_TOKENS", rng.choice([64, 1024]))
+
+
+def laid(rng: random.Random, matrix: Tensor) -> Tensor:
+    """The same matrix by rows, by columns, or with other memory between its rows."""
+    how = rng.choice(["rows", "rows", "columns", "apart"])
+    if how == "columns":
+        return matrix.T.contiguous().T
+    if how == "rows":
+        return matrix.clone()
+    wide = torch.full((len(matrix), 2 * matrix.shape[1] + 1), torch.nan, dtype=matrix.dtype)
+    wide[:, : matrix.shape[1]] = matrix
+    return wide[:, : matrix.shape[1]]
+
+
+def truth(case: Draw) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Log-prob, entropy and second log-prob, and the leaves, in float64."""
+    options, dtype = case.options, case.tensors[0].dtype  # type: ignore[union-attr]
+    # GEMMs take their operands in hidden's dtype.
+    narrow = [x if x is None or i == 2 else x.to(dtype) for i, x in enumerate(case.tensors)]
+    leaves = [None if x is None else x.detach().double().requires_grad_() for x in narrow]
+    hidden, weight, bias, down, up = leaves
+    assert hidden is not None and weight is not None
+    if down is not None and up is not None:
+        weight = weight + LORA_SCALE * up @ down
+    logits = hidden @ weight.T
+    logits = (logits if bias is None else logits + bias) * options.get("logit_scale", 1.0)
+    if "softcap" in options:
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    keep = case.targets != IGNORED
+    index = torch.where(keep, case.targets, 0)[:, None]
+
+    def law(temperature: float | Tensor) -> Tensor:
+        if isinstance(temperature, Tensor):
+            temperature = temperature.double()[:, None]
+        return torch.log_softmax(logits / temperature, -1)
+
+    first, second = law(options.get("temperature", 1.0)), options.get("second_temperature")
+    outputs = [
+        first.gather(1, index)[:, 0],
+        torch.special.entr(first.exp()).sum(-1),
+        None if second is None else law(second).gather(1, index)[:, 0],
+    ]
+    return [None if x is None else x.where(keep, 0.0) for x in outputs], leaves
+
+
+def weighted(coefs: list[Tensor], outputs: list[Tensor | None]) -> Tensor:
+    pairs = zip(coefs, outputs, strict=True)
+    return sum(((a * x).sum() for a, x in pairs if x is not None), torch.zeros(()))
+
+
+def run(case: Draw, leaves: list[Tensor | None], *, grad: Tensor | None, factor: float) -> list:
+    """The call and its backward pass; returns the three outputs."""
+    options = {**case.options, "bias": leaves[2], "lora_a": leaves[3], "lora_b": leaves[4]}
+    given = leaves[0], leaves[1], case.targets
+    if grad is not None:
+        options["weight_grad"] = grad
+    if case.rng.random() < 0.3:
+        output = linear_logprob(*given, **options)  # type: ignore[arg-type]
+        outputs = [output.logprob, output.entropy, output.second_logprob]
+        loss = weighted(case.coefs, outputs)
+    else:
+        if case.rng.random() < 0.4:
+            active = (case.coefs[0] != 0).nonzero().squeeze(1)
+            options["active"] = active[torch.randperm(len(active))]
+        if case.rng.random() < 0.2 and "weight_slice" not in options:
+            options["row_sampling"] = RowSampling(1e-12)  # keeps every row
+        output = linear_token_loss(
+            *given,  # type: ignore[arg-type]
+            lambda *rest: weighted(list(rest[3:]), list(rest[:3])),
+            *case.coefs,
+            **options,
+        )
+        outputs, loss = [output.logprob, output.entropy, output.second_logprob], output.loss
+    if loss.requires_grad:
+        (factor * loss).backward()
+    return outputs
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("start", range(0, 120, 10))
+def test_against_float64(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(start, start + 10):
+        case = draw(seed)
+        rng, (hidden, weight, *others) = case.rng, case.tensors
+        assert hidden is not None and weight is not None
+        shrink(rng, *weight.shape, monkeypatch)
+        wants = [rng.random() < 0.85 for _ in case.tensors]
+        leaves = [laid(rng, hidden), laid(rng, weight), *others]
+        for leaf, wanted in zip(leaves, wants, strict=True):
+            if leaf is not None:
+                leaf.grad = None
+                leaf.requires_grad_(wanted)
+        into_buffer = wants[1] and "weight_slice" not in case.options and rng.random() < 0.2
+        buffer = torch.zeros(weight.shape) if into_buffer else None
+        factor = 1.0 if into_buffer else rng.choice([1.0, -2.5])
+        outputs = run(case, leaves, grad=buffer, factor=factor)
+        exact, exact_leaves = truth(case)
+        (factor * weighted(case.coefs, exact)).backward()
+        for found, wanted in zip(outputs, exact, strict=True):
+            assert (found is None) == (wanted is None), seed
+            if found is not None and wanted is not None and len(found):
+                far = (found.double() - wanted).abs().max()
+                assert far <= (1e-4 if hidden.dtype == F32 else 0.2), (seed, far)
+        found_grads = [None if leaf is None else leaf.grad for leaf in leaves]
+        if buffer is not None:
+            assert found_grads[1] is None, seed
+            found_grads[1] = buffer
+        for leaf, found, exact_leaf in zip(leaves, found_grads, exact_leaves, strict=True):
+            assert (found is not None) == (leaf is not None and leaf.requires_grad), seed
+            if leaf is None or found is None or exact_leaf is None:
+                continue
+            rounded = BF16 in (leaf.dtype, hidden.dtype)
+            wanted = exact_leaf.grad
+            assert wanted is not None
+            allowed = (0.1 if rounded else 2e-3) * wanted.norm() + 1e-6
+            assert (found.double() - wanted).norm() <= allowed, seed
+
+
+def test_the_layouts_are_all_taken(layout: str) -> None:
+    assert backends.gemms_want_columns(torch.empty(1, 1, dtype=BF16)) == (layout == "columns")
