@@ -196,6 +196,10 @@ class TrainerConfig:
             "trainer", self, *names.split(), "max_grad_norm", "max_skipped_steps", "eps"
         )
         require_not_negative("trainer", self, "warmup_steps", "weight_decay")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            reason = "is the share of its past that AdamW's average keeps"
+            require(0 <= value < 1, f"trainer.{name}", value, reason, "Use [0, 1), e.g. 0.9")
         require(
             self.minibatches <= self.prompts_per_step,
             "trainer.minibatches",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from aepo_fast.collect import seed_of
 from aepo_fast.data import Prompt
-from aepo_fast.rewards import Reward
+from aepo_fast.rewards import Reward, RewardError
 from aepo_fast.rollout.base import Request, RolloutEngine
 from aepo_fast.scoring import GroupScorer
 
@@ -95,6 +95,8 @@ def evaluate(
 ) -> EvalResult:
     """Sample every prompt `samples` times at temperature 1 and score the completions.
 
+    Raises RewardError as `Reward.score` does, and where no sample has a reward.
+
     overlap: score them while others are still being sampled.
     """
     requests = [
@@ -113,7 +115,7 @@ def evaluate(
         if valid:
             kept.append(valid)
     if not kept:
-        raise ValueError("evaluation: no sample could be scored; see the reported reward errors")
+        raise RewardError("evaluation: no sample could be scored; see the reported reward errors")
     smallest = min(len(group) for group in kept)
     ks = sorted({1, *(2**power for power in range(10) if 2**power <= smallest), smallest})
     means = [sum(group) / len(group) for group in kept]

@@ -41,7 +41,9 @@ class MathWorker:
             command = [sys.executable, "-P", __file__, str(self.timeout_s)]
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-            self._receive()  # it is ready: imports do not count as time to compare
+            _, error = self._receive()  # it is ready: imports do not count as time to compare
+            if error:
+                raise MathWorkerError(error)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died: _receive says so
             self._process.stdin.write(json.dumps([gold, completion]) + "\n")

@@ -133,11 +133,17 @@ def _json_line(values: dict[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def _tensorboard(folder: Path, purge_step: int | None = None) -> Any:
+def check_tensorboard() -> None:
+    """Raise ConfigError where tensorboard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         reason = "tensorboard is not installed"
         fix = "pip install 'aepo-fast[tensorboard]' or set it to false"
         raise ConfigError("logging.tensorboard", True, reason, fix) from error
+
+
+def _tensorboard(folder: Path, purge_step: int | None = None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)

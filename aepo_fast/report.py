@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,10 @@ def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
 
 def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     """Losses and token means over all optimizer steps of a step."""
-    sums: dict[str, float] = {}
-    for result in results:
+    sums: dict[str, float] = defaultdict(float)
+    for result in results:  # one of a minibatch without rows has none
         for name, value in result.sums.items():
-            sums[name] = sums.get(name, 0.0) + value
+            sums[name] += value
     main = max(sums["main_tokens"], 1.0)
     metrics = {
         "loss": statistics.fmean(result.loss for result in results),
@@ -130,7 +131,8 @@ def perf_metrics(
     rollout: Rollout, results: Sequence[UpdateResult], times: StepTimes
 ) -> dict[str, float]:
     """Throughput in sampled tokens and completion tokens trained on, padding excluded; memory."""
-    trained = sum(r.sums["main_tokens"] + r.sums["aux_tokens"] for r in results)
+    names = "main_tokens", "aux_tokens"
+    trained = sum(r.sums.get(name, 0.0) for r in results for name in names)
     train_s = times.seconds["train"] + times.seconds["score"]
     return {
         "perf/rollout_tokens_per_s": rollout.num_tokens / max(rollout.sampling_s, 1e-9),

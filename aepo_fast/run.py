@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aepo_fast.checkpoint import complete_checkpoints, save_checkpoint
 from aepo_fast.config import Config
 from aepo_fast.evaluate import EvalResult, evaluate
@@ -15,9 +17,16 @@ from aepo_fast.memory import keep_freed_memory
 from aepo_fast.metrics import MetricsLogger
 from aepo_fast.plot import plot_run
 from aepo_fast.report import RolloutLog
-from aepo_fast.rollout.base import RolloutError
-from aepo_fast.setup import choose_device, choose_dtypes, describe_dtypes, load_inputs
-from aepo_fast.trainer import Trainer
+from aepo_fast.rewards import RewardError
+from aepo_fast.rollout.base import BrokenWeightsError, RolloutError
+from aepo_fast.setup import (
+    choose_device,
+    choose_dtypes,
+    describe_dtypes,
+    load_inputs,
+    prepare_folder,
+)
+from aepo_fast.trainer import Trainer, TrainingError
 
 
 def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
@@ -30,12 +39,8 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     with InterruptGuard() as guard:
         inputs = load_inputs(cfg, resume=resume, overwrite=overwrite)
         print(inputs.prompts.preview(), flush=True)
-        # Before the model loads: it may find that tensorboard is missing.
-        logger = MetricsLogger(
-            Path(cfg.output_dir),
-            tensorboard=cfg.logging.tensorboard,
-            total_steps=cfg.trainer.steps,
-        )
+        if resume:
+            print(f"goes on from {inputs.checkpoint or 'the start: there is no checkpoint'}")
         if choose_device(cfg.trainer.device).type == "cpu":
             keep_freed_memory()
         trainer = Trainer(cfg, inputs, guard)
@@ -45,6 +50,13 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
         head = f"head: {policy.backend}, rows {policy.row_kernels}; attention: {attention}"
         print(f"{head}; fused layers: {layers}\n{describe_dtypes(cfg)}", flush=True)
         try:
+            # Only now: whatever the model's settings had to say, an earlier run is still there.
+            prepare_folder(cfg, overwrite=overwrite)
+            logger = MetricsLogger(
+                Path(cfg.output_dir),
+                tensorboard=cfg.logging.tensorboard,
+                total_steps=cfg.trainer.steps,
+            )
             return _Run(cfg, trainer, logger).run()
         finally:
             trainer.close()
@@ -69,12 +81,32 @@ class _Run:
             path = self._save()
             print(f"{stop}: saved {path}; go on with --resume", file=sys.stderr)
             return stop.exit_code
-        except RolloutError as error:
-            if self.trainer.unchanged and self.trainer.steps_done:
-                raise RolloutError(f"{error}. Saved {self._save()}; go on with --resume") from error
-            raise
+        except BrokenWeightsError as error:
+            raise RolloutError(self._after_broken_weights(error)) from error
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            fix = "lower trainer.tokens_per_microbatch or rollout.batch_rows"
+            raise TrainingError(self._after_saving(f"{reason}: {fix}")) from error
+        except (RolloutError, RewardError) as error:
+            raise type(error)(self._after_saving(str(error))) from error
         self._finish(ran=done < total)
         return 0
+
+    def _after_saving(self, reason: str) -> str:
+        """The message of a run that stops, saved if it has weights of its own that are whole."""
+        if self.trainer.unchanged and self.trainer.steps_done:
+            return f"{reason}. Saved {self._save()}; go on with --resume"
+        done = complete_checkpoints(self.folder / "checkpoints")
+        return f"{reason}. {f'Go on from {done[-1]} with --resume' if done else 'Nothing is saved'}"
+
+    def _after_broken_weights(self, error: BrokenWeightsError) -> str:
+        done = complete_checkpoints(self.folder / "checkpoints")
+        if not done:
+            return f"{error}: lower trainer.lr and start anew; there is no checkpoint"
+        return (
+            f"{error}, and nothing was saved: lower trainer.lr and go on from {done[-1]} with "
+            "--resume; delete that one if its weights are the same"
+        )
 
     def _step(self) -> None:
         cfg = self.cfg

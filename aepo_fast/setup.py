@@ -8,7 +8,9 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from aepo_fast.checkpoint import check_same_model, complete_checkpoints, load_st
 from aepo_fast.config import Config, ConfigError
 from aepo_fast.config_io import dump_config
 from aepo_fast.data import PromptSampler, PromptSet, load_prompts
+from aepo_fast.metrics import check_tensorboard
 from aepo_fast.models import load_model, load_tokenizer, resolve
 from aepo_fast.policy import Policy
 from aepo_fast.rewards import Reward, build_reward
@@ -28,6 +31,14 @@ from aepo_fast.rollout.base import RolloutEngine
 from aepo_fast.rollout.hf import HfRollout
 from aepo_kernels.backends import multiplies_bfloat16, resolve_backend
 
+_OF_A_RUN = (
+    "config.toml",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "plot.png",
+    "checkpoints",
+    "tensorboard",
+)
 VLLM_TESTED = SpecifierSet(">=0.26,!=0.27.*,<0.30")
 
 
@@ -58,15 +69,21 @@ class Models:
 
 
 def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
-    """Everything that can fail before the model loads; then makes the run's folder ready."""
+    """Everything that can fail before the model loads; leaves an earlier run as it is."""
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size != "1":
         reason = "more than one process is not supported yet"
         raise ConfigError("WORLD_SIZE", world_size, reason, "Start a single process")
+    if resume and overwrite:
+        reason = "--resume goes on from what it deletes"
+        raise ConfigError("--overwrite", True, reason, "Give one of the two")
+    if cfg.logging.tensorboard:
+        check_tensorboard()
     folder = Path(cfg.output_dir)
     choose_backend(cfg)
     check_rollout_backend(cfg)
-    used = (folder / "metrics.jsonl").exists()
+    found = complete_checkpoints(folder / "checkpoints")
+    used = found or (folder / "metrics.jsonl").exists()
     if used and not (resume or overwrite):
         raise ConfigError(
             "output_dir",
@@ -74,8 +91,7 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
             "holds an earlier run",
             "Add --resume to go on, --overwrite to start anew, or name another folder",
         )
-    found = complete_checkpoints(folder / "checkpoints") if resume else []
-    checkpoint = found[-1] if found else None
+    checkpoint = found[-1] if found and resume else None
     state = None
     if checkpoint is not None:
         state = load_state(checkpoint)
@@ -89,11 +105,35 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
         max_prompt_tokens=cfg.rollout.max_prompt_tokens,
         required_columns=reward.required_columns,
     )
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(dump_config(cfg), encoding="utf-8")
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     return Inputs(tokenizer, prompts, reward, str(model_folder), checkpoint, state)
+
+
+def prepare_folder(cfg: Config, *, overwrite: bool) -> None:
+    """Write the run's configuration to its folder.
+
+    overwrite: an earlier run's files go first, and nothing else that is there.
+    """
+    folder = Path(cfg.output_dir)
+    with _writing_to(folder):
+        for name in _OF_A_RUN if overwrite else ():
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        (folder / "config.toml").write_text(dump_config(cfg), encoding="utf-8")
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fix = "Make it writable, or name another folder"
+        raise ConfigError("output_dir", str(folder), str(error), fix) from error
 
 
 def choose_device(requested: str) -> torch.device:
@@ -111,8 +151,13 @@ def choose_dtypes(cfg: Config) -> Config:
     fast = multiplies_bfloat16(choose_device(cfg.trainer.device).type)
     auto = "bfloat16" if fast else "float32"
     model, rollout = cfg.model, cfg.rollout
-    if model.compute_dtype == "auto":
-        model = dataclasses.replace(model, compute_dtype=auto)
+    if model.compute_dtype == "auto":  # layers of bfloat16 weights compute in nothing else
+        narrow = model.dtype == "bfloat16"
+        model = dataclasses.replace(model, compute_dtype="bfloat16" if narrow else auto)
+    if (model.dtype, model.compute_dtype) == ("bfloat16", "float32"):
+        reason = "layers whose weights are held in bfloat16 compute in it"
+        fix = 'Set model.dtype to "float32", or this to "bfloat16"'
+        raise ConfigError("model.compute_dtype", "float32", reason, fix)
     if rollout.dtype == "auto":
         rollout = dataclasses.replace(rollout, dtype=auto)
     return dataclasses.replace(cfg, model=model, rollout=rollout)

@@ -34,6 +34,7 @@ from aepo_fast.report import (
     sampling_metrics,
     update_metrics,
 )
+from aepo_fast.rewards import RewardError
 from aepo_fast.rollouts import Rollouts
 from aepo_fast.setup import Inputs, load_models, make_sampler
 from aepo_fast.token_objective import StepContext
@@ -210,10 +211,10 @@ class Trainer:
             for group in rollout.main_groups
         ]
         if not any(groups):
-            raise TrainingError(
+            raise RewardError(
                 f"reward.function = {self.inputs.reward.name!r}: no completion of step "
                 f"{self.steps_done + 1} got a reward, so there is nothing to learn from. Look at "
-                "the errors reported above and go on with --resume"
+                "the errors reported above"
             )
         positives = [
             index

@@ -13,6 +13,10 @@ class RolloutError(RuntimeError):
     """Sampling failed; the weights are as they were, so the run can be saved and resumed."""
 
 
+class BrokenWeightsError(RolloutError):
+    """Sampling failed because of the weights, which are not to be saved."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to sample from: token ids, the number of samples, temperature and seed."""

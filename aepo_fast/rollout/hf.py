@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from aepo_fast.attention import decodes_in_place
-from aepo_fast.rollout.base import Completion, Request, RolloutError
+from aepo_fast.rollout.base import BrokenWeightsError, Completion, Request
 from aepo_fast.rollout.cache import make_room
 from aepo_fast.rollout.packed import can_pack, packed_linears
 from aepo_kernels import cpu_library, cpu_rows
@@ -27,7 +27,7 @@ from aepo_kernels import cpu_library, cpu_rows
 COMPACT_BELOW = 0.75
 # Prompts that begin with so many tokens in common, as chat templates do, have them prefilled once.
 _LEAST_SHARED = 8
-_NOT_FINITE = "the model's logits are not finite: lower trainer.lr and go on with --resume"
+_NOT_FINITE = "the model's logits are not finite"
 
 
 @dataclass
@@ -246,12 +246,12 @@ def sample_tokens(
     """Draw one token per row of softmax(logits / temperature) by inverting its distribution.
 
     logits: [B, V]. temperature, uniform in [0, 1): [B]. Returns ids [B] and log-probs [B], fp32.
-    A token of probability zero is never drawn. Raises RolloutError where logits are not finite.
+    A token of probability zero is never drawn. Raises BrokenWeightsError of logits not finite.
     """
     if logits.device.type == "cpu" and cpu_library.unavailable_reason() is None:
         ids, logprobs = cpu_rows.sample_rows(logits, temperature.float().reciprocal(), uniform)
         if (ids < 0).any():
-            raise RolloutError(_NOT_FINITE)
+            raise BrokenWeightsError(_NOT_FINITE)
         return ids, logprobs
     logprobs = torch.log_softmax(logits.float() / temperature.float()[:, None], dim=-1)
     cdf = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
@@ -262,5 +262,5 @@ def sample_tokens(
     ids = torch.minimum(ids, last).clamp_(max=logits.shape[1] - 1)
     chosen = logprobs.gather(1, ids[:, None]).squeeze(1)
     if not (chosen + total.squeeze(1)).isfinite().all():
-        raise RolloutError(_NOT_FINITE)
+        raise BrokenWeightsError(_NOT_FINITE)
     return ids, chosen

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from aepo_fast.config import ConfigError
-from aepo_fast.metrics import MetricsLogger, read_lines
+from aepo_fast.metrics import MetricsLogger, check_tensorboard, read_lines
 from bench.environment import RESULTS, ROOT
 from tests.tiny_run import explained_metrics
 
@@ -104,12 +104,10 @@ def test_tensorboard_gets_the_numbers_once_across_a_resume(tmp_path: Path) -> No
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 1.0), (2, 20)]
 
 
-def test_tensorboard_that_is_not_installed_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"logging.tensorboard = True: .*aepo-fast\[tensorboard"):
-        logger(tmp_path, tensorboard=True)
+        check_tensorboard()
 
 
 def test_the_glossary_explains_all_metrics_and_no_others() -> None:

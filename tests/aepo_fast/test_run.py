@@ -291,7 +291,7 @@ def silent_reward(completion_ids: list[list[int]], **columns: Any) -> list[None]
 def test_a_step_without_any_reward_stops_the_run(tiny_model_dir: Path, tmp_path: Path) -> None:
     name = "tests.aepo_fast.test_run:silent_reward"
     cfg = tiny_config(tiny_model_dir, tmp_path / "run", reward=RewardConfig(function=name))
-    with pytest.raises(TrainingError, match="silent_reward.*step 1"):
+    with pytest.raises(RewardError, match="silent_reward.*step 1"):
         train(cfg)
 
 
