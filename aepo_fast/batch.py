@@ -25,13 +25,20 @@ class Row:
     """One sampled completion with what the loss needs to know about it.
 
     group: index of its prompt among the prompts of the step. is_aux: sampled at AEPO's
-    temperature, outside the group statistics. reward: None where scoring failed and was counted.
+    temperature, outside the group statistics. task_reward: of the answer itself, None where scoring
+    failed and was counted. length_penalty: what its length adds to that, 0 or less.
     """
 
     completion: Completion
     group: int
     is_aux: bool
-    reward: float | None
+    task_reward: float | None
+    length_penalty: float = 0.0
+
+    @property
+    def reward(self) -> float | None:
+        """What the advantage is made of."""
+        return None if self.task_reward is None else self.task_reward + self.length_penalty
 
     @property
     def length(self) -> int:

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def save_checkpoint(
     final = folder / f"step_{step}"
     partial = folder / f"step_{step}.tmp"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in folder.glob("step_*.tmp"):  # a killed run's
+            shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -91,6 +93,7 @@ def save_checkpoint(
         if final.exists():  # a run that starts anew in an old folder
             shutil.rmtree(final)
         partial.rename(final)
+        _sync(folder)  # before what stood there is deleted
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**30 if folder.exists() else 0.0
@@ -101,7 +104,10 @@ def save_checkpoint(
             "Free some space and go on with --resume, or lower checkpoint.keep"
         ) from error
     for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            print(f"cannot delete the old checkpoint {old}: {error}", file=sys.stderr)
     return final
 
 
@@ -122,11 +128,15 @@ def _make_portable(folder: Path) -> None:
 
 def _flush(folder: Path) -> None:
     for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -135,8 +145,23 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimizer saved in a checkpoint."""
+    """Restore the state of the optimizer saved in a checkpoint; its settings stay as built.
+
+    Raises ConfigError if the checkpoint's weights were held in another dtype.
+    """
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+    built = optimizer.state_dict()
+    before, now = ("bfloat16" if "masters" in part else "float32" for part in (saved, built))
+    if before != now:
+        raise ConfigError(
+            "model.dtype",
+            now,
+            f"the weights of the checkpoint {checkpoint} were trained as {before!r}",
+            "Resume with that dtype, or choose another output_dir",
+        )
+    # Left to torch, weight decay, betas and eps would be those of the run that saved.
+    for group, own in zip(saved["param_groups"], built["param_groups"], strict=True):
+        group |= {**own, "params": group["params"]}
     optimizer.load_state_dict(saved)
 
 

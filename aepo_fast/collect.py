@@ -144,13 +144,12 @@ def collect(
     for index, (group, scores) in enumerate(zip(groups, scored, strict=True)):
         is_aux = index >= len(plan.prompts)
         for completion, value in zip(group, scores.rewards, strict=True):
-            if value is not None and not is_aux and cfg.reward.soft_overlong_tokens:
-                value += soft_overlong_penalty(
-                    len(completion.completion_ids),
-                    cfg.rollout.max_new_tokens,
-                    cfg.reward.soft_overlong_tokens,
-                )
-            rows.append(Row(completion, index, is_aux, value))
+            penalty = soft_overlong_penalty(
+                len(completion.completion_ids),
+                cfg.rollout.max_new_tokens,
+                cfg.reward.soft_overlong_tokens,
+            )
+            rows.append(Row(completion, index, is_aux, value, 0.0 if is_aux else penalty))
     lap("reward")
     return Rollout(
         rows=rows,

@@ -172,3 +172,13 @@ class AepoConfig:
             f"has no meaning with form = {self.form!r}",
             'Set form = "one_pass" or baseline = false',
         )
+        # DCPO's share looks ahead, whichever sets the temperature.
+        unused = ("integral_gain",) if self.form == "dcpo" else ("integral_gain", "lead_steps")
+        for name in unused:
+            require(
+                self.controller != "switch" or getattr(self, name) == 0,
+                f"aepo.{name}",
+                getattr(self, name),
+                "has no meaning for a switch, which looks at the last entropy alone",
+                f'Set controller = "proportional" or {name} = 0',
+            )

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts to train on and held-out ones, disjoint by key; no question occurs twice."""
+    """Prompts to train on and held-out ones, disjoint by key; no question occurs twice.
+
+    Held-out ones of the sources take turns, so that the first few of them are of every source.
+    """
 
     train: list[Prompt]
     heldout: list[Prompt]
@@ -92,7 +96,7 @@ def load_prompts(
     _check_split(cfg, train)
     return PromptSet(
         train=train,
-        heldout=[prompt for prompt in prompts if prompt.key in held],
+        heldout=_in_turn([prompt for prompt in prompts if prompt.key in held]),
         rendered=texts[prompts.index(train[0])],
         num_duplicates=num_read - len(prompts),
     )
@@ -241,6 +245,15 @@ def holdout_keys(prompts: Sequence[Prompt], cfg: DataConfig) -> set[str]:
             count = max(1, count)
         held.update(sorted(keys, key=lambda key: _hash(f"{cfg.seed} {key}"))[:count])
     return held
+
+
+def _in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """One prompt of each source after the other; those of a source keep their order."""
+    by_source: dict[int, list[Prompt]] = {}
+    for prompt in prompts:
+        by_source.setdefault(prompt.source, []).append(prompt)
+    turns = zip_longest(*by_source.values())
+    return [prompt for turn in turns for prompt in turn if prompt is not None]
 
 
 def _hash(text: str) -> str:

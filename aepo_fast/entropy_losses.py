@@ -43,13 +43,15 @@ class BonusCoefficient:
             self.coef = max(0.0, self.coef + sign * self.cfg.adaptive_delta)
 
     def state_dict(self) -> dict[str, float | None]:
-        """What a checkpoint needs."""
-        return {"coef": self.coef, "entropy": self.entropy}
+        """What a checkpoint needs: a coefficient only where it is no setting."""
+        adapted = self.cfg.entropy_method == "adaptive_bonus"
+        return {"coef": self.coef if adapted else None, "entropy": self.entropy}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Go on from a saved state."""
-        assert state["coef"] is not None
-        self.coef, self.entropy = state["coef"], state["entropy"]
+        """Go on from a saved state; a constant coefficient is the configured one."""
+        self.entropy = state["entropy"]
+        if self.cfg.entropy_method == "adaptive_bonus" and state["coef"] is not None:
+            self.coef = state["coef"]
 
 
 def entropy_advantage(

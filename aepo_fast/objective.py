@@ -54,8 +54,8 @@ def second_temperature(aepo: AepoConfig, temperature: float) -> float | None:
 
 
 def is_positive(row: Row, aepo: AepoConfig) -> bool:
-    """Whether a row counts as positive: by reward, not by advantage."""
-    return row.reward is not None and row.reward >= aepo.reward_threshold
+    """Whether a row counts as positive: by its answer's reward, not by length or advantage."""
+    return row.task_reward is not None and row.task_reward >= aepo.reward_threshold
 
 
 def build_objective(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from aepo_fast.batch import (
     BATCH_TOKENS,
@@ -53,8 +53,7 @@ def choose_layout(model: PreTrainedModel, requested: str) -> Layout:
     """
     attention = model.config._attn_implementation
     varlen = attention in ("flash_attention_2", "varlen")
-    layers = getattr(model.config, "layer_types", None) or []
-    windowed = any(kind != "full_attention" for kind in layers)
+    windowed = has_windows(model.config)
     if requested == "auto":
         return "packed" if varlen else "padded" if windowed else "shared"
     if requested == "shared" and (varlen or windowed):
@@ -62,6 +61,17 @@ def choose_layout(model: PreTrainedModel, requested: str) -> Layout:
         raise ConfigError("trainer.layout", requested, reason, 'Use "auto"')
     assert requested in ("packed", "shared", "padded")
     return requested  # type: ignore[return-value]
+
+
+def has_windows(config: PretrainedConfig) -> bool:
+    """Whether some layer sees less than all tokens before its own."""
+    config = config.get_text_config()
+    layers = getattr(config, "layer_types", None)
+    if layers:
+        return any(kind != "full_attention" for kind in layers)
+    # Mistral, Mixtral, Phi-3 and others have one window for all layers.
+    window = getattr(config, "sliding_window", None)
+    return window is not None and getattr(config, "use_sliding_window", None) is not False
 
 
 def token_mean(values: torch.Tensor, rows: Sequence[Row], indices: Sequence[int]) -> float:

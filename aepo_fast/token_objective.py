@@ -11,6 +11,10 @@ from aepo_fast import aepo_terms, entropy_losses, losses
 from aepo_fast.config import AepoConfig, LossConfig
 from aepo_fast.correction import bounds, token_correction
 
+# AEPO's clip of token ratios, eps of arXiv 2510.08141, where loss.clip_low and clip_high bound
+# those of whole sequences: tokens spread far wider, and most would lose their gradient.
+_TOKEN_CLIP = (0.2, 0.2)
+
 Columns = dict[str, torch.Tensor]
 Metrics = dict[str, torch.Tensor]
 TokenLoss = Callable[..., tuple[torch.Tensor, Metrics]]
@@ -81,7 +85,7 @@ def make_token_loss(
 
 
 def make_sequence_loss(loss: LossConfig, context: StepContext) -> SequenceLoss:
-    """GSPO over the rows of a micro-batch, with AEPO's resampled rows and the entropy bonus."""
+    """GSPO over the rows of a micro-batch, with AEPO's resampled rows and the regularisers."""
 
     def sequence_loss(
         logprob: torch.Tensor, entropy: torch.Tensor, row_of_token: torch.Tensor, column: Columns
@@ -100,11 +104,15 @@ def make_sequence_loss(loss: LossConfig, context: StepContext) -> SequenceLoss:
         weight = correction * column["weight"]
         row_weight = logprob.new_zeros(num_rows).index_add(0, row_of_token, weight)
         total = (row_weight * terms.loss).sum()
-        if context.bonus_coef:
-            total = total - context.bonus_coef * (column["weight"] * entropy).sum()
         spread = losses.TokenTerms(*(part[row_of_token] for part in terms))
         metrics = _metrics(column["main"], spread, entropy, old - logprob)
         metrics |= _correction_metrics(loss, column["main"], correction)
+        if loss.kl_coef > 0:
+            kl = losses.kl_to_reference(logprob, column["reference_logprob"], loss.kl_estimator)
+            total = total + loss.kl_coef * (column["weight"] * kl).sum()
+            metrics["kl"] = (column["main"] * kl).sum().detach()
+        if context.bonus_coef:
+            total = total - context.bonus_coef * (column["weight"] * entropy).sum()
         resampled, aux_metrics = _resampled(loss, logprob, old, column)
         return total + resampled, metrics | aux_metrics
 
@@ -183,7 +191,8 @@ def _resampled(
     loss: LossConfig, logprob: torch.Tensor, old: torch.Tensor, column: Columns
 ) -> tuple[torch.Tensor, Metrics]:
     """AEPO's resampling term over the auxiliary positives, and its clip count."""
-    terms = aepo_terms.resample_token_loss(logprob, old, *_clip(loss))
+    clip = _TOKEN_CLIP if loss.policy == "gspo" else _clip(loss)
+    terms = aepo_terms.resample_token_loss(logprob, old, *clip)
     on_aux = (column["aux_weight"] > 0).float()
     metrics = {"aux_tokens": on_aux.sum(), "aux_clip": (on_aux * terms.clipped_high).sum()}
     return (column["aux_weight"] * terms.loss).sum(), metrics

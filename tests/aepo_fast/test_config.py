@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aepo_fast.config import ConfigError, LossConfig
+from aepo_fast.config import AepoConfig, ConfigError, LossConfig
 from aepo_fast.config_io import dump_config, load_config, shipped_configs
 from aepo_fast.config_method import POLICY_DEFAULTS
 
@@ -48,6 +48,13 @@ def test_the_benchmarks_config_loads() -> None:
     assert load_config(str(Path(__file__).parents[2] / "bench" / "entropy.toml")).trainer.steps
 
 
+@pytest.mark.parametrize("name", ["integral_gain", "lead_steps"])
+def test_a_switch_takes_no_setting_of_the_proportional_law(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"aepo.{name} = 1.0: has no meaning for a switch"):
+        AepoConfig(controller="switch", **{name: 1.0})
+    AepoConfig(controller="switch", form="dcpo", lead_steps=1.0)
+
+
 def test_policies_bring_their_defaults_and_give_way_to_the_user() -> None:
     for policy, expected in POLICY_DEFAULTS.items():
         cfg = LossConfig(policy=policy)  # type: ignore[arg-type]
@@ -81,6 +88,8 @@ def test_policies_bring_their_defaults_and_give_way_to_the_user() -> None:
         ("trainer.group_size=1", "trainer.group_size", "2 or more"),
         ("trainer.minibatches=65", "trainer.minibatches", "prompts_per_step"),
         ("trainer.lr=0", "trainer.lr", "positive"),
+        ("trainer.beta1=1", "trainer.beta1", "e.g. 0.9"),
+        ("trainer.beta2=-0.1", "trainer.beta2", "e.g. 0.9"),
         ("loss.clip_low=1.0", "loss.clip_low", "below 1"),
         ("loss.dual_clip=0.5", "loss.dual_clip", "3.0"),
         ("loss.cov_fraction=0", "loss.cov_fraction", "(0, 1]"),

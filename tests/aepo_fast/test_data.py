@@ -67,6 +67,21 @@ def test_a_key_held_out_in_one_source_is_held_out_in_all(tmp_path):
     assert {p.source for p in found.heldout} == {0, 1}
 
 
+def test_the_first_held_out_prompts_are_of_every_source(tmp_path):
+    names = {"a": 40, "b": 40, "c": 10}
+    rows = {
+        name: [{"prompt": f"{name} {index}"} for index in range(count)]
+        for name, count in names.items()
+    }
+    sources = [write(tmp_path / f"{name}.jsonl", rows[name]) for name in names]
+    heldout = load(*sources).heldout
+    assert [p.source for p in heldout] == [0, 1, 2] * 2 + [0, 1] * 6
+    for index, name in enumerate(names):  # each in its own order, as if it were alone
+        own = [p.columns["prompt"] for p in heldout if p.source == index]
+        assert own == [p.columns["prompt"] for p in load(sources[index]).heldout]
+        assert own == sorted(own, key=lambda prompt: int(prompt.removeprefix(name)))
+
+
 def test_without_hold_out_everything_is_for_training():
     found = load(PRODUCTS, holdout_fraction=0)
     assert found.heldout == [] and len(found.train) == 512 - found.num_duplicates

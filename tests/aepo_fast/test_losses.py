@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from aepo_fast import aepo_terms, entropy_losses, losses
 from aepo_fast.config import LossConfig
+from aepo_fast.config_method import EntropyMethod
 
 RATIOS = [0.3, 0.79, 0.8, 0.81, 1.0, 1.27, 1.28, 1.29, 2.0, 5.0]
 ADVANTAGES = [-2.0, -0.5, 0.0, 0.5, 2.0]
@@ -233,6 +235,25 @@ def test_the_adaptive_bonus_acts_only_below_its_target() -> None:
     fixed = entropy_losses.BonusCoefficient(LossConfig(entropy_method="bonus", entropy_coef=0.01))
     assert fixed.value == 0.01
     assert entropy_losses.BonusCoefficient(LossConfig()).value == 0.0
+
+
+def test_a_resumed_bonus_is_the_configured_one_and_an_adapted_one_the_saved_one() -> None:
+    def resumed(before: EntropyMethod, after: EntropyMethod) -> entropy_losses.BonusCoefficient:
+        old = LossConfig(entropy_method=before, entropy_coef=0.01, adaptive_delta=0.004)
+        saved = entropy_losses.BonusCoefficient(old)
+        saved.update(0.1)
+        loaded = entropy_losses.BonusCoefficient(
+            replace(old, entropy_method=after, entropy_coef=0.5)
+        )
+        loaded.load_state_dict(saved.state_dict())
+        assert loaded.entropy == 0.1
+        return loaded
+
+    assert resumed("bonus", "bonus").value == 0.5
+    assert resumed("adaptive_bonus", "adaptive_bonus").value == pytest.approx(0.014)
+    # What the other method left is no starting value.
+    assert resumed("bonus", "adaptive_bonus").value == 0.5
+    assert resumed("adaptive_bonus", "bonus").value == 0.5
 
 
 def test_empty_input() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,11 +16,12 @@ from aepo_fast.aggregation import token_weights
 from aepo_fast.batch import Row
 from aepo_fast.config import AepoConfig, LossConfig
 from aepo_fast.entropy_control import EntropyController, aepo_draws
-from aepo_fast.losses import clipped_surrogate
+from aepo_fast.losses import clipped_surrogate, kl_to_reference
 from aepo_fast.minibatch import plan_minibatches
 from aepo_fast.objective import Objective, build_objective
+from aepo_fast.policy import Scores
 from aepo_fast.rollout.base import Completion
-from aepo_fast.token_objective import StepContext
+from aepo_fast.token_objective import Metrics, StepContext
 from tests.tiny_run import tiny_config
 
 NAN = float("nan")
@@ -207,7 +208,7 @@ def test_the_objective_is_its_formula_and_adds_up_over_chunks(
 
 def test_the_auxiliary_share_is_the_same_in_every_minibatch(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
-    rows = [replace(row, reward=1.0) for row in rows_of(4, 4, 8, generator)]
+    rows = [replace(row, task_reward=1.0) for row in rows_of(4, 4, 8, generator)]
     cfg = replace(tiny_config(tmp_path, tmp_path), aepo=AepoConfig(alpha=0.25))
     context = StepContext(1.2, 0.0, 0.0, 8, 8, 2)
     for minibatch in ([*range(8), *range(16, 20)], [*range(8, 16), *range(20, 24)]):
@@ -223,6 +224,69 @@ def test_the_auxiliary_share_is_the_same_in_every_minibatch(tmp_path: Path) -> N
         )
         assert objective.columns["aux_weight"].sum().item() == pytest.approx(0.25)
         assert objective.columns["weight"].sum().item() == pytest.approx(1.0)
+
+
+def gradient_of(
+    output: Path, loss: LossConfig, rows: list[Row], logprob: torch.Tensor, **scores: Any
+) -> tuple[torch.Tensor, Metrics, dict[str, torch.Tensor]]:
+    """Gradient by the log-probs, metrics and columns of all rows' objective; no main advantage."""
+    cfg = replace(tiny_config(output, output), loss=loss, aepo=AepoConfig(alpha=0.5))
+    num_aux = sum(row.is_aux for row in rows)
+    objective = build_objective(
+        cfg,
+        rows,
+        torch.zeros(len(rows)),
+        range(len(rows)),
+        StepContext(1.2, 0.0, 0.0, num_aux, num_aux, 1),
+        generator=torch.Generator(),
+        **{"scores": None, "reference": None, **scores},
+    )
+    entropy, columns = torch.zeros(len(logprob)), objective.columns
+    if objective.sequence_loss is not None:
+        lengths = torch.tensor([row.length for row in rows])
+        row_of_token = torch.arange(len(rows)).repeat_interleave(lengths)
+        total, metrics = objective.sequence_loss(logprob, entropy, row_of_token, columns)
+    else:
+        total, metrics = objective.token_loss(logprob, entropy, None, *columns.values())
+    return torch.autograd.grad(total, logprob)[0], metrics, columns
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("policy", ["grpo", "gspo"])
+def test_the_kl_to_the_reference_is_that_of_main_tokens(
+    tmp_path: Path, policy: Any, estimator: Any
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    rows = rows_of(2, 3, 2, generator)
+    total = sum(row.length for row in rows)
+    logprob = (-3 * torch.rand(total, generator=generator)).requires_grad_()
+    reference = Scores(-3 * torch.rand(total, generator=generator), torch.zeros(total), None)
+    loss = LossConfig(policy=policy, kl_estimator=estimator)
+    without, _, _ = gradient_of(tmp_path, loss, rows, logprob)
+    loss = replace(loss, kl_coef=0.05)
+    found, metrics, columns = gradient_of(tmp_path, loss, rows, logprob, reference=reference)
+    kl = kl_to_reference(logprob, reference.logprob, estimator)
+    (slope,) = torch.autograd.grad((columns["weight"] * kl).sum(), logprob)
+    assert slope.abs().sum() > 0
+    torch.testing.assert_close(found - without, 0.05 * slope, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(metrics["kl"], (columns["main"] * kl).sum().detach())
+
+
+@pytest.mark.parametrize("policy", ["grpo", "gspo"])
+@pytest.mark.parametrize(("shift", "clipped"), [(0.1, False), (0.3, True)])
+def test_auxiliary_tokens_are_clipped_as_tokens(
+    tmp_path: Path, policy: Any, shift: float, clipped: bool
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows = [replace(row, task_reward=1.0) for row in rows_of(2, 2, 3, generator)]
+    old = torch.full((sum(row.length for row in rows),), -2.0)
+    logprob = (old + shift).requires_grad_()
+    scores = Scores(old, torch.zeros(len(old)), None)
+    loss = LossConfig(policy=policy)
+    found, metrics, columns = gradient_of(tmp_path, loss, rows, logprob, scores=scores)
+    expected = torch.zeros(len(old)) if clipped else -columns["aux_weight"] * math.exp(shift)
+    torch.testing.assert_close(found, expected)
+    assert metrics["aux_clip"] == (metrics["aux_tokens"] if clipped else 0)
 
 
 def test_controller_laws() -> None:
@@ -259,7 +323,8 @@ def test_the_integral_removes_a_steady_error_and_does_not_wind_up() -> None:
 def test_an_entropy_that_is_not_finite_is_no_measurement(
     controller: Literal["proportional", "switch"],
 ) -> None:
-    cfg = AepoConfig(controller=controller, integral_gain=0.1)
+    gain = 0.1 if controller == "proportional" else 0.0
+    cfg = AepoConfig(controller=controller, integral_gain=gain)
     told, untold = EntropyController(cfg), EntropyController(cfg)
     for entropy in (NAN, 0.9, NAN, 0.45, float("inf")):
         told.update(entropy)

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from aepo_fast.config import CheckpointConfig, ModelConfig, RolloutConfig, TrainerConfig
+from aepo_fast.checkpoint import load_optimizer
+from aepo_fast.config import (
+    CheckpointConfig,
+    ConfigError,
+    ModelConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
 from aepo_fast.optim import MasterAdamW, build_optimizer, guarded_step
 from aepo_fast.run import train
 from tests.aepo_fast.test_run import assert_same_end
@@ -77,6 +84,43 @@ def test_it_writes_in_place_into_storage_of_others() -> None:
         guarded_step(optimizer, 0.0, max_grad_norm=1.0)
     assert not torch.equal(home[1:], before[1:]) and torch.equal(home[:1], before[:1])
     assert torch.equal(home[1:], model.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_optimizer_has_the_saved_state_and_todays_settings(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = layer(dtype)
+    saved = build_optimizer(model, SETTINGS)
+    backward(model, 0)
+    guarded_step(saved, 0.0, max_grad_norm=1.0)
+    torch.save(saved.state_dict(), tmp_path / "optimizer.pt")
+    today = replace(SETTINGS, lr=1e-3, weight_decay=0.3, beta1=0.8, beta2=0.95, eps=1e-6)
+    loaded = build_optimizer(layer(dtype), today)
+    load_optimizer(tmp_path, loaded)
+    for group, decay in zip(loaded.param_groups, (0.3, 0.0), strict=True):
+        found = {name: group[name] for name in ("lr", "weight_decay", "betas", "eps")}
+        assert found == {"lr": 1e-3, "weight_decay": decay, "betas": (0.8, 0.95), "eps": 1e-6}
+    old, new = saved.state_dict(), loaded.state_dict()
+    assert old["state"].keys() == new["state"].keys() == {0, 1}
+    for index, state in old["state"].items():
+        assert state["step"] == 1
+        for name, value in state.items():
+            assert torch.equal(value, new["state"][index][name])
+    for master, other in zip(old.get("masters", []), new.get("masters", []), strict=True):
+        assert torch.equal(master, other)
+
+
+@pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_state_of_weights_of_another_dtype_is_refused(
+    before: str, after: str, tmp_path: Path
+) -> None:
+    saved = build_optimizer(layer(getattr(torch, before)), SETTINGS)
+    torch.save(saved.state_dict(), tmp_path / "optimizer.pt")
+    optimizer = build_optimizer(layer(getattr(torch, after)), SETTINGS)
+    with pytest.raises(ConfigError, match=f"{after}.*trained as {before!r}") as caught:
+        load_optimizer(tmp_path, optimizer)
+    assert caught.value.key == "model.dtype"
 
 
 def test_a_bfloat16_run_resumes_bit_for_bit(tiny_model_dir: Path, tmp_path: Path) -> None:

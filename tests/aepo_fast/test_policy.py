@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from aepo_fast.config import ConfigError, ModelConfig, TrainerConfig
 from aepo_fast.models import load_model
@@ -48,6 +50,64 @@ def test_a_sliding_window_is_never_hidden_behind_a_shared_prompt(tiny_model_dir:
     assert choose_layout(policy.model, "auto") == "padded"
     with pytest.raises(ConfigError, match="trainer.layout"):
         choose_layout(policy.model, "shared")
+
+
+def build(folder: Path, model_type: str, **settings: Any) -> Path:
+    """Write a model of 2 layers without a tokenizer to `folder`; returns the folder."""
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        **settings,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "mixtral", "phi3", "starcoder2"])
+def test_a_window_of_the_whole_model_is_kept(model_type: str, tmp_path: Path) -> None:
+    policy = policy_of(build(tmp_path / "windowed", model_type, sliding_window=4))
+    assert not getattr(policy.model.config, "layer_types", None)
+    rows = make_rows([4, 1, 9, 3])
+    expected = torch.cat([lone_logprobs(policy.model, row).detach() for row in rows])
+    torch.testing.assert_close(policy.score(rows, range(4)).logprob, expected, atol=2e-5, rtol=0)
+    assert policy.layout == "padded"
+    with pytest.raises(ConfigError, match="trainer.layout"):
+        choose_layout(policy.model, "shared")
+    assert policy_of(build(tmp_path / "full", model_type, sliding_window=None)).layout == "shared"
+
+
+class Configured:
+    """As much of a model as choosing a layout looks at."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        config._attn_implementation = "sdpa"
+        self.config = config
+
+
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        (AutoConfig.for_model("qwen2_moe", sliding_window=7), "shared"),
+        (AutoConfig.for_model("qwen3_moe", sliding_window=7, use_sliding_window=True), "padded"),
+        (AutoConfig.for_model("llama", sliding_window=7, use_sliding_window=False), "shared"),
+        (AutoConfig.for_model("gemma3"), "padded"),  # its text is a part of it
+    ],
+)
+def test_windows_are_found_wherever_configurations_keep_them(
+    config: PretrainedConfig, layout: str
+) -> None:
+    assert choose_layout(Configured(config), "auto") == layout  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from aepo_fast.collect import Rollout, RolloutPlan, collect
+from aepo_fast.config import AepoConfig, RewardConfig, RolloutConfig
 from aepo_fast.data import Prompt
+from aepo_fast.objective import is_positive
 from aepo_fast.rewards import Reward, RewardError
 from aepo_fast.rollout.base import Completion
 from aepo_fast.scoring import GroupScorer
+from tests.tiny_run import tiny_config
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -116,3 +123,41 @@ def test_leaving_early_does_not_wait() -> None:
         scorer.add(0, group(1))
         raise KeyboardInterrupt
     recorder.gate.set()
+
+
+class Sampled:
+    """An engine whose completions are known: each of length 4, and one right, one wrong."""
+
+    def generate(
+        self, requests: Sequence[Any], *, on_group: Callable[..., None], **options: Any
+    ) -> list[list[Completion]]:
+        found = []
+        for index, request in enumerate(requests):
+            found.append([Completion((1,), (i,) * 4, (-1.0,) * 4, "stop", 1.0, 0) for i in (1, 0)])
+            assert request.num_samples == 2
+            on_group(index, found[-1])
+        return found
+
+
+def test_a_long_right_answer_is_penalised_and_positive(tmp_path: Path) -> None:
+    cfg = replace(
+        tiny_config(tmp_path, tmp_path),
+        reward=RewardConfig(soft_overlong_tokens=4),
+        rollout=RolloutConfig(max_new_tokens=6),
+    )
+    cfg = replace(cfg, trainer=replace(cfg.trainer, group_size=2))
+    plan = RolloutPlan(0, prompts(1), prompts(1), 1.2, 0.5, {})
+    rollout = collect(
+        Sampled(),  # type: ignore[arg-type]
+        Recorder().reward(),
+        plan,
+        decode,
+        cfg,
+        on_tokens=lambda _: None,
+        lap=lambda _: None,
+    )
+    assert [row.reward for row in rollout.rows] == [0.5, -0.5, 1.0, 0.0]  # auxiliary ones are not
+    assert rollout.main_rewards[:2].tolist() == [0.5, -0.5]
+    assert rollout.task_rewards == [1.0, 0.0, 1.0, 0.0]
+    assert [is_positive(row, AepoConfig()) for row in rollout.rows] == [True, False] * 2
+    assert Rollout.from_state(rollout.state_dict(), rollout.prompts) == rollout
