@@ -93,7 +93,8 @@ def token_loss(
         if any(needs):
             gradients.finish()
             if problem.row_sampling is not None:
-                metrics["row_sampling/rows"] = loss.new_tensor(gradients.rows)
+                rows = torch.full_like(loss, gradients.rows)  # new_tensor would wait for a GPU
+                metrics["row_sampling/rows"] = rows
                 metrics["row_sampling/variance"] = gradients.variance
         first, entropy, _, second = outputs(problem, tokens, _join(parts, head, tokens))
     if any(needs):

@@ -164,12 +164,17 @@ def computing_on(device: torch.device) -> Iterator[None]:
     Without it, autocast would cast again what was cast on purpose, cuBLAS might add the parts of a
     split reduction in bfloat16, and Triton would launch on the current device.
     """
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_bf16_reduced_precision_reduction
-    settings.allow_bf16_reduced_precision_reduction = False
+    settings, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    before, split = getattr(settings, name), getattr(settings, f"{name}_split_k", None)
+
+    def allow(reduced: bool) -> None:
+        # Set alone, it would also allow the splits that someone else has forbidden.
+        setattr(settings, name, reduced if split is None else (reduced, split))
+
+    allow(False)
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
         with torch.autocast(device.type, enabled=False), on_device:
             yield
     finally:
-        settings.allow_bf16_reduced_precision_reduction = before
+        allow(before)

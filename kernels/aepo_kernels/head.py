@@ -214,7 +214,7 @@ class Head:
 def head_of(problem: Problem) -> Head:
     """The head of a problem, cast once."""
     hidden, dtype = problem.hidden.detach(), problem.stats_dtype
-    bias = None if problem.bias is None else problem.bias.detach().to(dtype)
+    bias = None if problem.bias is None else problem.bias.detach().to(dtype).contiguous()
     softcap = None if problem.softcap is None else float(problem.softcap)
     lora = None
     if problem.lora_a is not None and problem.lora_b is not None:

@@ -180,12 +180,16 @@ def _first_grad(
 
 
 def _at_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.gather(1, targets[:, None].clamp(min=0))
+    column, last = targets[:, None], logits.shape[1] - 1
+    # On a GPU nobody has looked at the targets.
+    bad = (column < -1) | (column > last)
+    return logits.gather(1, column.clamp(0, last)).masked_fill(bad, torch.nan)
 
 
 def _add_at_targets(grad: Tensor, targets: Tensor, values: Tensor) -> Tensor:
-    column = targets[:, None]
-    return grad.scatter_add_(1, column.clamp(min=0), values.masked_fill(column < 0, 0.0))
+    column, last = targets[:, None], grad.shape[1] - 1
+    outside = (column < 0) | (column > last)
+    return grad.scatter_add_(1, column.clamp(0, last), values.masked_fill(outside, 0.0))
 
 
 def _blocks(

@@ -78,7 +78,7 @@ def tokens_of(problem: Problem) -> Tokens:
 def _inverse(value: float | Tensor | None, dtype: torch.dtype) -> float | Tensor | None:
     if isinstance(value, Tensor):
         return value.to(dtype).reciprocal()
-    return None if value is None else 1.0 / value
+    return None if value is None else 1.0 / float(value)  # Triton takes no number of numpy's
 
 
 def _join_positions(parts: list[Tensor | slice], device: torch.device) -> Tensor | slice:

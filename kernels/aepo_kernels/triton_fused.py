@@ -330,7 +330,7 @@ def combine_kernel(
         last = 4 if second_inv_temperature is None else 6
         tl.store(out + last * width, square / (total * total), mask=real)
     if second_inv_temperature is not None:
-        second_log_sum = tl.log(second_total)
+        second_log_sum = tl.log(tl.where(maximum > FLOOR, second_total, float("nan")))
         tl.store(out + 4 * width, centred * second_inverse - second_log_sum, mask=real)
         tl.store(out + 5 * width, second_log_sum, mask=real)
 

@@ -257,7 +257,8 @@ def stats_kernel(
         last = 4 if second_inv_temperature is None else 6
         tl.store(out + last * step, tl.sum(square * (decay * decay), 0) / (mass * mass))
     if second_inv_temperature is not None:
-        second_log_sum = tl.log(tl.sum(second_total * tl.exp2(rise * second_rate), 0))
+        second_mass = tl.sum(second_total * tl.exp2(rise * second_rate), 0)
+        second_log_sum = tl.log(tl.where(maximum > FLOOR, second_mass, float("nan")))
         tl.store(out + 4 * step, centred * second_inverse - second_log_sum)
         tl.store(out + 5 * step, second_log_sum)
 

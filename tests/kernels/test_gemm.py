@@ -10,6 +10,7 @@ from aepo_kernels import backends, cpu_gemm, cpu_library, gemm
 
 SHAPES = [(1, 1, 1), (5, 130, 7), (130, 5, 7), (7, 5, 130), (64, 64, 64), (3, 200, 200)]
 DTYPES = [torch.bfloat16, torch.float32]
+CUBLAS, SUMS = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
 
 
 needs_avx2 = pytest.mark.skipif(
@@ -112,3 +113,19 @@ def test_what_has_instructions_is_multiplied_as_it_is(monkeypatch: pytest.Monkey
     left, right = laid_out(5, 6, "rows", 0), laid_out(6, 7, "rows", 1)
     assert torch.equal(gemm.matmul(left, right), left @ right)
     assert backends.multiplies_bfloat16("cuda")
+
+
+@pytest.mark.skipif(not hasattr(CUBLAS, f"{SUMS}_split_k"), reason="this torch has one switch")
+@pytest.mark.parametrize("chosen", [(False, False), (False, True), (True, True)])
+def test_the_callers_choice_of_cublas_sums_is_put_back(chosen: tuple[bool, bool]) -> None:
+    def now() -> tuple[bool, bool]:
+        return getattr(CUBLAS, SUMS), getattr(CUBLAS, f"{SUMS}_split_k")
+
+    before = now()
+    setattr(CUBLAS, SUMS, chosen)
+    try:
+        with gemm.computing_on(torch.device("cpu")):
+            assert now() == (False, chosen[1])
+        assert now() == chosen
+    finally:
+        setattr(CUBLAS, SUMS, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,3 +154,24 @@ def test_chunks_of_a_later_part_of_the_forward_pass_are_its_own(
     output.loss.backward()
     for one, other in zip(whole.tensors(), fused.tensors(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_that_is_not_contiguous(backend: str) -> None:
+    case = make_case(40, 24, 300, option="bias")
+    assert case.bias is not None
+    apart = torch.stack([torch.randn(300), case.bias], 1)[:, 1]
+    assert not apart.is_contiguous()
+    odd = replace(case, bias=apart)
+    test_logprob.check(odd, output_weights(40), backend=backend, chunk_tokens=16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_temperature_may_be_a_number_of_numpy(backend: str) -> None:
+    case = make_case(10, 24, 300)
+    given = case.hidden, case.weight, case.targets
+    one, other = (
+        linear_logprob(*given, temperature=number, backend=backend)
+        for number in (np.float32(0.5), 0.5)
+    )
+    assert torch.equal(one.logprob, other.logprob)

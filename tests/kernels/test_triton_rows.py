@@ -148,10 +148,11 @@ def test_a_logit_that_is_no_number_spoils_its_row_alone(bad: float) -> None:
 
 
 def test_a_row_without_any_finite_logit_is_nan() -> None:
-    case = make(2, 100, "plain")
+    case = make(2, 100, "scalar")
     case["products"][0] = float("-inf")
     stats = triton_rows.row_stats(**case, dtype=torch.float32)
-    assert stats.logprob.isnan().tolist() == stats.entropy.isnan().tolist() == [True, False]
+    for values in (stats.logprob, stats.entropy, stats.second_logprob):
+        assert values is not None and values.isnan().tolist() == [True, False]
 
 
 def test_a_target_outside_the_vocabulary_is_nan_and_not_a_stray_read() -> None:
