@@ -34,8 +34,9 @@ _last_segments: list[tuple[weakref.ref[torch.Tensor], torch.Tensor, int]] = []
 
 def segments(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Cumulative lengths [S + 1], int32, and greatest length of the rows packed in [B, L]."""
-    if _last_segments and _last_segments[0][0]() is position_ids:
-        return _last_segments[0][1], _last_segments[0][2]
+    for reference, bounds, longest in tuple(_last_segments):  # once: a second thread may write
+        if reference() is position_ids:
+            return bounds, longest
     flat = position_ids.flatten()
     starts = (flat == 0).nonzero().flatten()
     bounds = torch.cat([starts, starts.new_tensor([flat.numel()])]).int()

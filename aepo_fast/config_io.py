@@ -52,6 +52,14 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     return _build(Config, data, "")
 
 
+def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with `section.key=value` overrides, as `load_config` takes them."""
+    data = _plain(dataclasses.asdict(cfg))
+    for override in overrides:
+        _apply(data, override)
+    return _build(Config, data, "")
+
+
 def dump_config(cfg: Config) -> str:
     """The configuration as TOML that `load_config` reads back to an equal one."""
     return tomli_w.dumps(_plain(dataclasses.asdict(cfg)))

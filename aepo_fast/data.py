@@ -135,17 +135,22 @@ def read_file(name: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(key, name, "there is no such file", "Check the path")
     if path.suffix == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowException as error:
+            raise ConfigError(key, name, f"is no parquet: {error}", "Write it anew") from error
     if path.suffix not in (".json", ".jsonl"):
         reason = f"files of type {path.suffix!r} are not read"
         raise ConfigError(key, name, reason, "Use .jsonl, .json or .parquet")
     # Not by `datasets`: its columns have one type, and answers are numbers here and LaTeX there.
-    text = path.read_text()
     try:
+        text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if path.suffix == ".json" else _json_lines(text)
     except json.JSONDecodeError as error:
         reason = f"line {error.lineno} is not JSON: {error.msg}"
         raise ConfigError(key, name, reason, "Correct the file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(key, name, f"is not UTF-8: {error}", "Save it as UTF-8") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         reason = "does not hold one JSON object per row"
         raise ConfigError(key, name, reason, "Use a list of objects, or one object a line")
@@ -182,10 +187,13 @@ def to_messages(
     """The chat of a question, which is a string or already a list of messages."""
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and prompt and all(isinstance(part, dict) for part in prompt):
+    elif isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
         messages = [dict(message) for message in prompt]
     else:
-        reason = f"a prompt of {source.name!r} is neither a string nor messages: {prompt!r:.80}"
+        reason = (
+            f"a prompt of {source.name!r} is neither a string nor messages with role and content, "
+            f"both strings: {prompt!r:.80}"
+        )
         fix = "Name the column that holds the questions"
         raise ConfigError("data.sources.prompt_column", source.prompt_column, reason, fix)
     if cfg.instruction:
@@ -193,6 +201,12 @@ def to_messages(
     if cfg.system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": cfg.system_prompt})
     return tuple(messages)
+
+
+def _is_message(part: Any) -> bool:
+    return isinstance(part, dict) and all(
+        isinstance(part.get(name), str) for name in ("role", "content")
+    )
 
 
 def question_key(source: SourceConfig, columns: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from reasoning_gym.factory import DATASETS
 
 from aepo_fast.checkpoint import complete_checkpoints
 from aepo_fast.config import Config, ConfigError, DataConfig, ModelConfig, SourceConfig
-from aepo_fast.config_io import load_config
+from aepo_fast.config_io import load_config, with_overrides
 from aepo_fast.data import load_prompts
 from aepo_fast.evaluate import EvalResult, evaluate
 from aepo_fast.models import load_model, load_tokenizer, resolve
@@ -51,7 +51,7 @@ def evaluate_model(
         raise ConfigError("data.holdout_fraction", cfg.data.holdout_fraction, reason, "Raise it")
     dtype = cfg.rollout.dtype
     assert dtype != "auto"
-    settings = ModelConfig(path=path, dtype=dtype, compute_dtype=dtype)
+    settings = dataclasses.replace(cfg.model, path=path, dtype=dtype, compute_dtype=dtype)
     loaded = load_model(settings, folder, choose_device(cfg.trainer.device))
     engine = HfRollout(
         loaded,
@@ -88,7 +88,8 @@ def _configuration(
         cfg = load_config(config, overrides)
     elif task is not None:
         model_section = ModelConfig(path=path)
-        cfg = Config(model=model_section, data=DataConfig(sources=(_source(task),)))
+        plain = Config(model=model_section, data=DataConfig(sources=(_source(task),)))
+        cfg = with_overrides(plain, overrides)
     else:
         reason = "is no run, so it is not known what to evaluate on"
         raise ConfigError("MODEL", model, reason, "Add --config NAME or --task NAME")
@@ -101,4 +102,5 @@ def _configuration(
 def _source(task: str) -> SourceConfig:
     if task in DATASETS:
         return SourceConfig("reasoning_gym", task)
-    return SourceConfig("file" if Path(task).suffix else "hub", task)
+    is_file = Path(task).suffix in (".json", ".jsonl", ".parquet")
+    return SourceConfig("file" if is_file else "hub", task)

@@ -101,6 +101,17 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def recurrent_layers(config: PretrainedConfig) -> list[str]:
+    """Kinds of a model's layers that keep a state from token to token instead of looking back."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    return sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
+
+
+def takes_positions(config: PretrainedConfig) -> bool:
+    """Whether positions are those a model is given, by rotary embeddings, and not its columns'."""
+    return getattr(config.get_text_config(), "rope_parameters", None) is not None
+
+
 def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> PreTrainedModel:
     """Load a model for training onto `device` in cfg.dtype, in train mode, without dropout.
 
@@ -115,14 +126,20 @@ def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> Pr
         _check_liger(cfg, device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=getattr(torch, cfg.dtype),
-        # Left to itself, transformers takes eager for the architectures that have no sdpa.
-        attn_implementation=None if (cfg.attention, attention) == ("auto", "sdpa") else attention,
-        local_files_only=True,
-    )
+    # Left to itself, transformers takes eager for the architectures that have no sdpa.
+    wanted = None if (cfg.attention, attention) == ("auto", "sdpa") else attention
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, cfg.dtype),
+            attn_implementation=wanted,
+            local_files_only=True,
+        )
+    except (ValueError, ImportError) as error:  # an attention that the architecture lacks, mostly
+        reason = f"transformers cannot load {folder} with {attention!r}: {error}"
+        fix = 'Set model.attention to "sdpa" or "eager"'
+        raise ConfigError("model.attention", cfg.attention, reason, fix) from error
     model.to(device)  # type: ignore[arg-type]
     if cfg.liger:
         _apply_liger(model)

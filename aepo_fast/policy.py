@@ -18,7 +18,7 @@ from aepo_fast.batch import (
     make_microbatches,
 )
 from aepo_fast.config import ConfigError, ModelConfig, TrainerConfig
-from aepo_fast.models import backbone_of, head_of
+from aepo_fast.models import backbone_of, head_of, recurrent_layers, takes_positions
 from aepo_kernels import LogprobOutput, linear_logprob
 from aepo_kernels.backends import row_kernels
 
@@ -49,8 +49,14 @@ def choose_layout(model: PreTrainedModel, requested: str) -> Layout:
 
     "auto" packs where the attention takes variable lengths, shares prompts under plain sdpa, eager
     or grouped attention, and pads where the model has sliding windows, which a dense mask would
-    undo.
+    undo, layers whose state would run on from row to row, or positions of its own.
     """
+    alone = recurrent_layers(model.config) or not takes_positions(model.config)
+    if alone and requested in ("packed", "shared"):
+        reason = "needs attention with rotary embeddings in every layer"
+        raise ConfigError("trainer.layout", requested, reason, 'Use "auto"')
+    if alone:
+        return "padded"
     attention = model.config._attn_implementation
     varlen = attention in ("flash_attention_2", "varlen")
     windowed = has_windows(model.config)

@@ -88,7 +88,7 @@ def _to_reward(value: Any) -> tuple[float | None, str]:
         return None, f"{type(value).__name__}: {value}"
     try:
         reward = float(value)
-    except (TypeError, ValueError):
+    except Exception:  # of the value's own __float__
         return None, f"returned {value!r:.100}, which is no number"
     return (reward, "") if math.isfinite(reward) else (None, f"returned {reward}")
 
@@ -185,7 +185,7 @@ def _user_scorer(function: Callable[..., Any], cfg: RewardConfig) -> Scorer:
         if not takes_all:
             arguments = {name: value for name, value in arguments.items() if name in taken}
         try:
-            values = list(run_with_timeout(lambda: call(arguments), cfg.timeout_s))
+            values = run_with_timeout(lambda: list(call(arguments)), cfg.timeout_s)
         except Exception as error:  # the user's code; reported by Reward.score
             return [error] * len(texts)
         if len(values) != len(texts):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from aepo_fast.collect import Rollout, RolloutPlan, collect
-from aepo_fast.config import Config
+from aepo_fast.config import Config, ConfigError
 from aepo_fast.data import Prompt, PromptSampler
 from aepo_fast.entropy_control import EntropyController, aepo_draws
 from aepo_fast.interrupt import InterruptGuard
@@ -112,7 +112,17 @@ class Rollouts:
         if ahead is not None:
             plan = self._plan(ahead["step"], ahead["temperature"], ahead["target"])
             everyone = [*plan.prompts, *plan.aux_prompts]
-            self._ahead = plan, Rollout.from_state(ahead["rollout"], everyone)
+            rollout = Rollout.from_state(ahead["rollout"], everyone)
+            sampled = rollout.num_main_groups, 1 + max(row.group for row in rollout.rows)
+            if sampled != (len(plan.prompts), len(everyone)):
+                raise ConfigError(
+                    "trainer.prompts_per_step",
+                    len(plan.prompts),
+                    f"the checkpoint holds samples of {sampled[0]} prompts and "
+                    f"{sampled[1] - sampled[0]} auxiliary ones, drawn ahead",
+                    "Resume with its trainer.prompts_per_step and [aepo], then change them",
+                )
+            self._ahead = plan, rollout
 
     def _plan(
         self, step: int, temperature: float | None = None, target: float | None = None

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from packaging.specifiers import SpecifierSet
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo_fast.checkpoint import check_same_model, complete_checkpoints, load_state
 from aepo_fast.config import Config, ConfigError
 from aepo_fast.config_io import dump_config
 from aepo_fast.data import PromptSampler, PromptSet, load_prompts
 from aepo_fast.metrics import check_tensorboard
-from aepo_fast.models import load_model, load_tokenizer, resolve
+from aepo_fast.models import load_model, load_tokenizer, recurrent_layers, resolve
 from aepo_fast.policy import Policy
 from aepo_fast.rewards import Reward, build_reward
 from aepo_fast.rollout.base import RolloutEngine
@@ -105,10 +105,22 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
         max_prompt_tokens=cfg.rollout.max_prompt_tokens,
         required_columns=reward.required_columns,
     )
+    _check_lengths(cfg, prompts, model_folder)
     with _writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     return Inputs(tokenizer, prompts, reward, str(model_folder), checkpoint, state)
+
+
+def _check_lengths(cfg: Config, prompts: PromptSet, model_folder: Path | str) -> None:
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True).get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    longest = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.heldout])
+    new = cfg.rollout.max_new_tokens
+    if most and longest + new > most:
+        reason = f"with prompts of up to {longest} tokens that is more than the model's {most}"
+        fix = f"Set it to {most - longest} or less" if longest < most else "Drop the long prompts"
+        raise ConfigError("rollout.max_new_tokens", new, reason, fix)
 
 
 def prepare_folder(cfg: Config, *, overwrite: bool) -> None:
@@ -246,6 +258,10 @@ def _load_engine(cfg: Config, inputs: Inputs, model: PreTrainedModel, source: st
         from aepo_fast.rollout.vllm import VllmRollout  # importing it imports vLLM
 
         return VllmRollout(source, cfg.rollout, eos_ids=ids, seed=cfg.trainer.seed)
+    kinds = recurrent_layers(model.config)
+    if kinds:
+        reason = f"cannot take rows out of the state of {', '.join(kinds)} layers"
+        raise ConfigError("rollout.backend", "hf", reason, 'Use "vllm"')
     dtype = getattr(torch, cfg.rollout.dtype)
     return HfRollout(model, dtype=dtype, eos_ids=ids, batch_rows=cfg.rollout.batch_rows)
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from aepo_fast.attention import decodes_in_place
+from aepo_fast.models import takes_positions
 from aepo_fast.rollout.base import BrokenWeightsError, Completion, Request
 from aepo_fast.rollout.cache import make_room
 from aepo_fast.rollout.packed import can_pack, packed_linears
@@ -66,8 +67,9 @@ class HfRollout:
         else:  # modules of its own, which packing changes
             kept = {id(weight): weight for weight in model.parameters()} if self.shared else {}
             self.model = copy.deepcopy(model, kept)
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(dtype)  # not buffers: rotary angles need float32
+        # The trainer's own stay as they are; and buffers, since rotary angles need float32.
+        for parameter in () if self.shared else self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
         self._linears = packed_linears(self.model)
         for linear in self._linears:
             linear.pack()
@@ -200,8 +202,10 @@ class HfRollout:
         device = self.model.device
         cache = DynamicCache(config=self.model.config)
         shared = _shared_length(prompts)
-        # A window counts columns, and so would count the padding behind what is shared.
-        if len(prompts) == 1 or shared < _LEAST_SHARED or any(cache.is_sliding):
+        # A window counts columns, and so would count the padding behind what is shared; so do
+        # positions that are not given.
+        by_columns = any(cache.is_sliding) or not takes_positions(self.model.config)
+        if len(prompts) == 1 or shared < _LEAST_SHARED or by_columns:
             shared = 0
         if shared:
             ids = torch.tensor([prompts[0][:shared]], device=device)

@@ -86,6 +86,17 @@ def test_eval_of_a_model_on_a_task(tiny_model_dir: Path) -> None:
     assert result.exit_code == 0 and "2 prompts x 1 samples" in result.output
 
 
+def test_eval_takes_overrides_with_a_task_alone(tiny_model_dir: Path) -> None:
+    from aepo_fast.eval_command import evaluate_model
+
+    given = {"config": None, "task": PRODUCTS.name, "samples": 1, "prompts": 2}
+    overrides = ["rollout.max_new_tokens=3", "trainer.device=cpu"]
+    result = evaluate_model(str(tiny_model_dir), **given, overrides=overrides)
+    assert result.mean_length <= 3
+    with pytest.raises(ConfigError, match="rollout.no_such"):
+        evaluate_model(str(tiny_model_dir), **given, overrides=["rollout.no_such=1"])
+
+
 def test_eval_needs_to_know_on_what(tiny_model_dir: Path, tmp_path: Path) -> None:
     from aepo_fast.eval_command import evaluate_model
 

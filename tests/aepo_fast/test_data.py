@@ -257,3 +257,21 @@ def test_sampler_refuses_the_state_of_other_prompts():
     state = PromptSampler(make_prompts(7), [1.0], seed=5).state_dict()
     with pytest.raises(ConfigError, match="not those of the checkpoint"):
         PromptSampler(make_prompts(8), [1.0], seed=5).load_state_dict(state)
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"prompt": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"rows.jsonl.*is not UTF-8.*Save it as UTF-8"):
+        load(SourceConfig("file", str(path)))
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ConfigError, match="rows.parquet.*is no parquet"):
+        load(SourceConfig("file", str(path)))
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "content": ["a"]}], ids=str)
+def test_messages_without_text_are_refused(tmp_path, message):
+    source = write(tmp_path / "rows.jsonl", [{"prompt": [message]}] * 9)
+    with pytest.raises(ConfigError, match="neither a string nor messages with role and content"):
+        load(source)

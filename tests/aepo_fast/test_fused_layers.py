@@ -94,3 +94,18 @@ def test_nothing_is_fused_where_the_cpp_part_is_switched_off(monkeypatch) -> Non
     model = model_of(LlamaConfig(**SIZES))
     fuse_layers(model)
     assert fused_kinds(model) == []
+
+
+def test_an_activation_that_is_cut_off_stays() -> None:
+    model = model_of(LlamaConfig(**SIZES))
+    plain = type(model.model.layers[0].mlp)
+
+    class Clamped(plain):  # type: ignore[misc, valid-type]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate = self.gate_proj(x).clamp(max=10.0)
+            return self.down_proj(self.act_fn(gate) * self.up_proj(x).clamp(-10.0, 10.0))
+
+    model.model.layers[1].mlp.__class__ = Clamped
+    fuse_layers(model)
+    kinds = [getattr(type(layer.mlp), "fused_kind", None) for layer in model.model.layers]
+    assert kinds == ["swiglu", None]

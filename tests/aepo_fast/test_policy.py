@@ -141,3 +141,16 @@ def test_casting_weights_once_and_sparse_embeddings_change_no_gradient(
     wanted = gradients(nullcontext(), False)
     for ours, theirs in zip(gradients(policy.same_weights(), True), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["recurrent", "positions"])
+def test_rows_of_other_models_are_kept_apart(tiny_model_dir: Path, change: str) -> None:
+    policy = policy_of(tiny_model_dir)
+    if change == "recurrent":
+        policy.model.config.layer_types = ["full_attention", "linear_attention"]
+    else:
+        policy.model.config.rope_parameters = None
+    assert choose_layout(policy.model, "auto") == choose_layout(policy.model, "padded") == "padded"
+    for layout in ("packed", "shared"):
+        with pytest.raises(ConfigError, match="trainer.layout.*rotary embeddings in every layer"):
+            choose_layout(policy.model, layout)

@@ -237,3 +237,15 @@ def test_scoring_works_inside_a_running_event_loop(user_module):
         return reward.score([prompt()], ["a"], [(1,)])
 
     assert asyncio.run(main()).rewards == [1.0]
+
+
+def test_a_value_whose_conversion_fails_is_an_error_of_its_sample(user_module):
+    function = user_module(
+        "class Value:\n"
+        "    def __float__(self):\n"
+        "        return 1 / 0\n"
+        "def reward(completions, **columns):\n"
+        "    return [Value() for _ in completions]\n"
+    )
+    with pytest.raises(RewardError, match="sample 0 of 1.*which is no number"):
+        reward_of(function).score([prompt()], ["x"], [[1]])

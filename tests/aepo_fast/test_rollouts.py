@@ -153,3 +153,16 @@ def test_steps_beyond_the_last_are_not_sampled(
     monkeypatch.setattr(HfRollout, "generate", generate)
     train(with_trainer(config(tiny_model_dir, tmp_path / "run"), steps=3))
     assert len(calls) == 3
+
+
+def test_samples_of_other_prompts_than_planned_are_refused(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    cfg = config(tiny_model_dir, tmp_path / "run")
+    train(with_trainer(cfg, steps=4))
+    copy = config(tiny_model_dir, tmp_path / "copy")
+    copy_until(2, cfg, copy)
+    with pytest.raises(
+        ConfigError, match="prompts_per_step = 2: the checkpoint holds .* of 4 prom"
+    ):
+        train(with_trainer(copy, prompts_per_step=2), resume=True)

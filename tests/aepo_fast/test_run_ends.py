@@ -171,3 +171,23 @@ def test_a_math_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("aepo_fast.math_worker.sys.executable", "false")
     with pytest.raises(MathWorkerError, match="ended with status 1"):
         MathWorker(timeout_s=2.0).verify("1", "1")
+
+
+def test_lengths_beyond_the_models_are_said_before_it_loads(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    cfg = tiny_config(tiny_model_dir, tmp_path / "run")
+    long = replace(cfg.rollout, max_new_tokens=250)
+    wanted = (
+        r"rollout.max_new_tokens = 250: with prompts of up to \d+ tokens .* model's 256. Set it to"
+    )
+    with pytest.raises(ConfigError, match=wanted):
+        train(replace(cfg, rollout=long))
+
+
+def test_a_state_that_hf_cannot_split_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aepo_fast.setup.recurrent_layers", lambda config: ["linear_attention"])
+    with pytest.raises(ConfigError, match='rollout.backend.*linear_attention layers. Use "vllm"'):
+        train(tiny_config(tiny_model_dir, tmp_path / "run"))
