@@ -42,11 +42,13 @@ clean:
 
 # torch goes first and alone: the exact pin finds a CPU build where pip is set up for one, while a
 # range would fetch gigabytes of CUDA libraries onto a machine without a GPU. It is left out of the
-# constraints afterwards, which would replace a torch that the system brought.
+# constraints afterwards, which would replace a torch that the system brought; so is triton where
+# torch has brought its own, as builds for CUDA do.
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV_FLAGS) .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH)
-	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	brought=torch; if $(BIN)/python -c "import triton" 2>/dev/null; then brought='torch|triton'; fi; \
+	grep -vE "^($$brought)==" constraints.txt > .venv/constraints.txt
 	$(BIN)/pip install --quiet --constraint .venv/constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 

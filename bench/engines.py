@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from aepo_kernels.backends import multiplies_bfloat16
-from bench.environment import RESULTS, describe, device_name
+from bench.environment import RESULTS, command_line, describe, device_name
 
 ENGINES = ("hf", "vllm")
 # Shapes of real models for random weights: hidden, intermediate, layers, heads, key-value heads,
@@ -96,7 +95,7 @@ def spread(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     return {
         "median": statistics.median(ordered),
-        "p20": ordered[int(0.2 * (len(ordered) - 1))],
+        "p20": ordered[round(0.2 * (len(ordered) - 1))],
         "p80": ordered[round(0.8 * (len(ordered) - 1))],
     }
 
@@ -110,7 +109,7 @@ def write(name: str, arguments: argparse.Namespace, found: dict[str, Any]) -> No
     record = {
         "benchmark": name,
         "environment": describe() | {"vllm": vllm_version()},
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "command": command_line(),
         "settings": settings,
         **found,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.environment import RESULTS, ROOT, describe, device_name
+from bench.environment import RESULTS, ROOT, command_line, describe, device_name
 
 TARGETS = (0.5, 1.0)
 
@@ -85,8 +86,8 @@ def main(arguments: argparse.Namespace) -> None:
     record = {
         "benchmark": "entropy",
         "environment": describe(),
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
-        "config": (arguments.runs / runs[0].name / "config.toml").read_text(),
+        "command": command_line(),
+        "config": _config(arguments.runs / runs[0].name),
         "settings": {name: list(SETTINGS[name]) for name in arguments.settings},
         "runs": results,
     }
@@ -96,6 +97,11 @@ def main(arguments: argparse.Namespace) -> None:
     path.write_text(json.dumps(record, indent=1))
     print(table(results))
     print(f"result: {path}\nfigure: {draw(record, path.with_suffix('.png'))}")
+
+
+def _config(folder: Path) -> str:
+    text = (folder / "config.toml").read_text()
+    return re.sub("^output_dir = .*\n+", "", text, flags=re.MULTILINE)
 
 
 def train_all(runs: list[Run], folder: Path, changes: list[str], jobs: int) -> None:
@@ -119,6 +125,10 @@ def train_all(runs: list[Run], folder: Path, changes: list[str], jobs: int) -> N
 
 def _start(run: Run, folder: Path, changes: list[str]) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True, exist_ok=True)
+    began, commit = folder / "commit", str(describe()["commit"])
+    if began.exists() and began.read_text() != commit:
+        raise SystemExit(f"{folder} was begun at commit {began.read_text()}, and this is {commit}")
+    began.write_text(commit)
     settings = [f"trainer.seed={run.seed}", f"output_dir={folder}", *SETTINGS[run.setting]]
     if run.target is not None:
         settings.append(f"aepo.entropy_target={run.target}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -30,6 +32,17 @@ def installed_version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def command_line() -> str:
+    """The benchmark's command, as a shell takes it, but for where it writes to."""
+    words, kept = iter(sys.argv[1:]), ["python", "-m", "bench"]
+    for word in words:
+        if word in ("--results", "--runs"):
+            next(words, None)
+        elif not word.startswith(("--results=", "--runs=")):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def describe() -> dict[str, str | int]:

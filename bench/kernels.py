@@ -17,7 +17,7 @@ import torch
 
 from aepo_kernels.backends import multiplies_bfloat16, row_kernels
 from bench import kernel_gate as gate
-from bench.environment import RESULTS, describe, device_name, installed_version
+from bench.environment import RESULTS, command_line, describe, device_name, installed_version
 from bench.kernel_inputs import (
     SECOND_TEMPERATURE,
     TEMPERATURE,
@@ -113,7 +113,7 @@ def main(arguments: argparse.Namespace) -> None:
             "row_kernels": row_kernels("cuda" if torch.cuda.is_available() else "cpu"),
         },
         "clocks": clocks(device),
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "command": command_line(),
         "settings": _settings(setup),
         "versions": {peer.name: peer.version() for peer in chosen},
         "unavailable": {name: reason for name, reason in reasons.items() if reason is not None},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 from aepo_kernels import launch
 from aepo_kernels.launch import FusedLaunch, RowLaunch
 from aepo_kernels.rows import LogitMap, RowCoefs
-from bench.environment import RESULTS, describe, device_name, installed_version
+from bench.environment import RESULTS, command_line, describe, device_name, installed_version
 from bench.timing import clocks, describe_error
 
 # What a thread may hold of a row: fewer numbers are fewer bytes on their way to it.
@@ -66,7 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
         "benchmark": "launches",
         "environment": describe() | {"triton": installed_version("triton")},
         "clocks": clocks(device),
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "command": command_line(),
         "kernels": found,
     }
     path = arguments.results / device_name() / f"launches-{time.strftime('%Y%m%d-%H%M%S')}.json"

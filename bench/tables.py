@@ -129,10 +129,11 @@ def kernels(*, on_cpu: bool) -> str:
         on_cpu=on_cpu,
     ):
         where, settings = record["environment"], record["settings"]
+        versions = f"torch {where['torch']}, triton {where['triton']}{_peers(record)}"
         parts.append(
-            f"**{device}, {settings['dtype']}**, torch {where['torch']}, triton {where['triton']}: "
-            f"time over the bare GEMMs' in the same run, medians of {settings['rounds']} "
-            f"interleaved rounds ([raw]({_link(path)})).\n"
+            f"**{device}, {settings['dtype']}**, commit {where['commit'][:7]}, {versions}: time "
+            f"over the bare GEMMs' in the same run, medians of {settings['rounds']} interleaved "
+            f"rounds ([raw]({_link(path)})).\n"
         )
         parts.append(kernel_table.summary(record))
         if record["unavailable"]:
@@ -143,6 +144,13 @@ def kernels(*, on_cpu: bool) -> str:
             drawn.add(path.parent)
             parts.append(f"![time over the bare GEMMs']({_link(figure)})\n")
     return "\n".join(parts)
+
+
+def _peers(record: dict[str, Any]) -> str:
+    """The peers' versions, as the end of a list."""
+    found = {name.split()[0]: version for name, version in record["versions"].items() if version}
+    own = ("ours", "torch", "torch.compile")
+    return "".join(f", {name} {version}" for name, version in found.items() if name not in own)
 
 
 def tokens_on_cpu() -> str:

@@ -205,7 +205,13 @@ def fake_record() -> dict:
     ]
     environment = {"cpu": "a CPU", "device": "a-gpu", "torch": "2", "triton": "3"}
     return {
-        "environment": environment,
+        "environment": environment | {"commit": "0123456789+changes"},
+        "versions": {
+            "ours (chunked)": "0.1",
+            "torch.compile": "2",
+            "TRL chunked": "1.16",
+            "no": None,
+        },
         "settings": {"dtype": "bfloat16", "rounds": 20},
         "unavailable": {"QuACK": "needs CUDA"},
         "cases": cases,
@@ -229,6 +235,7 @@ def test_tables_and_figure_of_a_record(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     block = tables.kernels(on_cpu=False)
     assert short in block and "QuACK (needs CUDA)" in block
+    assert "commit 0123456, torch 2, triton 3, TRL 1.16: time over" in block
     assert "bench/results/a-gpu/kernels-20260101-000000.png" in block
     assert tables.kernels(on_cpu=True) == ""
     for mode in (mode for case in record["cases"] for mode in case["modes"].values()):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aepo_fast.batch import MicroBatch
 from aepo_fast.policy import Policy
-from bench import step_candidates, step_gate, tables
+from bench import environment, step_candidates, step_gate, tables
 from bench.__main__ import main
 from bench.engines import model_folder
 from bench.peers import materialised
@@ -135,3 +135,19 @@ def test_too_few_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["bench", "step", "--tokens", "2"])
     with pytest.raises(SystemExit, match="must be 4 at least"):
         main()
+
+
+def test_a_record_has_its_command_but_not_where_it_was_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [
+        "bench",
+        "kernels",
+        "--results",
+        "/some/where",
+        "--only",
+        "ours (chunked)",
+        "--runs=/x",
+    ]
+    monkeypatch.setattr(environment.sys, "argv", words)
+    assert environment.command_line() == "python -m bench kernels --only 'ours (chunked)'"
