@@ -15,6 +15,7 @@ from aepo_fast.rollout.base import Request, RolloutEngine
 _SLACK = 1.5
 _ROUNDING = 1e-4  # nats, where both compute in float32
 _DRAWS = 4  # one draw of some hundred tokens is a sixth off now and then
+_TOKENS = 8  # of a sample, at most
 
 
 class StaleWeightsError(RuntimeError):
@@ -36,9 +37,10 @@ class Canary:
         prompts: Sequence[tuple[int, ...]],
         *,
         samples: int = 4,
-        max_new_tokens: int = 8,
+        max_new_tokens: int = _TOKENS,
     ) -> None:
-        self.engine, self.policy, self.max_new_tokens = engine, policy, max_new_tokens
+        self.engine, self.policy = engine, policy
+        self.max_new_tokens = min(max_new_tokens, _TOKENS)
         self.prompts, self.samples = list(prompts), samples
         self.fresh = self._mean_difference()
 

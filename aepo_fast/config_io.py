@@ -47,14 +47,15 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("CONFIG", str(path), f"is not TOML: {error}", "Correct it") from error
-    for override in overrides:
-        _apply(data, override)
-    return _build(Config, data, "")
+    return _overridden(data, overrides)
 
 
 def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:
     """The configuration with `section.key=value` overrides, as `load_config` takes them."""
-    data = _plain(dataclasses.asdict(cfg))
+    return _overridden(_plain(dataclasses.asdict(cfg)), overrides)
+
+
+def _overridden(data: dict[str, Any], overrides: Sequence[str]) -> Config:
     for override in overrides:
         _apply(data, override)
     return _build(Config, data, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -135,12 +136,10 @@ def _json_line(values: dict[str, Any]) -> str:
 
 def check_tensorboard() -> None:
     """Raise ConfigError where tensorboard is not installed."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
+    if importlib.util.find_spec("tensorboard") is None:
         reason = "tensorboard is not installed"
         fix = "pip install 'aepo-fast[tensorboard]' or set it to false"
-        raise ConfigError("logging.tensorboard", True, reason, fix) from error
+        raise ConfigError("logging.tensorboard", True, reason, fix)
 
 
 def _tensorboard(folder: Path, purge_step: int | None = None) -> Any:

@@ -96,15 +96,15 @@ class _Run:
         """The message of a run that stops, saved if it has weights of its own that are whole."""
         if self.trainer.unchanged and self.trainer.steps_done:
             return f"{reason}. Saved {self._save()}; go on with --resume"
-        done = complete_checkpoints(self.folder / "checkpoints")
-        return f"{reason}. {f'Go on from {done[-1]} with --resume' if done else 'Nothing is saved'}"
+        last = self._last_checkpoint()
+        return f"{reason}. {f'Go on from {last} with --resume' if last else 'Nothing is saved'}"
 
     def _after_broken_weights(self, error: BrokenWeightsError) -> str:
-        done = complete_checkpoints(self.folder / "checkpoints")
-        if not done:
+        last = self._last_checkpoint()
+        if last is None:
             return f"{error}: lower trainer.lr and start anew; there is no checkpoint"
         return (
-            f"{error}, and nothing was saved: lower trainer.lr and go on from {done[-1]} with "
+            f"{error}, and nothing was saved: lower trainer.lr and go on from {last} with "
             "--resume; delete that one if its weights are the same"
         )
 
@@ -151,14 +151,16 @@ class _Run:
         print(f"held-out accuracy at T = 1: {result}", flush=True)
         return result
 
+    def _last_checkpoint(self) -> Path | None:
+        return next(reversed(complete_checkpoints(self.folder / "checkpoints")), None)
+
     def _save(self) -> Path:
-        trainer, folder = self.trainer, self.folder / "checkpoints"
+        trainer, last = self.trainer, self._last_checkpoint()
         step = trainer.resume_state["steps_done"]
-        done = complete_checkpoints(folder)
-        if done and done[-1].name == f"step_{step}":
-            return done[-1]
+        if last is not None and last.name == f"step_{step}":
+            return last
         return save_checkpoint(
-            folder,
+            self.folder / "checkpoints",
             step,
             model=trainer.model,
             tokenizer=trainer.inputs.tokenizer,

@@ -40,7 +40,7 @@ from aepo_fast.setup import Inputs, load_models, make_sampler
 from aepo_fast.token_objective import StepContext
 from aepo_fast.update import UpdateResult, update
 
-_CANARY_PROMPTS, _CANARY_TOKENS = 4, 8
+_CANARY_PROMPTS = 4
 
 
 class TrainingError(RuntimeError):
@@ -83,8 +83,8 @@ class Trainer:
         self.canary = None
         if self.engine.verify:  # measured before the first sync, on weights from the same files
             some = [prompt.token_ids for prompt in inputs.prompts.train[:_CANARY_PROMPTS]]
-            new = min(_CANARY_TOKENS, cfg.rollout.max_new_tokens)
-            self.canary = Canary(self.engine, self.policy, some, max_new_tokens=new)
+            limit = cfg.rollout.max_new_tokens
+            self.canary = Canary(self.engine, self.policy, some, max_new_tokens=limit)
         self._sync_weights()
         self.resume_state = self._state()
 

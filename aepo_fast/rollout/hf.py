@@ -67,9 +67,9 @@ class HfRollout:
         else:  # modules of its own, which packing changes
             kept = {id(weight): weight for weight in model.parameters()} if self.shared else {}
             self.model = copy.deepcopy(model, kept)
-        # The trainer's own stay as they are; and buffers, since rotary angles need float32.
-        for parameter in () if self.shared else self.model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        if not self.shared:
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.to(dtype)  # not buffers: rotary angles need float32
         self._linears = packed_linears(self.model)
         for linear in self._linears:
             linear.pack()

@@ -182,9 +182,9 @@ class GradientPass:
 
     def _picks_many(self) -> bool:
         positions = join_tokens([part.tokens for part in self.later]).positions
-        count = sum(len(part.tokens.targets) for part in self.later)
-        picked = isinstance(positions, Tensor) and self.total.needs_weight
-        return picked and goes_by_blocks(self.problem, count, picked=True)
+        if isinstance(positions, slice) or not self.total.needs_weight:
+            return False
+        return goes_by_blocks(self.problem, len(positions), picked=True)
 
     def _add_slices(self, size: int) -> None:
         """Take all rows a slice of the vocabulary at a time: each of dweight's is written once."""

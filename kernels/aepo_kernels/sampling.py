@@ -35,9 +35,9 @@ def variance_of(dlogits: Tensor, keep_prob: Tensor) -> Tensor:
     estimates (1 - q) |g / q|^2; dlogits holds g / q.
     """
     # A CPU would make a wide copy of all that a norm is taken of.
-    few = slices(len(dlogits), _NORM_ROWS if dlogits.device.type == "cpu" else len(dlogits) or 1)
-    squares = [
-        torch.linalg.vector_norm(dlogits[rows], dim=1, dtype=keep_prob.dtype).square()
-        for rows in few
+    size = _NORM_ROWS if dlogits.device.type == "cpu" else len(dlogits)
+    norms = [
+        torch.linalg.vector_norm(dlogits[rows], dim=1, dtype=keep_prob.dtype)
+        for rows in slices(len(dlogits), size)
     ]
-    return ((1 - keep_prob) * torch.cat(squares)).sum() if squares else keep_prob.sum()
+    return ((1 - keep_prob) * torch.cat(norms).square()).sum()

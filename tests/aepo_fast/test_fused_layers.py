@@ -100,7 +100,7 @@ def test_an_activation_that_is_cut_off_stays() -> None:
     model = model_of(LlamaConfig(**SIZES))
     plain = type(model.model.layers[0].mlp)
 
-    class Clamped(plain):  # type: ignore[misc, valid-type]
+    class Clamped(plain):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             gate = self.gate_proj(x).clamp(max=10.0)
             return self.down_proj(self.act_fn(gate) * self.up_proj(x).clamp(-10.0, 10.0))

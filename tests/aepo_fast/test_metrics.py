@@ -105,7 +105,7 @@ def test_tensorboard_gets_the_numbers_once_across_a_resume(tmp_path: Path) -> No
 
 
 def test_tensorboard_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match=r"logging.tensorboard = True: .*aepo-fast\[tensorboard"):
         check_tensorboard()
 

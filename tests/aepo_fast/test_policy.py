@@ -107,7 +107,7 @@ class Configured:
 def test_windows_are_found_wherever_configurations_keep_them(
     config: PretrainedConfig, layout: str
 ) -> None:
-    assert choose_layout(Configured(config), "auto") == layout  # type: ignore[arg-type]
+    assert choose_layout(Configured(config), "auto") == layout
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -121,7 +121,7 @@ def test_an_earlier_run_is_there_until_the_new_one_can_start(
     with pytest.raises(ConfigError, match="--overwrite.*Give one of the two"):
         train(cfg, resume=True, overwrite=True)
     logging = LoggingConfig(plot=False, tensorboard=True)
-    monkeypatch.setitem(run_module.sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(run_module.sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match="logging.tensorboard"):
         train(replace(cfg, logging=logging), overwrite=True)
 

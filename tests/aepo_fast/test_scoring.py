@@ -148,7 +148,7 @@ def test_a_long_right_answer_is_penalised_and_positive(tmp_path: Path) -> None:
     cfg = replace(cfg, trainer=replace(cfg.trainer, group_size=2))
     plan = RolloutPlan(0, prompts(1), prompts(1), 1.2, 0.5, {})
     rollout = collect(
-        Sampled(),  # type: ignore[arg-type]
+        Sampled(),
         Recorder().reward(),
         plan,
         decode,

@@ -114,7 +114,7 @@ def laid(rng: random.Random, matrix: Tensor) -> Tensor:
 
 def truth(case: Draw) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Log-prob, entropy and second log-prob, and the leaves, in float64."""
-    options, dtype = case.options, case.tensors[0].dtype  # type: ignore[union-attr]
+    options, dtype = case.options, case.tensors[0].dtype
     # GEMMs take their operands in hidden's dtype.
     narrow = [x if x is None or i == 2 else x.to(dtype) for i, x in enumerate(case.tensors)]
     leaves = [None if x is None else x.detach().double().requires_grad_() for x in narrow]
@@ -155,7 +155,7 @@ def run(case: Draw, leaves: list[Tensor | None], *, grad: Tensor | None, factor:
     if grad is not None:
         options["weight_grad"] = grad
     if case.rng.random() < 0.3:
-        output = linear_logprob(*given, **options)  # type: ignore[arg-type]
+        output = linear_logprob(*given, **options)
         outputs = [output.logprob, output.entropy, output.second_logprob]
         loss = weighted(case.coefs, outputs)
     else:
@@ -165,7 +165,7 @@ def run(case: Draw, leaves: list[Tensor | None], *, grad: Tensor | None, factor:
         if case.rng.random() < 0.2 and "weight_slice" not in options:
             options["row_sampling"] = RowSampling(1e-12)  # keeps every row
         output = linear_token_loss(
-            *given,  # type: ignore[arg-type]
+            *given,
             lambda *rest: weighted(list(rest[3:]), list(rest[:3])),
             *case.coefs,
             **options,
