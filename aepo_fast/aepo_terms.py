@@ -1,4 +1,4 @@
-"""AEPO's term in its three forms, per token (arXiv 2510.08141; DCPO 2601.12730).
+"""AEPO's term in its forms, per token (arXiv 2510.08141; DCPO 2601.12730).
 
 All ratios are between temperature-1 policies. Dividing by the tempered law, or correcting for it,
 would turn the term back into the plain policy gradient and undo the method.
@@ -51,6 +51,47 @@ def one_pass_token_loss(
     """
     weight = rho - 1 if baseline else rho
     return clipped_surrogate(logprob, old_logprob, weight, clip_low, clip_high)
+
+
+def expected_token_loss(
+    logprob: torch.Tensor,
+    second_logprob: torch.Tensor,
+    temperature: float,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """-w (log pi(y) - T log pi_T(y)): the one-pass term summed over the vocabulary, [N].
+
+    Derivation. With logits z, pi = softmax(z) and pi_T = softmax(z / T), the one-pass term with its
+    baseline weights an action a by pi_T(a) / pi(a) - 1. Over a ~ pi its expected gradient is
+
+        sum_a (pi_T(a) - pi(a)) grad log pi(a) = sum_a (pi_T(a) - pi(a)) grad z(a)
+
+    (the normaliser of log pi drops out: the weights add up to 0). That is the gradient of
+    F_T = T lse(z / T) - lse(z), and log pi(y) - T log pi_T(y) = F_T, since the logit of y cancels.
+    F_T is the integral of the entropy of pi_tau over tau from 1 to T: (T - 1) H near T = 1, and at
+    larger T it grows on after H has vanished. So the term ascends the entropy at each state without
+    the noise of a sampled action.
+
+    logprob, second_logprob: of any token y, at temperatures 1 and T, both differentiated. weight:
+    without gradient.
+    """
+    return -weight * (logprob - temperature * second_logprob)
+
+
+def surprise_weights(surprise: torch.Tensor) -> torch.Tensor:
+    """How far each correct sample of a group is less likely than the others: [n], mean 0.
+
+    surprise: -log pi of each sample, mean over its tokens. The weights are deviations in units of
+    sqrt(variance + 0.01), which leaves samples of nearly equal surprise alone, within +-2. A group
+    with a single correct sample gets 0.
+
+    Why: raising each correct sample by its weight moves probability among correct samples only. In
+    tabular logits its first-order effect on accuracy p is p (1 - p) sum pi_c^2 (s - mean): it
+    vanishes as p goes to 1, and tokens that all correct samples share get none.
+    """
+    spread = (surprise.var(correction=0) + 0.01).sqrt()
+    weights = ((surprise - surprise.mean()) / spread).clamp(-2, 2)
+    return weights - weights.mean()
 
 
 def dcpo_advantage(

@@ -280,11 +280,22 @@ class Config:
             "Set group_size to 2 or more, e.g. 8",
         )
         require(
-            self.loss.policy != "gspo" or not self.aepo.enabled or self.aepo.form == "resample",
+            self.loss.policy != "gspo"
+            or not self.aepo.enabled
+            or self.aepo.form not in ("one_pass", "dcpo"),
             "aepo.form",
             self.aepo.form,
-            "weighs single tokens, and gspo weighs whole sequences",
-            'Use form = "resample" with gspo',
+            "weighs the loss of single tokens, and gspo has one of whole sequences",
+            'Use form = "split", "expected" or "resample" with gspo',
+        )
+        require(
+            self.loss.entropy_method != "era"
+            or not self.aepo.enabled
+            or self.aepo.form in ("split", "rescue", "resample"),
+            "loss.entropy_method",
+            self.loss.entropy_method,
+            f"needs the second temperature that aepo.form = {self.aepo.form!r} takes",
+            'Set aepo.enabled = false, or form = "split" or "resample"',
         )
         require(
             self.reward.soft_overlong_tokens < self.rollout.max_new_tokens,

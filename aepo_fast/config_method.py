@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from aepo_fast.config_checks import require, require_not_negative, require_positive
 
@@ -11,9 +11,24 @@ PolicyLoss = Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo"]
 Advantage = Literal["group_norm", "group_mean"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 EntropyMethod = Literal[
-    "none", "bonus", "adaptive_bonus", "entropy_advantage", "top_entropy", "clip_cov", "kl_cov"
+    "none",
+    "bonus",
+    "adaptive_bonus",
+    "entropy_advantage",
+    "top_entropy",
+    "clip_cov",
+    "kl_cov",
+    "entropic",
+    "repo_r",
+    "era",
+    "ucpo",
+    "ds_grpo",
 ]
+# Those that leave the tokens of a row alike, as gspo needs it.
+SEQUENCE_ENTROPY_METHODS = ("none", "bonus", "adaptive_bonus", "ucpo", "ds_grpo")
 
+Controller = Literal["observer", "pi", "published", "switch"]
+Form = Literal["split", "rescue", "expected", "one_pass", "dcpo", "resample"]
 Correction = Literal["off", "token_truncate", "sequence_mask", "icepop"]
 
 # What each policy loss uses unless the run says otherwise:
@@ -24,6 +39,36 @@ POLICY_DEFAULTS: dict[str, tuple[Advantage, Aggregation, float, float]] = {
     "dapo": ("group_norm", "token_mean", 0.2, 0.28),
     "cispo": ("group_norm", "token_mean", 0.2, 0.28),
     "gspo": ("group_norm", "sequence_mean", 3e-4, 4e-4),
+}
+# What each controller uses unless the run says otherwise. Those of published are the paper's (v7).
+CONTROLLER_DEFAULTS: dict[Controller, dict[str, Any]] = {
+    "observer": {
+        "form": "expected",
+        "alpha": 1.0,
+        "temperature_min": 0.9,
+        "temperature_max": 2.0,
+    },
+    "pi": {
+        "form": "expected",
+        "alpha": 1.0,
+        "gain": 1.0,
+        "integral_gain": 0.05,
+        "temperature_min": 1.0,
+        "temperature_max": 2.0,
+    },
+    "published": {
+        "form": "resample",
+        "alpha": 1 / 64,
+        "gain": 1.0,
+        "temperature_min": 0.8,
+        "temperature_max": 1.2,
+    },
+    "switch": {
+        "form": "resample",
+        "alpha": 1 / 64,
+        "temperature_min": 0.8,
+        "temperature_max": 1.2,
+    },
 }
 # correction_low, correction_high, unless the run says otherwise.
 CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
@@ -48,7 +93,7 @@ class LossConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy_method: EntropyMethod = "none"
     entropy_coef: float = 1e-3  # bonus, adaptive_bonus (starting value)
-    adaptive_target: float = 0.2  # nats, adaptive_bonus
+    adaptive_target: float = 0.2  # nats, adaptive_bonus, entropic, repo_r
     adaptive_delta: float = 1e-4  # change of the coefficient a step, adaptive_bonus
     advantage_entropy_coef: float = 0.4  # entropy_advantage
     advantage_entropy_kappa: float = 2.0  # entropy_advantage
@@ -57,6 +102,17 @@ class LossConfig:
     clip_cov_low: float = 1.0  # covariance range from which clip_cov draws
     clip_cov_high: float = 5.0
     kl_cov_coef: float = 1.0
+    # Rivals of entropy_rivals.py, with the defaults of their papers; ds_grpo_gamma is ours.
+    entropic_kp: float = 1.0  # per nat
+    entropic_ki: float = 0.01  # per nat and step
+    entropic_min_prob: float = 0.95  # acts on tokens likelier than this
+    repo_r_zeta: float = 1e-3  # starting value
+    repo_r_zeta_min: float = 1e-4
+    repo_r_zeta_max: float = 0.05
+    era_scale: float = 2.0  # k, of the logits
+    era_entropy_low: float = 0.45  # nats, mean of a row's top 20% of tokens
+    ucpo_tau: float = 0.2
+    ds_grpo_gamma: float = 0.01  # per nat
     # Weight of main rows for pi_trainer / pi_sampler, see `correction`; never of auxiliary rows.
     correction: Correction | None = None  # None: token_truncate with vllm, else off
     correction_low: float | None = None
@@ -94,11 +150,44 @@ class LossConfig:
             value = getattr(self, name)
             require(0 < value <= 1, f"loss.{name}", value, "is a share of tokens", "Use (0, 1]")
         require(
-            self.policy != "gspo" or self.entropy_method in ("none", "bonus", "adaptive_bonus"),
+            self.policy != "gspo" or self.entropy_method in SEQUENCE_ENTROPY_METHODS,
             "loss.entropy_method",
             self.entropy_method,
             "acts on single tokens, and gspo weighs whole sequences",
-            "Use none, bonus or adaptive_bonus with gspo",
+            f"Use one of {', '.join(SEQUENCE_ENTROPY_METHODS)} with gspo",
+        )
+        self._check_rivals()
+
+    def _check_rivals(self) -> None:
+        require_not_negative("loss", self, "entropic_kp", "entropic_ki")
+        require_positive("loss", self, "repo_r_zeta_min", "era_entropy_low", "ds_grpo_gamma")
+        require(
+            0 < self.entropic_min_prob < 1,
+            "loss.entropic_min_prob",
+            self.entropic_min_prob,
+            "is the probability above which tokens are reweighted",
+            "Use (0, 1), e.g. 0.95",
+        )
+        require(
+            self.repo_r_zeta_min <= self.repo_r_zeta <= self.repo_r_zeta_max,
+            "loss.repo_r_zeta",
+            self.repo_r_zeta,
+            "starts outside loss.repo_r_zeta_min and loss.repo_r_zeta_max, between which it moves",
+            "Use e.g. 0.001 between 0.0001 and 0.05",
+        )
+        require(
+            self.era_scale > 1,
+            "loss.era_scale",
+            self.era_scale,
+            "must sharpen the law that positive rows are scored with",
+            "Set a factor above 1, e.g. 2.0",
+        )
+        require(
+            0 < self.ucpo_tau <= 1,
+            "loss.ucpo_tau",
+            self.ucpo_tau,
+            "is the share of the advantage that goes by 1/q",
+            "Use (0, 1], e.g. 0.2",
         )
 
     def _check_correction(self) -> None:
@@ -120,27 +209,37 @@ class LossConfig:
         )
 
 
+# The default of what each controller has its own value for; never seen after __post_init__.
+BY_CONTROLLER: Any = None
+
+
 @dataclass(frozen=True)
 class AepoConfig:
-    """AEPO: the temperature-regulated REINFORCE term and its entropy controller."""
+    """AEPO: a term that raises or lowers the policy's entropy, and the controller that holds it.
+
+    What is left out is the default of `controller` (CONTROLLER_DEFAULTS).
+    """
 
     enabled: bool = True
-    form: Literal["resample", "one_pass", "dcpo"] = "resample"
-    controller: Literal["proportional", "switch"] = "proportional"
+    # Chooses T each step: "observer" and "pi" (ours), "published" (arXiv 2510.08141 v7) and
+    # "switch" (v1 to v6).
+    controller: Controller = "observer"
+    form: Form = BY_CONTROLLER  # what the term is made of
     entropy_target: float = 0.5  # H0, nats per token
-    alpha: float = 1 / 64
-    gain: float = 1.0  # k, per nat
-    integral_gain: float = 0.0  # per nat and step; stops while T is at its limit
-    lead_steps: float = 0.0  # steps to look ahead along the entropy's trend
-    ramp_steps: int = 0  # steps over which the target falls from the first entropy to H0
-    temperature_min: float = 0.8  # also T_low of the switch
-    temperature_max: float = 1.2  # also T_high of the switch
-    reward_threshold: float = 1.0  # R_plus
-    normalizer: Literal["draws", "positives"] = "draws"
+    alpha: float = BY_CONTROLLER  # weight of the term
+    gain: float | None = None  # T - 1 per nat of error, published and pi
+    integral_gain: float | None = None  # per nat and step, pi
+    temperature_min: float = BY_CONTROLLER  # also T_low of the switch
+    temperature_max: float = BY_CONTROLLER  # also T_high of the switch
+    reward_threshold: float = 1.0  # R_plus: a sample with this reward or more counts as correct
+    normalizer: Literal["draws", "positives"] = "draws"  # resample
     rho_clip: float = 3.0  # c, one_pass and dcpo
     baseline: bool = False  # one_pass: weight rho - 1 instead of rho
 
     def __post_init__(self) -> None:
+        for name, default in CONTROLLER_DEFAULTS[self.controller].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         require(
             self.entropy_target > 0,
             "aepo.entropy_target",
@@ -148,16 +247,14 @@ class AepoConfig:
             "an entropy of 0 or less cannot be held",
             "Set a target in nats, e.g. 0.5",
         )
-        t_range = (self.temperature_min, self.temperature_max)
         require(
             0 < self.temperature_min <= 1 <= self.temperature_max,
             "aepo.temperature_min/max",
-            t_range,
+            (self.temperature_min, self.temperature_max),
             "the range must contain 1, the temperature that leaves entropy alone",
-            "Use e.g. temperature_min = 0.8, temperature_max = 1.2",
+            "Use e.g. temperature_min = 1.0, temperature_max = 2.0",
         )
         require_positive("aepo", self, "alpha")
-        require_not_negative("aepo", self, "gain", "integral_gain", "lead_steps", "ramp_steps")
         require(
             self.rho_clip >= 1,
             "aepo.rho_clip",
@@ -165,20 +262,31 @@ class AepoConfig:
             "bounds rho to [1/c, c]",
             "Set 1 or more, e.g. 3.0",
         )
-        require(
-            not self.baseline or self.form == "one_pass",
-            "aepo.baseline",
-            self.baseline,
-            f"has no meaning with form = {self.form!r}",
-            'Set form = "one_pass" or baseline = false',
-        )
-        # DCPO's share looks ahead, whichever sets the temperature.
-        unused = ("integral_gain",) if self.form == "dcpo" else ("integral_gain", "lead_steps")
-        for name in unused:
+        self._refuse_what_does_nothing()
+
+    def _refuse_what_does_nothing(self) -> None:
+        for name, users in {"gain": ("published", "pi"), "integral_gain": ("pi",)}.items():
+            value = getattr(self, name)
             require(
-                self.controller != "switch" or getattr(self, name) == 0,
+                value is None or self.controller in users,
                 f"aepo.{name}",
-                getattr(self, name),
-                "has no meaning for a switch, which looks at the last entropy alone",
-                f'Set controller = "proportional" or {name} = 0',
+                value,
+                f"does nothing with controller = {self.controller!r}",
+                f"Leave it out, or set controller = {' or '.join(map(repr, users))}",
+            )
+            reason = "must not be negative"
+            require(value is None or value >= 0, f"aepo.{name}", value, reason, "Set 0 or more")
+        unused = {
+            "baseline": (False, ("one_pass",)),
+            "rho_clip": (3.0, ("one_pass", "dcpo")),
+            "normalizer": ("draws", ("resample",)),
+        }
+        for name, (default, forms) in unused.items():
+            value = getattr(self, name)
+            require(
+                value == default or self.form in forms,
+                f"aepo.{name}",
+                value,
+                f"does nothing with form = {self.form!r}",
+                f"Leave it out, or set form = {' or '.join(map(repr, forms))}",
             )

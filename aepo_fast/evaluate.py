@@ -117,7 +117,7 @@ def evaluate(
     if not kept:
         raise RewardError("evaluation: no sample could be scored; see the reported reward errors")
     smallest = min(len(group) for group in kept)
-    ks = sorted({1, *(2**power for power in range(10) if 2**power <= smallest), smallest})
+    ks = sorted({1, *(2**power for power in range(11) if 2**power <= smallest), smallest})
     means = [sum(group) / len(group) for group in kept]
     return EvalResult(
         avg_at_k=sum(means) / len(means),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aepo_fast import entropy_losses
+from aepo_fast import aepo_terms, entropy_losses, entropy_rivals
 from aepo_fast.aggregation import token_weights
 from aepo_fast.batch import Row, sampler_logprobs
 from aepo_fast.config import AepoConfig, Config, LossConfig
@@ -24,6 +24,8 @@ from aepo_fast.token_objective import (
     make_sequence_loss,
     make_token_loss,
 )
+
+_MOST_SURPRISE = 8.0  # nats of a token
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,26 @@ class Objective:
 
 def needs_scores(loss: LossConfig, num_updates: int) -> bool:
     """Whether log-probs before the first update are needed: several updates, or whole sequences."""
-    selects = loss.entropy_method in ("top_entropy", "clip_cov", "kl_cov")
+    selects = loss.entropy_method in (
+        "top_entropy",
+        "clip_cov",
+        "kl_cov",
+        *entropy_rivals.ROW_METHODS,
+    )
     return num_updates > 1 or selects or loss.correction == "sequence_mask"
 
 
-def second_temperature(aepo: AepoConfig, temperature: float) -> float | None:
-    """The temperature of the second log-prob: AEPO's T in the forms without a second sampling."""
-    return temperature if aepo.enabled and aepo.form != "resample" else None
+def second_temperature(loss: LossConfig, aepo: AepoConfig, temperature: float) -> float | None:
+    """The temperature of the second log-prob, None where the loss needs none.
+
+    It is AEPO's T in the forms that score twice; at T = 1 the expected form is zero. ERA scores at
+    logits times its scale, and goes with none of these forms.
+    """
+    if loss.entropy_method == "era":
+        return 1 / loss.era_scale
+    if not aepo.enabled or aepo.form in ("resample", "split", "rescue"):
+        return None
+    return None if aepo.form == "expected" and temperature == 1 else temperature
 
 
 def is_positive(row: Row, aepo: AepoConfig) -> bool:
@@ -77,6 +92,7 @@ def build_objective(
     loss, aepo = cfg.loss, cfg.aepo
     lengths = torch.tensor([row.length for row in rows])
     per_row = _row_columns(cfg, rows, lengths, advantages, minibatch, context)
+    per_row |= entropy_rivals.row_columns(loss, rows, per_row, scores)
     columns = {name: values.repeat_interleave(lengths) for name, values in per_row.items()}
     if loss.correction not in (None, "off"):
         columns["sampler_logprob"] = sampler_logprobs(rows)
@@ -99,9 +115,9 @@ def build_objective(
     return Objective(
         columns=columns,
         token_loss=make_token_loss(loss, aepo, names, context),
-        sequence_loss=make_sequence_loss(loss, context) if loss.policy == "gspo" else None,
-        second_temperature=second_temperature(aepo, context.temperature),
-        passive_rows=_passive_rows(cfg, per_row, minibatch),
+        sequence_loss=make_sequence_loss(loss, aepo, context) if loss.policy == "gspo" else None,
+        second_temperature=second_temperature(loss, aepo, context.temperature),
+        passive_rows=_passive_rows(cfg, per_row, minibatch, context),
     )
 
 
@@ -133,13 +149,36 @@ def _row_columns(
         share = cfg.aepo.alpha * context.num_minibatches / counted
         chosen = inside & aux & positive
         aux_weight[chosen] = share / lengths[chosen].clamp(min=1)
-    return {
+    columns = {
         "weight": weight,
         "aux_weight": aux_weight,
         "advantage": advantages,
         "main": main.float(),
         "positive": (main & positive).float(),
     }
+    if cfg.aepo.enabled and cfg.aepo.form == "split":
+        columns["surprise"] = _surprise(rows, main & positive)
+    if cfg.aepo.enabled and cfg.aepo.form == "rescue":
+        groups = torch.tensor([row.group for row in rows])
+        unsolved = groups[main & ~positive].unique()
+        columns["solved"] = (main & ~torch.isin(groups, unsolved)).float()
+    return columns
+
+
+def _surprise(rows: Sequence[Row], correct: torch.Tensor) -> torch.Tensor:
+    """Surprise weights of the correct samples within their groups, 0 for all others: [R].
+
+    From the sampler's log-probs, which are those of the policy before the step's updates. A token
+    counts no more than _MOST_SURPRISE: one odd token does not make a sample a new answer.
+    """
+    weights = torch.zeros(len(rows))
+    groups = torch.tensor([row.group for row in rows])
+    for group in groups[correct].unique():
+        members = (correct & (groups == group)).nonzero().flatten()
+        logprobs = [torch.tensor(rows[int(i)].completion.logprobs) for i in members]
+        surprise = torch.stack([(-lp).clamp(max=_MOST_SURPRISE).mean() for lp in logprobs])
+        weights[members] = aepo_terms.surprise_weights(surprise)
+    return weights
 
 
 def _select(
@@ -168,12 +207,20 @@ def _select(
 
 
 def _passive_rows(
-    cfg: Config, per_row: dict[str, torch.Tensor], minibatch: Sequence[int]
+    cfg: Config,
+    per_row: dict[str, torch.Tensor],
+    minibatch: Sequence[int],
+    context: StepContext,
 ) -> frozenset[int]:
     """Rows whose coefficients are zero whatever the model says, hence need no backward pass."""
     active = (per_row["weight"] * per_row["advantage"] != 0) | (per_row["aux_weight"] != 0)
     if cfg.loss.kl_coef > 0 or cfg.loss.entropy_method in ("bonus", "adaptive_bonus", "kl_cov"):
         active |= per_row["main"] > 0
-    if cfg.aepo.enabled and cfg.aepo.form != "resample":
+    aepo, heated = cfg.aepo, context.temperature != 1
+    if aepo.enabled and (aepo.form in ("one_pass", "dcpo") or aepo.form == "expected" and heated):
         active |= per_row["positive"] > 0
+    if aepo.enabled and aepo.form == "split" and heated:
+        active |= per_row["surprise"] != 0
+    if aepo.enabled and aepo.form == "rescue" and heated:
+        active |= per_row["solved"] != 0
     return frozenset(index for index in minibatch if not active[index])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,9 +81,24 @@ def has_windows(config: PretrainedConfig) -> bool:
     return window is not None and getattr(config, "use_sliding_window", None) is not False
 
 
-def token_mean(values: torch.Tensor, rows: Sequence[Row], indices: Sequence[int]) -> float:
-    """Mean of a per-token value over the tokens of rows[indices]."""
-    return values[token_index(token_offsets(rows), indices)].mean().item()
+def token_mean(
+    values: torch.Tensor, rows: Sequence[Row], indices: Sequence[int]
+) -> tuple[float, float]:
+    """Mean of a per-token value over the tokens of rows[indices], and its standard error.
+
+    The error is that of a ratio of sums over prompts, whose samples have more in common than those
+    of others: sqrt(G / (G - 1) sum_g (S_g - mean N_g)^2) / N. NaN with fewer than two prompts.
+    """
+    offsets = token_offsets(rows)
+    groups = torch.tensor([rows[index].group for index in indices])
+    sums = torch.stack([values[offsets[i] : offsets[i + 1]].double().sum() for i in indices])
+    counts = (offsets[1:] - offsets[:-1])[torch.tensor(indices)].double()
+    mean = sums.sum() / counts.sum()
+    _, position = groups.unique(return_inverse=True)
+    residuals = torch.zeros(int(position.max()) + 1, dtype=torch.float64)
+    residuals.index_add_(0, position, sums - mean * counts)
+    spread = residuals.square().sum() * len(residuals) / (len(residuals) - 1 or math.nan)
+    return mean.item(), (spread.sqrt() / counts.sum()).item()
 
 
 class Policy:

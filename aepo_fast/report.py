@@ -22,13 +22,20 @@ from aepo_fast.update import UpdateResult
 
 
 def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
-    """Rewards and lengths of the main rows, positives of the auxiliary ones; lengths in tokens."""
+    """Rewards and lengths of the main rows, positives of the auxiliary ones; lengths in tokens.
+
+    threshold: the task reward from which a sample is correct.
+    """
     main = [row for row in rollout.rows if not row.is_aux]
     aux = [row for row in rollout.rows if row.is_aux]
     groups: dict[int, list[float]] = {}
-    for row, reward in zip(rollout.rows, rollout.task_rewards, strict=True):
+    correct: dict[int, set[str]] = {}
+    scored = zip(rollout.rows, rollout.task_rewards, rollout.texts, strict=True)
+    for row, reward, text in scored:
         if not row.is_aux and reward is not None:
             groups.setdefault(row.group, []).append(reward)
+            if reward >= threshold:
+                correct.setdefault(row.group, set()).add(text.strip())
     rewards = [value for group in groups.values() for value in group]
     spreads = [statistics.pstdev(group) for group in groups.values()]
     metrics = {
@@ -42,6 +49,9 @@ def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
         "completions/clipped_ratio": _share(
             [row.completion.finish_reason == "length" for row in main]
         ),
+        "completions/distinct_correct": statistics.fmean(map(len, correct.values()))
+        if correct
+        else float("nan"),
     }
     if not aux:
         metrics["aepo/positive_fraction"] = _share([value >= threshold for value in rewards])

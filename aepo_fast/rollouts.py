@@ -134,7 +134,7 @@ class Rollouts:
             prompts=prompts,
             aux_prompts=self._auxiliary(step, prompts),
             temperature=self.controller.temperature() if temperature is None else temperature,
-            target=self.controller.target() if target is None else target,
+            target=self.cfg.aepo.entropy_target if target is None else target,
             sampler_state=before,
         )
 

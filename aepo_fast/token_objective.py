@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aepo_fast import aepo_terms, entropy_losses, losses
+from aepo_fast import aepo_terms, entropy_losses, entropy_rivals, losses
 from aepo_fast.config import AepoConfig, LossConfig
 from aepo_fast.correction import bounds, token_correction
 
@@ -19,7 +19,8 @@ Columns = dict[str, torch.Tensor]
 Metrics = dict[str, torch.Tensor]
 TokenLoss = Callable[..., tuple[torch.Tensor, Metrics]]
 SequenceLoss = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Columns], tuple[torch.Tensor, Metrics]
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, Columns],
+    tuple[torch.Tensor, Metrics],
 ]
 
 
@@ -29,7 +30,7 @@ class StepContext:
 
     temperature: AEPO's T. bonus_coef: of the entropy bonus. dcpo_mix: share of AEPO's signal in
     DCPO's advantage. aux_draws, aux_positives: auxiliary rows of the step, and those with a
-    gradient; its num_minibatches share them.
+    gradient; its num_minibatches share them. lever: EntroPIC's a or REPO-R's zeta.
     """
 
     temperature: float
@@ -38,6 +39,8 @@ class StepContext:
     aux_draws: int
     aux_positives: int
     num_minibatches: int
+    lever: float = 0.0
+    entropy: float = 0.0  # the last one measured, nats
 
 
 def make_token_loss(
@@ -55,10 +58,13 @@ def make_token_loss(
         column = dict(zip(names, slices, strict=True))
         # Before the first update the current policy is the one that sampled: its ratio is 1.
         old = column.get("old_logprob", logprob.detach())
-        rho = _rho(aepo, column, old, second_logprob)
+        at_t = None if loss.entropy_method == "era" else second_logprob
+        rho = _rho(aepo, column, old, at_t)
         advantage = _advantage(loss, aepo, column, entropy, rho, context)
+        advantage = entropy_rivals.token_advantage(loss, advantage, logprob, context.lever)
+        scored = entropy_rivals.scored_logprobs(loss, column, logprob, old, second_logprob)
         terms = losses.policy_token_loss(
-            loss.policy, logprob, old, advantage, *_clip(loss), dual_clip=loss.dual_clip
+            loss.policy, *scored, advantage, *_clip(loss), dual_clip=loss.dual_clip
         )
         correction = _correction(loss, column, old)
         per_token = correction * _with_selection(loss, terms.loss, logprob, old, column)
@@ -76,6 +82,9 @@ def make_token_loss(
                 logprob, old, rho, *_clip(loss), baseline=aepo.baseline
             )
             per_token = per_token + aepo.alpha * correction * column["positive"] * extra.loss
+        heated = _heated(loss, aepo, context, logprob, entropy, second_logprob, old, column)
+        if heated is not None:
+            per_token = per_token + aepo.alpha * correction * heated
         if rho is not None:
             metrics["rho"] = (column["main"] * rho).sum()
         resampled, aux_metrics = _resampled(loss, logprob, old, column)
@@ -84,11 +93,15 @@ def make_token_loss(
     return token_loss
 
 
-def make_sequence_loss(loss: LossConfig, context: StepContext) -> SequenceLoss:
-    """GSPO over the rows of a micro-batch, with AEPO's resampled rows and the regularisers."""
+def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) -> SequenceLoss:
+    """GSPO over the rows of a micro-batch, with AEPO's term and the regularisers."""
 
     def sequence_loss(
-        logprob: torch.Tensor, entropy: torch.Tensor, row_of_token: torch.Tensor, column: Columns
+        logprob: torch.Tensor,
+        entropy: torch.Tensor,
+        second_logprob: torch.Tensor | None,
+        row_of_token: torch.Tensor,
+        column: Columns,
     ) -> tuple[torch.Tensor, Metrics]:
         num_rows = int(row_of_token[-1]) + 1
         old = column.get("old_logprob", logprob.detach())
@@ -113,6 +126,9 @@ def make_sequence_loss(loss: LossConfig, context: StepContext) -> SequenceLoss:
             metrics["kl"] = (column["main"] * kl).sum().detach()
         if context.bonus_coef:
             total = total - context.bonus_coef * (column["weight"] * entropy).sum()
+        heated = _heated(loss, aepo, context, logprob, entropy, second_logprob, old, column)
+        if heated is not None:
+            total = total + aepo.alpha * (weight * heated).sum()
         resampled, aux_metrics = _resampled(loss, logprob, old, column)
         return total + resampled, metrics | aux_metrics
 
@@ -143,7 +159,7 @@ def _correction_metrics(loss: LossConfig, main: torch.Tensor, correction: torch.
 def _rho(
     aepo: AepoConfig, column: Columns, old: torch.Tensor, second_logprob: torch.Tensor | None
 ) -> torch.Tensor | None:
-    if second_logprob is None:
+    if second_logprob is None or not aepo.enabled or aepo.form not in ("one_pass", "dcpo"):
         return None
     second = column.get("old_second_logprob", second_logprob.detach())
     return aepo_terms.temperature_ratio(second, old, aepo.rho_clip)
@@ -185,6 +201,35 @@ def _with_selection(
     if loss.entropy_method == "kl_cov":
         return per_token + loss.kl_cov_coef * column["selected"] * (logprob - old).abs()
     return per_token
+
+
+def _heated(
+    loss: LossConfig,
+    aepo: AepoConfig,
+    context: StepContext,
+    logprob: torch.Tensor,
+    entropy: torch.Tensor,
+    second_logprob: torch.Tensor | None,
+    old: torch.Tensor,
+    column: Columns,
+) -> torch.Tensor | None:
+    """AEPO's term in the forms that vanish at T = 1, [N], or None where it does."""
+    if not aepo.enabled or context.temperature == 1:
+        return None
+    low, high = _TOKEN_CLIP if loss.policy == "gspo" else _clip(loss)
+    if aepo.form == "split":
+        advantage = (context.temperature - 1) * column["surprise"]
+        return losses.clipped_surrogate(logprob, old, advantage, low, high).loss
+    if aepo.form == "rescue":
+        uncertain = entropy.detach() > context.entropy
+        return -(context.temperature - 1) * column["solved"] * uncertain * entropy
+    if aepo.form == "expected":
+        assert second_logprob is not None
+        # With several updates a state counts as often as the policy would now go on from there.
+        ratio = losses.probability_ratio(logprob, old).detach().clamp(1 - low, 1 + high)
+        weight = column["positive"] * ratio
+        return aepo_terms.expected_token_loss(logprob, second_logprob, context.temperature, weight)
+    return None
 
 
 def _resampled(

@@ -20,10 +20,14 @@ from aepo_fast.canary import Canary
 from aepo_fast.checkpoint import load_optimizer, rng_state, set_rng_state
 from aepo_fast.collect import Rollout, seed_of
 from aepo_fast.config import Config
-from aepo_fast.entropy_control import EntropyController
+from aepo_fast.controllers import make_controller
+from aepo_fast.entropy_control import Measurement
 from aepo_fast.entropy_losses import BonusCoefficient
+from aepo_fast.entropy_metrics import entropy_metrics
+from aepo_fast.entropy_rivals import RivalController
 from aepo_fast.interrupt import InterruptGuard
 from aepo_fast.minibatch import plan_minibatches
+from aepo_fast.moving_mean import MovingMean
 from aepo_fast.objective import build_objective, is_positive, needs_scores, second_temperature
 from aepo_fast.optim import build_optimizer, learning_rate
 from aepo_fast.policy import token_mean
@@ -65,7 +69,7 @@ class Trainer:
         self.model, self.policy = models.model, models.policy
         self.reference, self.engine = models.reference, models.engine
         self.optimizer = build_optimizer(self.model, cfg.trainer)
-        self.controller = EntropyController(cfg.aepo)
+        self.controller = make_controller(cfg.aepo, cfg.trainer)
         self.rollouts = Rollouts(
             cfg,
             self.engine,
@@ -76,6 +80,8 @@ class Trainer:
             guard,
         )
         self.bonus = BonusCoefficient(cfg.loss)
+        self.rival = RivalController(cfg.loss)
+        self.smoothed = MovingMean()
         self.steps_done = self.updates = self.skipped_in_a_row = 0
         if inputs.checkpoint is not None and inputs.state is not None:
             load_optimizer(inputs.checkpoint, self.optimizer)
@@ -108,7 +114,7 @@ class Trainer:
         trained = main + positives
         scores = reference = None
         if needs_scores(self.cfg.loss, cfg.minibatches * cfg.epochs):
-            second = second_temperature(self.cfg.aepo, plan.temperature)
+            second = second_temperature(self.cfg.loss, self.cfg.aepo, plan.temperature)
             scores = self.policy.score(rows, trained, second_temperature=second, check=check)
         if self.reference is not None:
             reference = self.reference.score(rows, trained, check=check)
@@ -144,17 +150,22 @@ class Trainer:
                 self._count(result)
                 results.append(result)
         metrics = update_metrics(results)
-        if scores is not None:  # of the policy that sampled, not of the one being updated
-            metrics["entropy"] = token_mean(scores.entropy, rows, main)
-        # Without scores there was one update, whose log-probs are those before it.
-        logprob = results[0].logprob if scores is None else scores.logprob
-        metrics |= sampling_metrics(logprob, rows, main, self.resume_state["updates"])
+        # Of the policy that sampled. Without scores there was one update, which measured it.
+        before = results[0] if scores is None else scores
+        metrics |= sampling_metrics(before.logprob, rows, main, self.resume_state["updates"])
+        entropy = token_mean(before.entropy, rows, main)
+        metrics["entropy"], metrics["entropy_stderr"] = entropy
+        threshold, decode = self.cfg.aepo.reward_threshold, self.inputs.decode
+        metrics |= entropy_metrics(rollout, before.entropy, main, threshold, decode)
         times.lap("train")
 
         self.rollouts.wait()
         times.lap("wait")
-        self.controller.update(metrics["entropy"])
+        updates = sum(result.taken for result in results)
+        self.controller.update(Measurement(*entropy, plan.temperature, updates))
         self.bonus.update(metrics["entropy"])
+        self.rival.update(metrics["entropy"])
+        metrics["entropy_smoothed"] = self.smoothed.update(metrics["entropy"])
         difference = self._sync_weights()
         times.lap("sync")
         self.steps_done += 1
@@ -162,12 +173,13 @@ class Trainer:
         metrics |= {
             "aepo/entropy_target": plan.target,
             "aepo/temperature": plan.temperature,
+            **self.controller.metrics(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "weights_version": self.updates,
         }
         if difference is not None:
             metrics["sampling/canary_difference"] = difference
-        metrics |= rollout_metrics(rollout, self.cfg.aepo.reward_threshold)
+        metrics |= rollout_metrics(rollout, threshold)
         metrics |= self.engine.metrics
         metrics |= times.metrics() | perf_metrics(rollout, results, times)
         return StepResult(metrics, rollout, advantages)
@@ -195,11 +207,17 @@ class Trainer:
         return StepContext(
             temperature=temperature,
             bonus_coef=self.bonus.value,
-            dcpo_mix=dcpo_mix(self.controller.error(), share, len(main)),
+            dcpo_mix=dcpo_mix(self._entropy_error(), share, len(main)),
             aux_draws=len(aux),
             aux_positives=sum(is_positive(row, aepo) for row in aux),
             num_minibatches=self.cfg.trainer.minibatches,
+            entropy=self.controller.entropy or 0.0,
+            lever=self.rival.value,
         )
+
+    def _entropy_error(self) -> float:
+        entropy = self.controller.entropy
+        return 0.0 if entropy is None else self.cfg.aepo.entropy_target - entropy
 
     def _trained(self, rollout: Rollout) -> tuple[list[list[int]], list[int]]:
         """Rows to learn from: the scored ones of each main group, and the auxiliary positives."""
@@ -251,6 +269,8 @@ class Trainer:
             "rollouts": self.rollouts.state_dict(),
             "controller": self.controller.state_dict(),
             "bonus": self.bonus.state_dict(),
+            "rival": self.rival.state_dict(),
+            "smoothed": self.smoothed.values(),
             "rng": rng_state(),
         }
 
@@ -260,4 +280,7 @@ class Trainer:
         self.rollouts.load_state_dict(state["rollouts"])
         self.controller.load_state_dict(state["controller"])
         self.bonus.load_state_dict(state["bonus"])
+        if "rival" in state:  # not in checkpoints from before these methods
+            self.rival.load_state_dict(state["rival"])
+        self.smoothed = MovingMean(state.get("smoothed", ()))  # older checkpoints have none
         set_rng_state(state["rng"])

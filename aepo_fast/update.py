@@ -19,7 +19,8 @@ from aepo_kernels import linear_token_loss
 class UpdateResult:
     """What an optimizer step did; `sums` are metrics summed over tokens.
 
-    logprob: the model's before the step, of the tokens of all rows, 0 for rows outside: [tokens].
+    logprob, entropy: the model's before the step, of the tokens of all rows, 0 for rows outside:
+    [tokens].
     """
 
     loss: float
@@ -29,6 +30,7 @@ class UpdateResult:
     model_tokens: int  # tokens the model processed, padding included
     active_tokens: int  # completion tokens with a gradient
     logprob: torch.Tensor
+    entropy: torch.Tensor
 
 
 def update(
@@ -50,7 +52,7 @@ def update(
     offsets = token_offsets(rows)
     total = torch.zeros((), device=policy.device)
     sums: dict[str, torch.Tensor] = {}
-    logprob = torch.zeros(int(offsets[-1]))
+    logprob, entropy = torch.zeros(2, int(offsets[-1]))
     model_tokens = active_tokens = 0
     policy.model.train()
     active = [index for index in indices if index not in objective.passive_rows]
@@ -73,6 +75,7 @@ def update(
                 for name, value in done.metrics.items():
                     sums[name] = sums.get(name, 0) + value
                 logprob[index] = done.logprob.cpu()
+                entropy[index] = done.entropy.cpu()
                 model_tokens += batch.input_ids.numel()
                 active_tokens += done.active_tokens
     except BaseException:
@@ -87,6 +90,7 @@ def update(
         model_tokens=model_tokens,
         active_tokens=active_tokens,
         logprob=logprob,
+        entropy=entropy,
     )
 
 
@@ -94,6 +98,7 @@ class _Done(NamedTuple):
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor]
     logprob: torch.Tensor
+    entropy: torch.Tensor
     active_tokens: int
 
 
@@ -102,13 +107,16 @@ def _forward_backward(
 ) -> _Done:
     if objective.sequence_loss is not None:
         # The ratio of a sequence is known only after its last token: recompute (4 GEMMs).
-        output = policy.logprobs(batch)
+        output = policy.logprobs(batch, second_temperature=objective.second_temperature)
         rows = batch.row_of_token.to(policy.device)
-        loss, metrics = objective.sequence_loss(output.logprob, output.entropy, rows, columns)
+        loss, metrics = objective.sequence_loss(
+            output.logprob, output.entropy, output.second_logprob, rows, columns
+        )
         if loss.requires_grad:
             loss.backward()
         active = batch.targets.numel() if loss.requires_grad else 0
-        return _Done(loss.detach(), metrics, output.logprob.detach(), active)
+        measured = output.logprob.detach(), output.entropy.detach()
+        return _Done(loss.detach(), metrics, *measured, active)
     head = policy.head
     result = linear_token_loss(
         policy.hidden(batch),
@@ -125,4 +133,5 @@ def _forward_backward(
     )
     if result.loss.requires_grad:
         result.loss.backward()
-    return _Done(result.loss.detach(), result.metrics, result.logprob, int(result.active_rows))
+    measured = result.logprob, result.entropy
+    return _Done(result.loss.detach(), result.metrics, *measured, int(result.active_rows))

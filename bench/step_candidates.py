@@ -210,7 +210,7 @@ def plain_step(problem: Problem, policy: Policy, scores: Scores) -> UpdateResult
     offsets, objective = token_offsets(problem.rows), problem.objective
     total = torch.zeros((), device=policy.device)
     entropy_sum = torch.zeros((), device=policy.device)
-    logprobs = torch.zeros(int(offsets[-1]))
+    logprobs, entropies = torch.zeros(2, int(offsets[-1]))
     model_tokens = 0
     policy.model.train()
     for batch in policy.microbatches(problem.rows, range(len(problem.rows))):
@@ -222,6 +222,7 @@ def plain_step(problem: Problem, policy: Policy, scores: Scores) -> UpdateResult
         total += loss.detach()
         entropy_sum += metrics["entropy"]
         logprobs[index] = logprob.detach().cpu()
+        entropies[index] = entropy.detach().cpu()
         model_tokens += batch.input_ids.numel()
     norm, taken = guarded_step(
         problem.optimizer, total.item(), max_grad_norm=problem.cfg.trainer.max_grad_norm
@@ -234,6 +235,7 @@ def plain_step(problem: Problem, policy: Policy, scores: Scores) -> UpdateResult
         model_tokens=model_tokens,
         active_tokens=problem.num_tokens,
         logprob=logprobs,
+        entropy=entropies,
     )
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import kernel_table
-from bench.entropy import table
+from bench.entropy import report
+from bench.entropy.before_parts import entropy_before_parts
+from bench.entropy.settings import SIZES
 from bench.environment import RESULTS, ROOT
 from bench.step import table as step_table
 
@@ -87,31 +89,17 @@ def first_light() -> str:
 
 
 def entropy() -> str:
-    """The entropy benchmark's table and figure."""
-    latest: dict[str, Path] = {}  # setting -> the newest result that has it
-    records: dict[Path, dict[str, Any]] = {}
-    for path, record in _by_date("*/entropy-*.json"):
-        records[path] = record
-        latest |= dict.fromkeys(record["settings"], path)
-    runs, notes, figures = [], [], []
-    for path in sorted(set(latest.values()), key=lambda path: path.name, reverse=True):
-        record = records[path]
-        mine = [run for run in record["runs"] if latest[run["setting"]] == path]
-        runs += mine
-        notes.append(_entropy_note(path, record, mine))
-        figures.append(f"![entropy, temperature, accuracy]({_link(path.with_suffix('.png'))})\n")
-    return "\n".join([table(runs), "", *notes, "", *figures]) if runs else ""
-
-
-def _entropy_note(path: Path, record: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    seeds = len({run["seed"] for run in runs})
-    spread = "one seed" if seeds == 1 else f"{seeds} seeds, mean (min to max)"
-    names = ", ".join(dict.fromkeys(run["setting"] for run in runs))
-    where = record["environment"]
-    return (
-        f"{names}: SmolLM2-135M on one-digit products, {len(runs[0]['entropy'])} steps, {spread}; "
-        f"{where['cpu']}, torch {where['torch']} ([raw]({_link(path)}))."
-    )
+    """The entropy benchmark's tables and figures, or what was found before it had parts."""
+    blocks = []
+    for size in SIZES:
+        for folder in report.folders(size, RESULTS):
+            parts = report.load(folder)
+            for task in report.grouped(parts, lambda part: part["task"]):
+                title = f"**{size}, {task[0]['task']}**: {report.note(task)}"
+                blocks.append(f"{title} ([raw]({_link(folder)})).\n\n{report.table(task)}\n")
+            figures = sorted(folder.glob("*.png"))
+            blocks += [f"![{path.stem}]({_link(path)})\n" for path in figures]
+    return "\n".join(blocks) or entropy_before_parts(RESULTS, _link)
 
 
 def kernels(*, on_cpu: bool) -> str:

@@ -35,14 +35,14 @@ def even_start(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 
 
 def tiny_config(model: Path, output: Path, **sections: Any) -> Config:
-    """Two minibatches a step of 4 x 4 samples, AEPO on; `sections` replace whole sections."""
+    """Two minibatches a step of 4 x 4 samples, AEPO as published; `sections` replace sections."""
     cfg = Config(
         model=ModelConfig(path=str(model), compute_dtype="float32", gradient_checkpointing=False),
         data=DataConfig(sources=(PRODUCTS,)),
         output_dir=str(output),
         reward=RewardConfig(function="tests.tiny_run:even_start"),
         rollout=RolloutConfig(max_new_tokens=6, dtype="float32"),
-        aepo=AepoConfig(alpha=0.5, entropy_target=5.65),
+        aepo=AepoConfig(controller="published", alpha=0.5, entropy_target=5.65),
         trainer=TrainerConfig(
             steps=4, prompts_per_step=4, group_size=4, minibatches=2, lr=1e-2, device="cpu"
         ),

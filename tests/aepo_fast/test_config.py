@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aepo_fast.config import AepoConfig, ConfigError, LossConfig
 from aepo_fast.config_io import dump_config, load_config, shipped_configs
-from aepo_fast.config_method import POLICY_DEFAULTS
+from aepo_fast.config_method import CONTROLLER_DEFAULTS, POLICY_DEFAULTS, Controller
+from bench.entropy.settings import SETTINGS, SIZES, Size
 
 MINIMAL = """
 [model]
@@ -44,15 +46,63 @@ def test_shipped_configs_load(name: str) -> None:
     assert load_config(name).model.path
 
 
-def test_the_benchmarks_config_loads() -> None:
-    assert load_config(str(Path(__file__).parents[2] / "bench" / "entropy.toml")).trainer.steps
+@pytest.mark.parametrize("size", list(SIZES.values()), ids=list(SIZES))
+def test_the_benchmarks_configs_load(size: Size) -> None:
+    for task in size.tasks.values():
+        for setting in SETTINGS.values():
+            cfg = load_config(str(size.config), [*task, *setting.overrides])
+            assert cfg.trainer.prompts_per_step
 
 
-@pytest.mark.parametrize("name", ["integral_gain", "lead_steps"])
-def test_a_switch_takes_no_setting_of_the_proportional_law(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"aepo.{name} = 1.0: has no meaning for a switch"):
-        AepoConfig(controller="switch", **{name: 1.0})
-    AepoConfig(controller="switch", form="dcpo", lead_steps=1.0)
+@pytest.mark.parametrize(
+    ("key", "value", "settings", "users"),
+    [
+        ("gain", 1.0, {"controller": "observer"}, "published' or 'pi"),
+        ("gain", 1.0, {"controller": "switch"}, "published' or 'pi"),
+        ("integral_gain", 0.1, {"controller": "observer"}, "controller = 'pi"),
+        ("integral_gain", 0.1, {"controller": "published"}, "controller = 'pi"),
+        ("integral_gain", 0.0, {"controller": "switch"}, "controller = 'pi"),
+        ("baseline", True, {}, "form = 'one_pass"),
+        ("baseline", True, {"form": "dcpo"}, "form = 'one_pass"),
+        ("rho_clip", 2.0, {}, "'one_pass' or 'dcpo"),
+        ("rho_clip", 2.0, {"form": "resample"}, "'one_pass' or 'dcpo"),
+        ("normalizer", "positives", {}, "form = 'resample"),
+        ("normalizer", "positives", {"controller": "pi", "form": "one_pass"}, "= 'resample"),
+    ],
+)
+def test_a_setting_that_does_nothing_is_refused(
+    key: str, value: Any, settings: dict[str, Any], users: str
+) -> None:
+    with pytest.raises(ConfigError, match="does nothing with") as caught:
+        AepoConfig(**settings, **{key: value})
+    assert caught.value.key == f"aepo.{key}" and users in caught.value.fix
+
+
+@pytest.mark.parametrize("key", ["gain", "integral_gain"])
+def test_a_negative_gain_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"aepo.{key} = -1.0: must not be negative"):
+        AepoConfig(controller="pi", **{key: -1.0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("controller", list(CONTROLLER_DEFAULTS))
+def test_controllers_bring_their_defaults_and_give_way_to_the_user(
+    minimal: str, tmp_path: Path, controller: Controller
+) -> None:
+    defaults = CONTROLLER_DEFAULTS[controller]
+    cfg = AepoConfig(controller=controller)
+    assert {name: getattr(cfg, name) for name in defaults} == defaults
+    assert {"form", "alpha", "temperature_min", "temperature_max"} <= defaults.keys()
+    for name, default in defaults.items():
+        mine = "one_pass" if name == "form" else 1.0 if default != 1.0 else 0.9
+        changed = AepoConfig(controller=controller, **{name: mine})
+        assert getattr(changed, name) == mine
+        assert dataclasses.replace(cfg, **{name: mine}) == changed
+    overrides = [f"aepo.controller={controller}", "aepo.alpha=0.3", "aepo.temperature_max=1.7"]
+    read = load_config(minimal, overrides)
+    assert read.aepo == AepoConfig(controller=controller, alpha=0.3, temperature_max=1.7)
+    again = tmp_path / "resolved.toml"
+    again.write_text(dump_config(read))
+    assert load_config(str(again)) == read
 
 
 def test_policies_bring_their_defaults_and_give_way_to_the_user() -> None:
@@ -85,6 +135,7 @@ def test_policies_bring_their_defaults_and_give_way_to_the_user() -> None:
         ("aepo.alpha=0", "aepo.alpha", "positive"),
         ("aepo.rho_clip=0.5", "aepo.rho_clip", "1 or more"),
         ("aepo.baseline=true", "aepo.baseline", "one_pass"),
+        ("aepo.controller=proportional", "aepo.controller", "observer"),
         ("trainer.group_size=1", "trainer.group_size", "2 or more"),
         ("trainer.minibatches=65", "trainer.minibatches", "prompts_per_step"),
         ("trainer.lr=0", "trainer.lr", "positive"),

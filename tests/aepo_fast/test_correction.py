@@ -101,7 +101,11 @@ def test_main_rows_are_weighted_and_auxiliary_rows_never(
 
     def gradient(correction: str) -> torch.Tensor:
         loss = LossConfig(policy=policy, correction=correction)  # type: ignore[arg-type]
-        cfg = replace(tiny_config(tmp_path, tmp_path), loss=loss, aepo=AepoConfig(alpha=0.5))
+        cfg = replace(
+            tiny_config(tmp_path, tmp_path),
+            loss=loss,
+            aepo=AepoConfig(controller="published", alpha=0.5),
+        )
         assert needs_scores(loss, 1) == (correction == "sequence_mask")
         known = Scores(logprob.detach(), torch.zeros(len(logprob)), None)
         objective = build_objective(
@@ -116,7 +120,9 @@ def test_main_rows_are_weighted_and_auxiliary_rows_never(
         )
         entropy = torch.zeros(len(logprob))
         if objective.sequence_loss is not None:
-            total, _ = objective.sequence_loss(logprob, entropy, row_of_token, objective.columns)
+            total, _ = objective.sequence_loss(
+                logprob, entropy, None, row_of_token, objective.columns
+            )
         else:
             total, _ = objective.token_loss(logprob, entropy, None, *objective.columns.values())
         return torch.autograd.grad(total, logprob)[0]

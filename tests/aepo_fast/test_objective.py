@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ from aepo_fast.advantages import group_advantages
 from aepo_fast.aggregation import token_weights
 from aepo_fast.batch import Row
 from aepo_fast.config import AepoConfig, LossConfig
-from aepo_fast.entropy_control import EntropyController, aepo_draws
 from aepo_fast.losses import clipped_surrogate, kl_to_reference
 from aepo_fast.minibatch import plan_minibatches
 from aepo_fast.objective import Objective, build_objective
@@ -25,6 +24,7 @@ from aepo_fast.token_objective import Metrics, StepContext
 from tests.tiny_run import tiny_config
 
 NAN = float("nan")
+RESAMPLE = AepoConfig(controller="published", alpha=0.5)
 NO_TOTALS = {"max_length": 1, "num_rows_total": 0, "num_tokens_total": 0}
 
 
@@ -133,8 +133,8 @@ def evaluate(objective: Objective, logprob: torch.Tensor, keep: torch.Tensor) ->
 @pytest.mark.parametrize(
     ("loss", "aepo"),
     [
-        (LossConfig(), AepoConfig(alpha=0.5)),
-        (LossConfig(policy="dapo"), AepoConfig(alpha=0.5, normalizer="positives")),
+        (LossConfig(), RESAMPLE),
+        (LossConfig(policy="dapo"), replace(RESAMPLE, normalizer="positives")),
         (LossConfig(policy="dr_grpo", entropy_method="bonus"), AepoConfig(enabled=False)),
         (LossConfig(policy="cispo"), AepoConfig(form="one_pass", alpha=0.3)),
         (LossConfig(), AepoConfig(form="dcpo")),
@@ -209,7 +209,7 @@ def test_the_objective_is_its_formula_and_adds_up_over_chunks(
 def test_the_auxiliary_share_is_the_same_in_every_minibatch(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     rows = [replace(row, task_reward=1.0) for row in rows_of(4, 4, 8, generator)]
-    cfg = replace(tiny_config(tmp_path, tmp_path), aepo=AepoConfig(alpha=0.25))
+    cfg = replace(tiny_config(tmp_path, tmp_path), aepo=replace(RESAMPLE, alpha=0.25))
     context = StepContext(1.2, 0.0, 0.0, 8, 8, 2)
     for minibatch in ([*range(8), *range(16, 20)], [*range(8, 16), *range(20, 24)]):
         objective = build_objective(
@@ -230,7 +230,7 @@ def gradient_of(
     output: Path, loss: LossConfig, rows: list[Row], logprob: torch.Tensor, **scores: Any
 ) -> tuple[torch.Tensor, Metrics, dict[str, torch.Tensor]]:
     """Gradient by the log-probs, metrics and columns of all rows' objective; no main advantage."""
-    cfg = replace(tiny_config(output, output), loss=loss, aepo=AepoConfig(alpha=0.5))
+    cfg = replace(tiny_config(output, output), loss=loss, aepo=RESAMPLE)
     num_aux = sum(row.is_aux for row in rows)
     objective = build_objective(
         cfg,
@@ -245,7 +245,7 @@ def gradient_of(
     if objective.sequence_loss is not None:
         lengths = torch.tensor([row.length for row in rows])
         row_of_token = torch.arange(len(rows)).repeat_interleave(lengths)
-        total, metrics = objective.sequence_loss(logprob, entropy, row_of_token, columns)
+        total, metrics = objective.sequence_loss(logprob, entropy, None, row_of_token, columns)
     else:
         total, metrics = objective.token_loss(logprob, entropy, None, *columns.values())
     return torch.autograd.grad(total, logprob)[0], metrics, columns
@@ -287,75 +287,3 @@ def test_auxiliary_tokens_are_clipped_as_tokens(
     expected = torch.zeros(len(old)) if clipped else -columns["aux_weight"] * math.exp(shift)
     torch.testing.assert_close(found, expected)
     assert metrics["aux_clip"] == (metrics["aux_tokens"] if clipped else 0)
-
-
-def test_controller_laws() -> None:
-    published = EntropyController(AepoConfig(entropy_target=0.5))
-    assert published.temperature() == 1.0
-    for entropy, expected in [(0.5, 1.0), (0.4, 1.1), (0.0, 1.2), (0.65, 0.85), (2.0, 0.8)]:
-        published.update(entropy)
-        assert published.temperature() == pytest.approx(expected)
-    switch = EntropyController(AepoConfig(controller="switch", entropy_target=0.5))
-    for entropy, expected in [(0.49, 1.2), (0.51, 0.8)]:
-        switch.update(entropy)
-        assert switch.temperature() == expected
-    off = EntropyController(AepoConfig(enabled=False))
-    off.update(0.1)
-    assert off.temperature() == 1.0
-
-
-def test_the_integral_removes_a_steady_error_and_does_not_wind_up() -> None:
-    cfg = AepoConfig(gain=0.5, integral_gain=0.1, temperature_max=1.5, entropy_target=0.5)
-    controller = EntropyController(cfg)
-    for _ in range(200):  # far above the target: T sits at its minimum
-        controller.update(3.0)
-    assert controller.temperature() == cfg.temperature_min
-    controller.update(0.4)
-    assert controller.temperature() > 1.0  # no debt from the 200 steps
-    temperatures = []
-    for _ in range(20):  # a small steady error
-        controller.update(0.4)
-        temperatures.append(controller.temperature())
-    assert temperatures == sorted(temperatures) and temperatures[-1] > 1.2
-
-
-@pytest.mark.parametrize("controller", ["proportional", "switch"])
-def test_an_entropy_that_is_not_finite_is_no_measurement(
-    controller: Literal["proportional", "switch"],
-) -> None:
-    gain = 0.1 if controller == "proportional" else 0.0
-    cfg = AepoConfig(controller=controller, integral_gain=gain)
-    told, untold = EntropyController(cfg), EntropyController(cfg)
-    for entropy in (NAN, 0.9, NAN, 0.45, float("inf")):
-        told.update(entropy)
-        if entropy in (0.9, 0.45):
-            untold.update(entropy)
-        assert told.temperature() == untold.temperature()
-    assert told.state_dict() == untold.state_dict()
-
-
-def test_looking_ahead_acts_before_the_target_is_crossed() -> None:
-    controller = EntropyController(AepoConfig(entropy_target=0.5, lead_steps=3.0))
-    controller.update(0.9)
-    controller.update(0.7)  # at this rate 0.1 in three steps
-    assert controller.temperature() > 1.0
-
-
-def test_the_target_falls_from_the_first_entropy_to_the_aim() -> None:
-    controller = EntropyController(AepoConfig(entropy_target=0.5, ramp_steps=4))
-    assert math.isnan(controller.target()) and controller.temperature() == 1.0
-    assert EntropyController(AepoConfig(entropy_target=0.5)).target() == 0.5
-    targets = []
-    for entropy in (2.5, 2.0, 1.6, 1.0, 0.6, 0.5):
-        controller.update(entropy)
-        targets.append(controller.target())
-    assert targets == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.5, 0.5])
-    controller = EntropyController(AepoConfig(entropy_target=0.5, ramp_steps=4))
-    controller.update(2.5)
-    controller.update(1.4)  # below the ramp though far above the aim
-    assert controller.temperature() == pytest.approx(1.1)
-
-
-def test_auxiliary_draws() -> None:
-    assert [aepo_draws(n, 1 / 64) for n in (1, 12, 64, 512)] == [1, 1, 1, 8]
-    assert aepo_draws(4, 2.0) == 4

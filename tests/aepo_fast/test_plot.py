@@ -62,14 +62,46 @@ def test_series_hold_the_logged_numbers(draw: Any) -> None:
     assert points(cut) == [(1, 0.1), (2, 0.1), (3, 0.1)]
 
 
+def labelled(axis: Axes) -> dict[str, list[tuple[float, float]]]:
+    return {str(line.get_label()): points(axis, i) for i, line in enumerate(axis.get_lines())}
+
+
+def test_entropy_is_shown_smoothed_beside_each_step(draw: Any) -> None:
+    raw = [2.0, 1.0, None, 3.0, 1.0, 0.5, 0.25]
+    mean = [2.0, 1.5, 1.5, 2.0, 7 / 4, 7.5 / 5, 5.75 / 5]
+    old = [step(i + 1, entropy=value) for i, value in enumerate(raw)]
+    lines = labelled(draw(old)[1])
+    assert lines["each step"] == [(i + 1, x) for i, x in enumerate(raw) if x is not None]
+    assert lines["mean of 5 steps"] == [(i + 1, x) for i, x in enumerate(mean)]
+    # What was logged is drawn as it is; steps from before that are filled in.
+    new = [*old[:4], *(line | {"entropy_smoothed": 9.0} for line in old[4:])]
+    smooth = labelled(draw(new)[1])["mean of 5 steps"]
+    assert smooth == [(i + 1, x) for i, x in enumerate([*mean[:4], 9, 9, 9])]
+
+
+def test_steps_before_the_first_entropy_have_no_mean(draw: Any) -> None:
+    lines = labelled(draw([step(1, entropy=None), step(2)])[1])
+    assert lines["each step"] == lines["mean of 5 steps"] == [(2, 0.8)]
+
+
+def test_legends_stand_above_the_lines(draw: Any) -> None:
+    axes = draw([step(1), step(2, **{"aepo/temperature": 1.2}), {"step": 2, **EVAL}])
+    renderer = axes[0].get_figure().canvas.get_renderer()
+    for axis in (axes[0], axes[1], axes[3]):
+        legend = axis.get_legend().get_window_extent(renderer)
+        title = axis._left_title.get_window_extent(renderer)
+        assert axis.bbox.y1 <= legend.y0 + 1 and legend.y1 <= title.y0 + 1
+        assert legend.x1 <= axis.bbox.x1
+
+
 def test_the_target_is_drawn_only_where_aepo_is_at_work(draw: Any) -> None:
     falling = {"aepo/temperature": 1.2, "aepo/entropy_target": 0.6}
     entropy = draw([step(1), step(2, **falling)])[1]
-    assert points(entropy, 1) == [(1, 0.7), (2, 0.6)]
-    assert entropy.get_lines()[1].get_linestyle() == "--"
-    assert len(draw([step(1), step(2)])[1].get_lines()) == 1
+    assert labelled(entropy)["target 0.6"] == [(1, 0.7), (2, 0.6)]
+    assert entropy.get_lines()[2].get_linestyle() == "--"
+    assert labelled(draw([step(1), step(2)])[1]).keys() == {"each step", "mean of 5 steps"}
     unknown = {"aepo/entropy_target": None}  # before a ramp has its start
-    assert points(draw([step(1, **unknown), step(2, **falling)])[1], 1) == [(2, 0.6)]
+    assert labelled(draw([step(1, **unknown), step(2, **falling)])[1])["target 0.6"] == [(2, 0.6)]
 
 
 def test_negative_rewards_stay_in_the_picture(draw: Any) -> None:

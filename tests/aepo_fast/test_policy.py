@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from aepo_fast.batch import Row
 from aepo_fast.config import ConfigError, ModelConfig, TrainerConfig
 from aepo_fast.models import load_model
 from aepo_fast.policy import Policy, choose_layout, token_index, token_mean, token_offsets
@@ -39,8 +42,74 @@ def test_scores_are_the_models_own_logprobs(
 def test_token_means_are_over_the_chosen_rows() -> None:
     rows = make_rows([2, 3, 1])
     values = torch.tensor([1.0, 2.0, 9.0, 9.0, 9.0, 6.0])
-    assert token_mean(values, rows, [0, 2]) == 3.0
+    assert token_mean(values, rows, [0, 2])[0] == 3.0
     assert token_index(token_offsets(rows), [2, 0]).tolist() == [5, 0, 1]
+
+
+def ragged(prompts: int, generator: torch.Generator) -> tuple[list[Row], torch.Tensor]:
+    """Rows of 1 to 5 samples a prompt and 0 to 7 tokens, with values that a prompt's rows share."""
+    lengths, groups, shared = [], [], []
+    for group in range(prompts):
+        level = torch.randn((), generator=generator).item()
+        for _ in range(int(torch.randint(1, 6, (), generator=generator))):
+            lengths.append(int(torch.randint(0, 8, (), generator=generator)))
+            groups.append(group)
+            shared += [level] * lengths[-1]
+    rows = [
+        replace(row, group=group) for row, group in zip(make_rows(lengths), groups, strict=True)
+    ]
+    return rows, torch.tensor(shared) + 0.3 * torch.randn(len(shared), generator=generator)
+
+
+def by_prompt(
+    values: torch.Tensor, rows: list[Row], indices: list[int]
+) -> tuple[list[float], list[float]]:
+    """Sums and counts of the tokens of each prompt, one token after the other."""
+    sums: dict[int, float] = {}
+    counts: dict[int, float] = {}
+    for index in indices:
+        first = sum(row.length for row in rows[:index])
+        group = rows[index].group
+        for value in values[first : first + rows[index].length].tolist():
+            sums[group] = sums.get(group, 0.0) + value
+        counts[group] = counts.get(group, 0.0) + rows[index].length
+    return [sums.get(group, 0.0) for group in counts], list(counts.values())
+
+
+def test_the_standard_error_is_that_of_a_ratio_over_prompts() -> None:
+    rows, values = ragged(9, torch.Generator().manual_seed(0))
+    assert any(row.length == 0 for row in rows)
+    for indices in (list(range(len(rows))), list(range(0, len(rows), 2)), [5, 0, 3, 1, 7]):
+        mean, error = token_mean(values, rows, indices)
+        sums, counts = by_prompt(values, rows, indices)
+        truth = sum(sums) / sum(counts)
+        squares = sum((s - truth * n) ** 2 for s, n in zip(sums, counts, strict=True))
+        num = len(sums)
+        assert mean == pytest.approx(truth, rel=1e-12)
+        expected = math.sqrt(num / (num - 1) * squares) / sum(counts)
+        assert error == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_standard_error_is_that_of_prompts_drawn_again() -> None:
+    rows, values = ragged(60, torch.Generator().manual_seed(1))
+    _, error = token_mean(values, rows, range(len(rows)))
+    sums, counts = (torch.tensor(x) for x in by_prompt(values, rows, list(range(len(rows)))))
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randint(len(sums), (4000, len(sums)), generator=generator)
+    again = sums[drawn].sum(1) / counts[drawn].sum(1)
+    assert error == pytest.approx(again.std().item(), rel=0.1)
+    # Tokens of a prompt have much in common, so that they count for less than their number.
+    alone = values.std().item() / math.sqrt(len(values))
+    assert error > 2 * alone
+
+
+def test_the_error_of_equal_values_is_zero_and_that_of_one_prompt_unknown() -> None:
+    rows = [replace(row, group=index // 2) for index, row in enumerate(make_rows([2, 3, 1, 0]))]
+    assert token_mean(torch.full((6,), 1.5), rows, range(4)) == (1.5, 0.0)
+    mean, error = token_mean(torch.arange(6.0), rows, [0, 1])
+    assert mean == 2.0 and math.isnan(error)
+    # A prompt of which nothing was sampled is one among the prompts still.
+    assert math.isfinite(token_mean(torch.arange(6.0), rows, [0, 1, 3])[1])
 
 
 def test_a_sliding_window_is_never_hidden_behind_a_shared_prompt(tiny_model_dir: Path) -> None:

@@ -69,7 +69,11 @@ def assert_same_end(one: Config, other: Config) -> None:
     "sections",
     [
         {},
-        {"aepo": AepoConfig(form="one_pass", integral_gain=0.3, lead_steps=1, entropy_target=5.6)},
+        {
+            "aepo": AepoConfig(
+                controller="pi", form="one_pass", integral_gain=0.3, entropy_target=5.6
+            )
+        },
         {"loss": LossConfig(policy="dapo", entropy_method="clip_cov", kl_coef=0.05)},
         {"loss": LossConfig(policy="gspo", entropy_method="adaptive_bonus", adaptive_target=6)},
     ],

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from aepo_fast.aepo_terms import one_pass_token_loss, resample_token_loss, temperature_ratio
-from aepo_fast.config import AepoConfig
-from aepo_fast.entropy_control import EntropyController
+from aepo_fast.config import AepoConfig, TrainerConfig
+from aepo_fast.config_method import CONTROLLER_DEFAULTS, Controller
+from aepo_fast.controllers import make_controller
+from aepo_fast.entropy_control import Measurement
 from aepo_fast.minibatch import plan_minibatches
 from aepo_fast.run import train
 from aepo_kernels import linear_token_loss
@@ -145,36 +147,33 @@ def test_5_without_positives_aepo_is_exactly_grpo(tiny_model_dir: Path, tmp_path
     weights = []
     for name, aepo in {
         "grpo": AepoConfig(enabled=False),
-        "aepo": AepoConfig(alpha=0.5, reward_threshold=2.0),
+        "observer": AepoConfig(reward_threshold=2.0, entropy_target=9.0),
+        "published": AepoConfig(
+            controller="published", alpha=0.5, reward_threshold=2.0, entropy_target=9.0
+        ),
     }.items():
         cfg = tiny_config(tiny_model_dir, tmp_path / name, aepo=aepo)
         cfg = replace(cfg, trainer=replace(cfg.trainer, steps=2))
         assert train(cfg) == 0
         weights.append(load_file(tmp_path / name / "checkpoints" / "step_2" / "model.safetensors"))
     for name, tensor in weights[0].items():
-        assert torch.equal(tensor, weights[1][name]), name
+        assert all(torch.equal(tensor, other[name]) for other in weights[1:]), name
 
 
-@pytest.mark.parametrize(
-    "cfg",
-    [
-        AepoConfig(),
-        AepoConfig(controller="switch"),
-        AepoConfig(gain=0.3, integral_gain=0.2, lead_steps=2.0, ramp_steps=4),
-    ],
-)
-def test_6_a_resumed_controller_gives_the_same_temperatures(cfg: AepoConfig) -> None:
+@pytest.mark.parametrize("name", list(CONTROLLER_DEFAULTS))
+def test_6_a_resumed_controller_gives_the_same_temperatures(name: Controller) -> None:
+    cfg, trainer = AepoConfig(controller=name), TrainerConfig()
     entropies = [1.9, 1.2, 0.7, 0.45, 0.4, 0.55, 0.3, 0.5]
-    straight, resumed = EntropyController(cfg), EntropyController(cfg)
+    straight, resumed = make_controller(cfg, trainer), make_controller(cfg, trainer)
     assert straight.temperature() == 1.0
     expected, actual = [], []
     for entropy in entropies:
-        straight.update(entropy)
+        straight.update(Measurement(entropy, 0.05, straight.temperature(), 1))
         expected.append(straight.temperature())
-        again = EntropyController(cfg)
+        again = make_controller(cfg, trainer)
         again.load_state_dict(resumed.state_dict())
         resumed = again
-        resumed.update(entropy)
+        resumed.update(Measurement(entropy, 0.05, resumed.temperature(), 1))
         actual.append(resumed.temperature())
     assert actual == expected
     assert len(set(expected)) > 1

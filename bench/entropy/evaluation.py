@@ -1,0 +1,124 @@
+"""What a policy can do: accuracy, pass@k, greedy accuracy, distinct right answers, entropy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aepo_fast.checkpoint import complete_checkpoints
+from aepo_fast.config import Config
+from aepo_fast.data import Prompt, load_prompts
+from aepo_fast.evaluate import evaluate
+from aepo_fast.models import load_model, load_tokenizer, resolve
+from aepo_fast.rewards import Reward, build_reward
+from aepo_fast.rollout.base import Completion, Request
+from aepo_fast.rollout.hf import HfRollout
+from aepo_fast.setup import choose_device, choose_dtypes, eos_ids
+
+DISTINCT_DRAWS = 256
+# Apart from eval.seed: no sample is one that the run itself was judged by.
+EVAL_SEED = 4321
+# As good as the most likely token, and a temperature that samplers take.
+GREEDY_TEMPERATURE = 1e-3
+
+
+class _Recorder(HfRollout):
+    """Keeps the completions it has sampled."""
+
+    groups: list[list[Completion]]
+
+    def generate(self, *args: Any, **options: Any) -> list[list[Completion]]:
+        """As HfRollout does."""
+        self.groups = super().generate(*args, **options)
+        return self.groups
+
+
+def trained_model(folder: Path) -> Path:
+    """The last checkpoint of a run."""
+    return complete_checkpoints(folder / "checkpoints")[-1]
+
+
+def evaluate_run(model: str, cfg: Config, *, prompts: int, samples: int) -> dict[str, Any]:
+    """Evaluate a model on a run's held-out prompts, or on those of training where it holds none.
+
+    distinct_right: a prompt's different right answers among the first `distinct_draws` draws, mean
+    over prompts. entropy: nats a token, mean of -log p over the tokens drawn at temperature 1.
+    """
+    cfg = choose_dtypes(cfg)
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
+    reward = build_reward(cfg.reward, cfg.data)
+    found = load_prompts(
+        cfg.data,
+        tokenizer,
+        max_prompt_tokens=cfg.rollout.max_prompt_tokens,
+        required_columns=reward.required_columns,
+    )
+    chosen = (found.heldout or found.train)[:prompts]
+    dtype = cfg.rollout.dtype
+    assert dtype != "auto"
+    settings = dataclasses.replace(cfg.model, path=model, dtype=dtype, compute_dtype=dtype)
+    loaded = load_model(settings, folder, choose_device(cfg.trainer.device))
+    engine = _Recorder(
+        loaded,
+        dtype=getattr(torch, dtype),
+        eos_ids=eos_ids(loaded, tokenizer),
+        batch_rows=cfg.rollout.batch_rows,
+    )
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    limit = cfg.rollout.max_new_tokens
+    result = evaluate(
+        engine,
+        reward,
+        chosen,
+        decode,
+        samples=samples,
+        max_new_tokens=limit,
+        seed=EVAL_SEED,
+        overlap=cfg.reward.overlap,
+    )
+    tokens = [-value for group in engine.groups for row in group for value in row.logprobs]
+    draws = min(samples, DISTINCT_DRAWS)
+    distinct = distinct_right([group[:draws] for group in engine.groups], chosen, reward, decode)
+    requests = [Request(prompt.token_ids, 1, GREEDY_TEMPERATURE, EVAL_SEED) for prompt in chosen]
+    greedy = [group[0] for group in engine.generate(requests, max_new_tokens=limit)]
+    texts = [decode(completion.completion_ids) for completion in greedy]
+    rewards = reward.score(chosen, texts, [completion.completion_ids for completion in greedy])
+    return {
+        "prompts": len(chosen),
+        "of": "held-out prompts" if found.heldout else "training prompts",
+        "samples": samples,
+        "accuracy": round(result.avg_at_k, 5),
+        "ci95": [round(value, 5) for value in result.ci95],
+        "pass_at_k": {str(k): round(value, 5) for k, value in result.pass_at_k.items()},
+        "greedy_accuracy": round(statistics.fmean(value or 0.0 for value in rewards.rewards), 5),
+        "distinct_right": round(statistics.fmean(distinct), 3),
+        "distinct_draws": draws,
+        "entropy": round(math.fsum(tokens) / len(tokens), 5),
+        "mean_length": round(result.mean_length, 3),
+        "clipped_ratio": round(result.truncated, 5),
+    }
+
+
+def distinct_right(
+    groups: Sequence[Sequence[Completion]],
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    decode: Callable[[Sequence[int]], str],
+) -> list[int]:
+    """How many different texts with a reward of at least 1 each prompt has."""
+    counts = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        texts = list(dict.fromkeys(decode(row.completion_ids) for row in group))
+        rewards = reward.score([prompt] * len(texts), texts, [()] * len(texts)).rewards
+        counts.append(sum(value is not None and value >= 1 for value in rewards))
+    return counts

@@ -1,0 +1,161 @@
+"""The grid of the entropy benchmark: sizes, tasks, settings and the targets that a task admits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.entropy.small_tasks import write_ceiling
+
+HERE = Path(__file__).parent
+TARGETS = (0.25, 0.5, 0.75, 1.0)
+PASS_SAMPLES = 1024  # the largest k of pass@k
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model with its tasks.
+
+    tasks: name -> overrides of the size's TOML. prompts: of an evaluation, at most. samples: drawn
+    of each.
+    """
+
+    name: str
+    tasks: dict[str, tuple[str, ...]]
+    steps: int
+    prompts: int
+    samples: int
+
+    @property
+    def config(self) -> Path:
+        """What all runs of this size share."""
+        return HERE / f"{self.name}.toml"
+
+
+# Short enough for the small size to be done in minutes, long enough for the models of these tasks.
+_WRITE_LIMIT, _VALUE_LIMIT = 8, 20
+_ONE_DIGIT = "params={min_terms=2, max_terms=2, min_digits=1, max_digits=1}"
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size(
+            "small",
+            {
+                # All its 21 prompts are trained on and evaluated: they are the whole task.
+                "write": (
+                    'reward.function="bench.entropy.small_tasks:reward_write"',
+                    f"rollout.max_new_tokens={_WRITE_LIMIT}",
+                    "data.holdout_fraction=0.0",
+                ),
+                "value": (
+                    'reward.function="bench.entropy.small_tasks:reward_value"',
+                    f"rollout.max_new_tokens={_VALUE_LIMIT}",
+                    # Twice that left GRPO at 0.78 to 0.94 from step 80 on.
+                    "trainer.lr=3e-4",
+                ),
+            },
+            steps=300,
+            prompts=64,
+            samples=PASS_SAMPLES,
+        ),
+        Size(
+            "smollm2",
+            {
+                name: (f'data.sources=[{{kind="reasoning_gym", name="{name}", {_ONE_DIGIT}}}]',)
+                for name in ("products", "chain_sum")
+            },
+            steps=120,
+            prompts=32,
+            samples=32,  # pass@1024 takes ten minutes a run: --pass-at-k
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Overrides of a method, and the key that takes its target; None where it has none."""
+
+    overrides: tuple[str, ...]
+    target_key: str | None = None
+
+
+def _rival(method: str, *, target: bool) -> Setting:
+    overrides = ("aepo.enabled=false", f'loss.entropy_method="{method}"')
+    return Setting(overrides, "loss.adaptive_target" if target else None)
+
+
+SETTINGS: dict[str, Setting] = {
+    "grpo": Setting(("aepo.enabled=false",)),
+    # arXiv 2510.08141 v7
+    "published": Setting(('aepo.controller="published"',), "aepo.entropy_target"),
+    # The same loop with the term's other forms: what the expectation is worth.
+    "one_pass": Setting(('aepo.form="one_pass"', "aepo.baseline=true"), "aepo.entropy_target"),
+    "split": Setting(('aepo.form="split"',), "aepo.entropy_target"),
+    "rescue": Setting(('aepo.form="rescue"',), "aepo.entropy_target"),
+    # The same term with the simpler law.
+    "pi": Setting(('aepo.controller="pi"',), "aepo.entropy_target"),
+    "expected": Setting(('aepo.controller="observer"',), "aepo.entropy_target"),
+    "entropic": _rival("entropic", target=True),  # EntroPIC, arXiv 2511.15248
+    "repo_r": _rival("repo_r", target=True),  # arXiv 2603.11682
+    "adaptive_bonus": _rival("adaptive_bonus", target=True),  # Skywork-OR1, arXiv 2505.22312
+    "era": _rival("era", target=False),  # arXiv 2510.08549
+    "ucpo": _rival("ucpo", target=False),  # arXiv 2605.00365
+    "ds_grpo": _rival("ds_grpo", target=False),  # arXiv 2511.19942
+}
+OURS = "expected"
+BASE = "base"  # the model before training, evaluated as every run is
+
+
+def admits(task: str, target: float) -> bool:
+    """Whether a policy that is always right can have this entropy.
+
+    Known of `write` alone, by enumeration; elsewhere scratch or wording is free.
+    """
+    return task != "write" or target <= write_ceiling()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; target None where its setting has none."""
+
+    size: str
+    task: str
+    setting: str
+    target: float | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and part, behind the task's."""
+        if self.setting == BASE:
+            return BASE
+        target = "" if self.target is None else f"-h{self.target:g}"
+        return f"{self.setting}{target}-s{self.seed}"
+
+    def overrides(self) -> list[str]:
+        """What sets it apart from the other runs of its size."""
+        task = list(SIZES[self.size].tasks[self.task])
+        if self.setting == BASE:
+            return task
+        setting = SETTINGS[self.setting]
+        found = [*task, f"trainer.seed={self.seed}", *setting.overrides]
+        if self.target is not None:
+            found.append(f"{setting.target_key}={self.target:g}")
+        return found
+
+
+def grid(
+    size: str, tasks: list[str], settings: list[str], targets: list[float], seeds: list[int]
+) -> list[Run]:
+    """All runs, seed by seed, after the base model of each task."""
+    runs = [Run(size, task, BASE) for task in tasks]
+    for seed in seeds:
+        for task in tasks:
+            for name in settings:
+                aims: list[float | None] = [None]
+                if SETTINGS[name].target_key is not None:
+                    aims = [target for target in targets if admits(task, target)]
+                runs += [Run(size, task, name, target, seed) for target in aims]
+    return runs

@@ -1,0 +1,146 @@
+"""The two tasks of the small size: their prompts, what the base model imitates, their verifiers.
+
+write: a number is given, and any expression of three one-digit terms that equals it is right.
+value: an expression is given; after a free scratch, "=" and its value are right, and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+# All that a model of the small size reads and writes.
+CHARACTERS = "0123456789+-=.:"
+
+# write: numbers that three one-digit terms reach in many ways: 36 to 186 of 4,000 expressions.
+WRITE_NUMBERS = range(21)
+# write: share of right expressions among the noisy examples; all others are any expressions.
+WRITE_RIGHT_SHARE = 0.3
+# write: three digits, two signs and the end.
+WRITE_TOKENS = 6
+
+# value: expressions, of which data.holdout_fraction is kept from training.
+VALUE_PROMPTS = 1024
+# value: terms of 0 to so much.
+VALUE_MOST = 9
+# value: share of scratches that repeat the terms in some order; the others are anything, so that
+# the base model has entropy to lose.
+VALUE_ORDERED_SHARE = 0.5
+# value: shares of right values and of ordered scratches among the noisy examples.
+VALUE_RIGHT_SHARE, VALUE_ORDERED_NOISY_SHARE = 0.3, 0.3
+# value: characters of a scratch that is anything.
+VALUE_SCRATCH = (2, 8)
+
+_WRITTEN = re.compile(r"\d[+-]\d[+-]\d", re.ASCII)
+_TERM = re.compile(r"[+-]?\d+", re.ASCII)
+_VALUE = re.compile(r"-?\d+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class SmallTask:
+    """A task: its prompts, and a prompt with a completion for the base model to imitate.
+
+    example: from a random stream, as it should be or noisy; without the end token, which every
+    completion has.
+    """
+
+    name: str
+    prompts: Callable[[], list[str]]
+    example: Callable[[random.Random, bool], tuple[str, str]]
+
+
+def sum_of(expression: str) -> int:
+    """The value of terms that are joined by + and -."""
+    return sum(int(term) for term in _TERM.findall(expression))
+
+
+@cache
+def right_expressions() -> dict[int, tuple[str, ...]]:
+    """Number -> all expressions that are right for it."""
+    found: dict[int, list[str]] = {number: [] for number in WRITE_NUMBERS}
+    for a, b, c in itertools.product(range(10), repeat=3):
+        for first, second in itertools.product("+-", repeat=2):
+            expression = f"{a}{first}{b}{second}{c}"
+            if sum_of(expression) in found:
+                found[sum_of(expression)].append(expression)
+    return {number: tuple(expressions) for number, expressions in found.items()}
+
+
+def write_ceiling() -> float:
+    """The most entropy at accuracy 1, nats per token: all right expressions equally likely."""
+    found = right_expressions().values()
+    return sum(math.log(len(right)) for right in found) / len(found) / WRITE_TOKENS
+
+
+def _write_example(rng: random.Random, noisy: bool) -> tuple[str, str]:
+    number = rng.choice(WRITE_NUMBERS)
+    if not noisy or rng.random() < WRITE_RIGHT_SHARE:
+        return f"{number}:", rng.choice(right_expressions()[number])
+    first, second, third = (str(rng.randrange(10)) for _ in range(3))
+    return f"{number}:", first + rng.choice("+-") + second + rng.choice("+-") + third
+
+
+def _expression(rng: random.Random) -> str:
+    terms = [str(rng.randint(0, VALUE_MOST)) for _ in range(3)]
+    return terms[0] + "".join(rng.choice("+-") + term for term in terms[1:])
+
+
+def _value_prompts() -> list[str]:
+    rng = random.Random(0)
+    expressions: dict[str, None] = {}
+    while len(expressions) < VALUE_PROMPTS:
+        expressions[_expression(rng)] = None
+    return [f"{expression}:" for expression in expressions]
+
+
+def _value_example(rng: random.Random, noisy: bool) -> tuple[str, str]:
+    expression = _expression(rng)
+    share = VALUE_ORDERED_NOISY_SHARE if noisy else VALUE_ORDERED_SHARE
+    if rng.random() < share:
+        terms = _TERM.findall(expression)
+        rng.shuffle(terms)
+        scratch = "".join(term if term[0] in "+-" else f"+{term}" for term in terms)
+        scratch = scratch.removeprefix("+")
+    else:
+        scratch = "".join(rng.choices("0123456789+-", k=rng.randint(*VALUE_SCRATCH)))
+    value = sum_of(expression)
+    if noisy and rng.random() >= VALUE_RIGHT_SHARE:
+        value = rng.randint(-2 * VALUE_MOST, 3 * VALUE_MOST)
+    return f"{expression}:", f"{scratch}={value}."
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        SmallTask("write", lambda: [f"{n}:" for n in WRITE_NUMBERS], _write_example),
+        SmallTask("value", _value_prompts, _value_example),
+    )
+}
+
+
+def is_written(prompt: str, text: str) -> bool:
+    """Whether a text is an expression of three one-digit terms that equals the prompt's number."""
+    return bool(_WRITTEN.fullmatch(text)) and sum_of(text) == int(prompt.removesuffix(":"))
+
+
+def is_value(prompt: str, text: str) -> bool:
+    """Whether what stands between a text's last "=" and its final "." is the prompt's value."""
+    before, equals, value = text.rpartition("=")
+    if not equals or not value.endswith(".") or not _VALUE.fullmatch(value[:-1]):
+        return False
+    return int(value[:-1]) == sum_of(prompt.removesuffix(":"))
+
+
+def reward_write(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """1 for a right expression, else 0."""
+    return [float(is_written(*pair)) for pair in zip(prompts, completions, strict=True)]
+
+
+def reward_value(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """1 for the right value, else 0."""
+    return [float(is_value(*pair)) for pair in zip(prompts, completions, strict=True)]
