@@ -11,7 +11,7 @@ import pytest
 from aepo_fast.config import AepoConfig, CheckpointConfig, RolloutConfig
 from aepo_fast.run import train
 from tests.aepo_fast.test_run import assert_same_end, metrics_of
-from tests.tiny_run import copy_until, tiny_config
+from tests.tiny_run import copy_until, explained_metrics, tiny_config
 
 # The tiny model's entropy falls from 5.7 nats to 5.2: T has to move at once.
 RUNS: dict[str, dict[str, Any]] = {
@@ -48,6 +48,7 @@ def test_three_steps_resumed_for_three_more_equal_six(
     observed = straight.aepo.controller == "observer"
     for line in lines:
         assert line["entropy_stderr"] > 0
+        assert line.keys() - {"step"} <= explained_metrics()
         assert ("aepo/response" in line) == ("aepo/response_error" in line) == observed
         if observed and line["step"] == 1:
             assert line["aepo/response"] is None  # not known yet
