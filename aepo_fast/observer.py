@@ -25,8 +25,8 @@ from aepo_fast.entropy_control import Measurement
 
 # The share of the distance to the target that a step is to cover.
 _PACE = 0.25
-# Before it is learned: a response of 0.1 nats a step at T = 2, known to a factor of e^1.5 = 4.5.
-_FIRST_RESPONSE, _FIRST_DOUBT = 0.1, 1.5
+# Before it is learned: a response of 0.2 nats a step at T = 2, known to a factor of e^1.5 = 4.5.
+_FIRST_RESPONSE, _FIRST_DOUBT = 0.2, 1.5
 # A step changes log a by at most so much, and a stays within e^2.5 = 12 times its first value:
 # while T is near 1 its effect is small beside the noise, which would pass for a strong response.
 _MOST_LEARNED, _MOST_LOG = 0.3, 2.5
