@@ -1,7 +1,7 @@
 """The training step: AEPO as its papers state it, over the parts that do the work.
 
-`Trainer.step` reads as the algorithm of arXiv 2510.08141, resampling form; the one-pass and DCPO
-forms draw no auxiliary rows and differ only in the objective.
+`Trainer.step` reads as the algorithm of arXiv 2510.08141. Its resampling form draws auxiliary rows;
+the other forms draw none and differ only in the objective.
 """
 
 from __future__ import annotations

@@ -52,9 +52,15 @@ def main(folder: Path, part: Path, local: list[str]) -> int:
     }
     part.parent.mkdir(parents=True, exist_ok=True)
     draft = part.with_suffix(".tmp")
-    draft.write_text(json.dumps(record, indent=1) + "\n")
+    draft.write_text(as_text(record))
     os.replace(draft, part)
     return 0
+
+
+def as_text(record: dict[str, Any]) -> str:
+    """A part's JSON, one line a key: a series of 300 steps is one line, too."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def configuration(plan: dict[str, Any], local: list[str]) -> Config:

@@ -19,8 +19,6 @@ CHARACTERS = "0123456789+-=.:"
 
 # write: numbers that three one-digit terms reach in many ways: 36 to 186 of 4,000 expressions.
 WRITE_NUMBERS = range(21)
-# write: share of right expressions among the noisy examples; all others are any expressions.
-WRITE_RIGHT_SHARE = 0.3
 # write: three digits, two signs and the end.
 WRITE_TOKENS = 6
 
@@ -31,8 +29,6 @@ VALUE_MOST = 9
 # value: share of scratches that repeat the terms in some order; the others are anything, so that
 # the base model has entropy to lose.
 VALUE_ORDERED_SHARE = 0.5
-# value: shares of right values and of ordered scratches among the noisy examples.
-VALUE_RIGHT_SHARE, VALUE_ORDERED_NOISY_SHARE = 0.3, 0.3
 # value: characters of a scratch that is anything.
 VALUE_SCRATCH = (2, 8)
 
@@ -45,13 +41,12 @@ _VALUE = re.compile(r"-?\d+", re.ASCII)
 class SmallTask:
     """A task: its prompts, and a prompt with a completion for the base model to imitate.
 
-    example: from a random stream, as it should be or noisy; without the end token, which every
-    completion has.
+    example: from a random stream; without the end token, which every completion has.
     """
 
     name: str
     prompts: Callable[[], list[str]]
-    example: Callable[[random.Random, bool], tuple[str, str]]
+    example: Callable[[random.Random], tuple[str, str]]
 
 
 def sum_of(expression: str) -> int:
@@ -77,12 +72,9 @@ def write_ceiling() -> float:
     return sum(math.log(len(right)) for right in found) / len(found) / WRITE_TOKENS
 
 
-def _write_example(rng: random.Random, noisy: bool) -> tuple[str, str]:
+def _write_example(rng: random.Random) -> tuple[str, str]:
     number = rng.choice(WRITE_NUMBERS)
-    if not noisy or rng.random() < WRITE_RIGHT_SHARE:
-        return f"{number}:", rng.choice(right_expressions()[number])
-    first, second, third = (str(rng.randrange(10)) for _ in range(3))
-    return f"{number}:", first + rng.choice("+-") + second + rng.choice("+-") + third
+    return f"{number}:", rng.choice(right_expressions()[number])
 
 
 def _expression(rng: random.Random) -> str:
@@ -98,20 +90,16 @@ def _value_prompts() -> list[str]:
     return [f"{expression}:" for expression in expressions]
 
 
-def _value_example(rng: random.Random, noisy: bool) -> tuple[str, str]:
+def _value_example(rng: random.Random) -> tuple[str, str]:
     expression = _expression(rng)
-    share = VALUE_ORDERED_NOISY_SHARE if noisy else VALUE_ORDERED_SHARE
-    if rng.random() < share:
+    if rng.random() < VALUE_ORDERED_SHARE:
         terms = _TERM.findall(expression)
         rng.shuffle(terms)
         scratch = "".join(term if term[0] in "+-" else f"+{term}" for term in terms)
         scratch = scratch.removeprefix("+")
     else:
         scratch = "".join(rng.choices("0123456789+-", k=rng.randint(*VALUE_SCRATCH)))
-    value = sum_of(expression)
-    if noisy and rng.random() >= VALUE_RIGHT_SHARE:
-        value = rng.randint(-2 * VALUE_MOST, 3 * VALUE_MOST)
-    return f"{expression}:", f"{scratch}={value}."
+    return f"{expression}:", f"{scratch}={sum_of(expression)}."
 
 
 TASKS = {

@@ -100,7 +100,7 @@ def test_the_target_is_drawn_only_where_aepo_is_at_work(draw: Any) -> None:
     assert labelled(entropy)["target 0.6"] == [(1, 0.7), (2, 0.6)]
     assert entropy.get_lines()[2].get_linestyle() == "--"
     assert labelled(draw([step(1), step(2)])[1]).keys() == {"each step", "mean of 5 steps"}
-    unknown = {"aepo/entropy_target": None}  # before a ramp has its start
+    unknown = {"aepo/entropy_target": None}  # as older runs have it
     assert labelled(draw([step(1, **unknown), step(2, **falling)])[1])["target 0.6"] == [(2, 0.6)]
 
 
