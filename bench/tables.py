@@ -11,7 +11,6 @@ from typing import Any
 
 from bench import kernel_table
 from bench.entropy import report
-from bench.entropy.before_parts import entropy_before_parts
 from bench.entropy.settings import SIZES
 from bench.environment import RESULTS, ROOT
 from bench.step import table as step_table
@@ -88,18 +87,27 @@ def first_light() -> str:
     return "\n".join(rows) + f"\n\n{note}\n"
 
 
+_ENTROPY_ROWS = ("base", "grpo", "published", "expected")
+_ENTROPY_FIGURES = ("write-entropy", "write-accuracy")
+
+
 def entropy() -> str:
-    """The entropy benchmark's tables and figures, or what was found before it had parts."""
+    """The entropy benchmark's first rows and two figures.
+
+    All rows and figures lie in its folder.
+    """
     blocks = []
     for size in SIZES:
         for folder in report.folders(size, RESULTS):
             parts = report.load(folder)
             for task in report.grouped(parts, lambda part: part["task"]):
                 title = f"**{size}, {task[0]['task']}**: {report.note(task)}"
-                blocks.append(f"{title} ([raw]({_link(folder)})).\n\n{report.table(task)}\n")
-            figures = sorted(folder.glob("*.png"))
-            blocks += [f"![{path.stem}]({_link(path)})\n" for path in figures]
-    return "\n".join(blocks) or entropy_before_parts(RESULTS, _link)
+                first = [part for part in task if part["setting"] in _ENTROPY_ROWS]
+                link = f"[all settings]({_link(folder / 'tables.md')})"
+                blocks.append(f"{title} ({link}).\n\n{report.table(first)}\n")
+            figures = [folder / f"{name}.png" for name in _ENTROPY_FIGURES]
+            blocks += [f"![{path.stem}]({_link(path)})\n" for path in figures if path.exists()]
+    return "\n".join(blocks)
 
 
 def kernels(*, on_cpu: bool) -> str:
