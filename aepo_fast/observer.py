@@ -42,7 +42,8 @@ _MOST_CHANGE = 0.05
 # Where H will come to rest at more than so many times the target, T falls at once.
 _FAR_ABOVE = 1.4
 # Standard deviations by which a step changes what is followed: speed and drift in nats a step, as
-# a floor and as a share of the present speed, and log a.
+# a floor and as a share of the present speed and of the drift, and log a.
+_DRIFT_SHARE = 0.03
 _SPEED_FLOOR, _DRIFT_FLOOR, _SHARE, _LOG_RESPONSE = 0.003, 0.002, 0.1, 0.03
 # The response counts as known where its standard error is below this share of it.
 KNOWN_WITHIN = 0.5
@@ -125,7 +126,8 @@ class Observer:
         row = [b, 1 - b, (1 - b) * effect]
         change = np.array([[1, *row], [0, *row], [0, 0, 1, 0], [0, 0, 0, 1]])
         pace = _SHARE * abs(later)
-        noise = np.diag([0.0, 0.0, (_DRIFT_FLOOR + pace) ** 2, _LOG_RESPONSE**2])
+        drifting = _DRIFT_FLOOR + max(pace, _DRIFT_SHARE * abs(drift))
+        noise = np.diag([0.0, 0.0, drifting**2, _LOG_RESPONSE**2])
         noise[:2, :2] = (_SPEED_FLOOR + pace) ** 2  # an unforeseen speed moves H as well
         self.covariance = change @ self.covariance @ change.T + noise
 
