@@ -25,11 +25,10 @@ from aepo_fast.entropy_control import Measurement
 
 # The share of the distance to the target that a step is to cover.
 _PACE = 0.25
-# Before the response is learned: T = 1.1 is taken to make up for GRPO's drift, to a factor of
-# e^1.5 = 4.5. Both grow with the learning rate, so their ratio is a better guess than either: the
-# small tasks at lr 6e-4 wanted 1.03 to 1.25, SmolLM2 at 2e-5, with six times the response, 1.12.
-_FIRST_PUSH, _FIRST_DOUBT = 0.1, 1.5
-# A step changes log a by at most so much, and a stays within e^2.5 = 12 times that guess:
+# Before it is learned: a response of 0.2 nats a step at T = 2, known to a factor of e^1.5 = 4.5.
+# The small tasks at lr 6e-4 had 0.1 to 0.6, SmolLM2 at 2e-5 had 1.2; it grows with lr and alpha.
+_FIRST_RESPONSE, _FIRST_DOUBT = 0.2, 1.5
+# A step changes log a by at most so much, and a stays within e^2.5 = 12 times its first value:
 # while T is near 1 its effect is small beside the noise, which would pass for a strong response.
 _MOST_LEARNED, _MOST_LOG = 0.3, 2.5
 # Of a measurement whose standard error cannot be told, nats.
@@ -49,11 +48,6 @@ _SPEED_FLOOR, _DRIFT_FLOOR, _SHARE, _LOG_RESPONSE = 0.003, 0.002, 0.1, 0.03
 KNOWN_WITHIN = 0.5
 
 
-def _response_to_make_up_for(drift: float) -> float:
-    """log a of a response that undoes a drift, in nats a step, at T = 1 + _FIRST_PUSH."""
-    return math.log(max(abs(drift), _DRIFT_FLOOR) / _FIRST_PUSH)
-
-
 class Observer:
     """Chooses T from what it has learned of the policy's response, see the module.
 
@@ -65,10 +59,8 @@ class Observer:
         self.entropy: float | None = None
         self.last = 1.0  # T of the last step
         self.arrived = False  # whether H has been at the target
-        self.pushed = False  # whether T has ever been other than 1
-        self.guess = _response_to_make_up_for(0.0)  # log a before anything is learned
         # (H, v, d, log a) and its covariance; H unknown until measured.
-        self.state = np.array([0.0, 0.0, 0.0, self.guess])
+        self.state = np.array([0.0, 0.0, 0.0, math.log(_FIRST_RESPONSE)])
         self.covariance = np.diag([1.0, 0.1**2, 0.1**2, _FIRST_DOUBT**2])
 
     def temperature(self) -> float:
@@ -92,7 +84,6 @@ class Observer:
     def update(self, step: Measurement) -> None:
         """Take in a step: correct by its measurement, predict what its updates did."""
         self.last = step.temperature
-        self.pushed |= step.temperature != 1
         if math.isfinite(step.entropy):
             self._correct(step.entropy, step.stderr)
             self.arrived |= bool(self.state[0] <= _ARRIVED * self.cfg.entropy_target)
@@ -112,9 +103,8 @@ class Observer:
         change = gain * (entropy - self.state[0])
         change[3] = np.clip(change[3], -_MOST_LEARNED, _MOST_LEARNED)
         self.state = self.state + change
-        if not self.pushed:  # T = 1 says nothing about the response, but shows the drift
-            self.guess = self.state[3] = _response_to_make_up_for(self.state[2])
-        self.state[3] = np.clip(self.state[3], self.guess - _MOST_LOG, self.guess + _MOST_LOG)
+        first = math.log(_FIRST_RESPONSE)
+        self.state[3] = np.clip(self.state[3], first - _MOST_LOG, first + _MOST_LOG)
         self.covariance = self.covariance - np.outer(gain, self.covariance[0])
 
     def _predict(self, push: float) -> None:
@@ -147,8 +137,6 @@ class Observer:
             "entropy": self.entropy,
             "last": self.last,
             "arrived": self.arrived,
-            "pushed": self.pushed,
-            "guess": self.guess,
             "state": self.state.tolist(),
             "covariance": self.covariance.tolist(),
         }
@@ -157,8 +145,7 @@ class Observer:
         """Go on from a saved state, or from that of another controller with its last entropy."""
         if "state" in state:
             self.entropy, self.last = state["entropy"], state["last"]
-            self.arrived, self.pushed = state["arrived"], state["pushed"]
-            self.guess = state["guess"]
+            self.arrived = state["arrived"]
             self.state = np.array(state["state"])
             self.covariance = np.array(state["covariance"])
         elif state["entropy"] is not None:
