@@ -80,6 +80,7 @@ def all_at_once() -> Iterator[None]:
     mallopt(_MMAP_THRESHOLD, 2**25)  # where malloc's own adjustments end
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
 @pytest.mark.usefixtures("all_at_once")
 @pytest.mark.parametrize(("vocab", "size"), [(50_000, 16), (300_000, 16), (50_000, 320)])
@@ -106,6 +107,7 @@ def test_at_most_64_mib_on_a_cpu(vocab: int, size: int, dtype: torch.dtype, call
     assert 0 < least_extra(run, hidden, weight, kept=kept) <= LIMIT
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
 @pytest.mark.usefixtures("all_at_once")
 @pytest.mark.parametrize(
@@ -135,6 +137,7 @@ def test_at_most_64_mib_whatever_number_of_hidden_states_has_a_gradient(
     assert 0 < least_extra(run, hidden, weight, kept=kept) <= LIMIT
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
 @pytest.mark.usefixtures("all_at_once")
 def test_at_most_64_mib_where_rows_are_sampled() -> None:
