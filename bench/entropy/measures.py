@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# The entropy of one step's samples jitters by 0.1 nats around the policy's on small batches, so a
-# single step says little of what the controller did.
-MEAN_STEPS = 5
+from aepo_fast.moving_mean import MovingMean
 
 
-def trailing_means(values: Sequence[float], width: int = MEAN_STEPS) -> list[float]:
-    """The mean of each value and the width - 1 before it, fewer where there are not so many."""
-    windows = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
-    return [sum(window) / len(window) for window in windows]
+def trailing_means(values: Sequence[float]) -> list[float]:
+    """`entropy_smoothed` of a series: a single step's samples jitter too much to judge by."""
+    mean = MovingMean()
+    return [mean.update(value) for value in values]
 
 
 def last_half(values: Sequence[float]) -> Sequence[float]:
@@ -29,7 +27,7 @@ def late_mean(values: Sequence[float]) -> float:
 def held_within(entropy: Sequence[float], target: float) -> dict[str, float]:
     """Distances to the target over the last half of the steps, as shares of the target.
 
-    mean, max: of the trailing means of MEAN_STEPS steps. raw: mean over single steps.
+    mean, max: of the trailing means. raw: mean over single steps.
     """
     smooth = [abs(value - target) / target for value in last_half(trailing_means(entropy))]
     raw = [abs(value - target) / target for value in last_half(entropy)]

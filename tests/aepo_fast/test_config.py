@@ -81,7 +81,7 @@ def test_a_setting_that_does_nothing_is_refused(
 @pytest.mark.parametrize("key", ["gain", "integral_gain"])
 def test_a_negative_gain_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=f"aepo.{key} = -1.0: must not be negative"):
-        AepoConfig(controller="pi", **{key: -1.0})  # type: ignore[arg-type]
+        AepoConfig(controller="pi", **{key: -1.0})
 
 
 @pytest.mark.parametrize("controller", list(CONTROLLER_DEFAULTS))

@@ -151,7 +151,7 @@ def test_the_state_of_another_controller_gives_its_last_entropy(
     elif other == "none yet":
         state = {"entropy": None, "integral": 0.0}
     else:
-        donor = make_controller(AepoConfig(controller=other), TrainerConfig())  # type: ignore[arg-type]
+        donor = make_controller(AepoConfig(controller=other), TrainerConfig())
         tell(donor, 1.1, 0.8)
         state = donor.state_dict()
     controller = make_controller(AepoConfig(controller=name), TrainerConfig())

@@ -126,13 +126,13 @@ def test_the_parts_make_up_the_whole_in_a_run(
     policy: str,
     minibatches: int,
 ) -> None:
-    loss = LossConfig(policy=policy)  # type: ignore[arg-type]
+    loss = LossConfig(policy=policy)
     cfg = tiny_config(tiny_model_dir, tmp_path / "run", loss=loss)
     shares = []
     plain = Trainer.step
 
     def step(self: Trainer, *args: object) -> object:
-        result = plain(self, *args)  # type: ignore[arg-type]
+        result = plain(self, *args)
         lengths = [
             (row.length, reward >= 1)
             for row, reward in zip(result.rollout.rows, result.rollout.task_rewards, strict=True)

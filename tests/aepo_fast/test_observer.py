@@ -36,7 +36,7 @@ class Plant:
 
 
 def aepo(**changes: float) -> AepoConfig:
-    return AepoConfig(controller="observer", entropy_target=TARGET, **changes)  # type: ignore[arg-type]
+    return AepoConfig(controller="observer", entropy_target=TARGET, **changes)
 
 
 def run(controller: Observer, plant: Plant, steps: int) -> tuple[list[float], list[float]]:

@@ -134,7 +134,7 @@ def test_configurations_of_all_tasks_can_be_read(size: str) -> None:
 
 def test_held_within_by_hand() -> None:
     entropy = [9.0, 9.0, 9.0, 9.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.7]
-    assert measures.trailing_means([1.0, 2.0, 3.0], 2) == [1.0, 1.5, 2.5]
+    assert measures.trailing_means([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == [1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
     # The last five means: 7.3, 5.6, 3.9, 2.2, .5, .54
     held = measures.held_within(entropy, 0.5)
     means = [5.6, 3.9, 2.2, 0.5, 0.54]
