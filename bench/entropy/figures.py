@@ -12,10 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.entropy.measures import trailing_means
+from bench.entropy.measures import Part, trailing_means
 from bench.entropy.settings import BASE, OURS
 
-Part = dict[str, Any]
 # Okabe and Ito's colours, which the colour-blind tell apart; markers and dashes say the same.
 STYLES: dict[str, tuple[str, str, str]] = {
     "base": ("#000000", "*", ":"),

@@ -1,10 +1,21 @@
-"""How well an entropy was held: figures of a run's series."""
+"""How well an entropy was held: figures of a run's series; and parts put into groups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from aepo_fast.moving_mean import MovingMean
+
+Part = dict[str, Any]  # a finished run's record
+
+
+def grouped(parts: Iterable[Part], key: Callable[[Part], Any]) -> dict[Any, list[Part]]:
+    """The parts that share a key, in the order of their first."""
+    found: dict[Any, list[Part]] = {}
+    for part in parts:
+        found.setdefault(key(part), []).append(part)
+    return found
 
 
 def trailing_means(values: Sequence[float]) -> list[float]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.entropy import verdict
+from bench.entropy.measures import Part, grouped
 from bench.entropy.settings import BASE, SETTINGS
 
-Part = dict[str, Any]
 _HEAD = (
     "setting",
     "H0",
@@ -44,7 +44,7 @@ def write(size: str, results: Path) -> None:
 
     for folder in folders(size, results):
         parts = load(folder)
-        text = "\n\n".join(tables(parts))
+        text = "\n\n".join(["**Targets**", verdict.table(parts), *tables(parts)])
         (folder / "tables.md").write_text(text + "\n")
         print(f"{text}\n\nresult: {folder}")
         for figure in draw_all(parts, folder):
@@ -62,17 +62,9 @@ def tables(parts: list[Part]) -> list[str]:
 def table(parts: list[Part]) -> str:
     """One row per setting and target: means over seeds, in brackets the least and the most."""
     rows = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
-    for group in grouped(parts, lambda part: (part["setting"], part["target"])):
+    for group in grouped(parts, lambda part: (part["setting"], part["target"])).values():
         rows.append(f"| {' | '.join(_cells(group))} |")
     return "\n".join(rows)
-
-
-def grouped(parts: Iterable[Part], key: Callable[[Part], Any]) -> list[list[Part]]:
-    """The parts that share a key, in the order of their first."""
-    found: dict[Any, list[Part]] = {}
-    for part in parts:
-        found.setdefault(key(part), []).append(part)
-    return list(found.values())
 
 
 def _cells(group: list[Part]) -> list[str]:

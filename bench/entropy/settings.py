@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.entropy.small_tasks import write_ceiling
+from bench.entropy.small_tasks import CEILINGS
 
 HERE = Path(__file__).parent
 TARGETS = (0.25, 0.5, 0.75, 1.0)
@@ -32,8 +33,15 @@ class Size:
         return HERE / f"{self.name}.toml"
 
 
-# Short enough for the small size to be done in minutes, long enough for the models of these tasks.
-_WRITE_LIMIT, _VALUE_LIMIT = 8, 20
+# Twice, so that GRPO is below most targets by the half of the run.
+_UPDATES = "trainer.minibatches=2"
+# All their 21 and 28 prompts are trained on and evaluated: they are the whole task.
+_WRITE = (
+    'reward.function="bench.entropy.small_tasks:reward_write"',
+    "rollout.max_new_tokens=8",
+    "data.holdout_fraction=0.0",
+    _UPDATES,
+)
 _ONE_DIGIT = "params={min_terms=2, max_terms=2, min_digits=1, max_digits=1}"
 
 SIZES = {
@@ -42,19 +50,13 @@ SIZES = {
         Size(
             "small",
             {
-                # All its 21 prompts are trained on and evaluated: they are the whole task.
-                "write": (
-                    'reward.function="bench.entropy.small_tasks:reward_write"',
-                    f"rollout.max_new_tokens={_WRITE_LIMIT}",
-                    "data.holdout_fraction=0.0",
-                    # So that GRPO is below most targets by the half of the run.
-                    "trainer.minibatches=2",
-                ),
+                # So that GRPO collapses: at 6e-4 it ends at 0.2 nats.
+                "write": (*_WRITE, "trainer.lr=1e-3"),
+                "reach": _WRITE,
                 "value": (
                     'reward.function="bench.entropy.small_tasks:reward_value"',
-                    f"rollout.max_new_tokens={_VALUE_LIMIT}",
-                    # Twice that left GRPO at 0.78 to 0.94 from step 80 on.
-                    "trainer.lr=3e-4",
+                    "rollout.max_new_tokens=20",
+                    _UPDATES,
                 ),
             },
             steps=300,
@@ -111,11 +113,8 @@ BASE = "base"  # the model before training, evaluated as every run is
 
 
 def admits(task: str, target: float) -> bool:
-    """Whether a policy that is always right can have this entropy.
-
-    Known of `write` alone, by enumeration; elsewhere scratch or wording is free.
-    """
-    return task != "write" or target <= write_ceiling()
+    """Whether a policy that is always right can have this entropy, where that is known."""
+    return target <= CEILINGS.get(task, math.inf)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,11 @@ class WarmUp:
     seed: int = 0
 
 
+_WRITE = WarmUp(steps=4000, sharpness=0.3)
 WARM_UPS = {
-    "write": WarmUp(steps=4000, sharpness=0.3),
-    "value": WarmUp(steps=2500, sharpness=0.4),
+    "write": _WRITE,
+    "reach": _WRITE,
+    "value": WarmUp(steps=2500, sharpness=0.3),
 }
 
 

@@ -1,7 +1,9 @@
-"""The two tasks of the small size: their prompts, what the base model imitates, their verifiers.
+"""The tasks of the small size: their prompts, what the base model imitates, their verifiers.
 
 write: a number is given, and any expression of three one-digit terms that equals it is right.
+reach: the same, with numbers that the base model has not seen: few expressions are right for them.
 value: an expression is given; after a free scratch, "=" and its value are right, and nothing else.
+The base model's scratch repeats the expression's terms in some order.
 """
 
 from __future__ import annotations
@@ -19,18 +21,15 @@ CHARACTERS = "0123456789+-=.:"
 
 # write: numbers that three one-digit terms reach in many ways: 36 to 186 of 4,000 expressions.
 WRITE_NUMBERS = range(21)
-# write: three digits, two signs and the end.
+# reach: up to the largest number that three terms reach, which one expression does.
+REACH_NUMBERS = range(28)
+# write, reach: three digits, two signs and the end.
 WRITE_TOKENS = 6
 
 # value: expressions, of which data.holdout_fraction is kept from training.
 VALUE_PROMPTS = 1024
 # value: terms of 0 to so much.
 VALUE_MOST = 9
-# value: share of scratches that repeat the terms in some order; the others are anything, so that
-# the base model has entropy to lose.
-VALUE_ORDERED_SHARE = 0.5
-# value: characters of a scratch that is anything.
-VALUE_SCRATCH = (2, 8)
 
 _WRITTEN = re.compile(r"\d[+-]\d[+-]\d", re.ASCII)
 _TERM = re.compile(r"[+-]?\d+", re.ASCII)
@@ -56,8 +55,8 @@ def sum_of(expression: str) -> int:
 
 @cache
 def right_expressions() -> dict[int, tuple[str, ...]]:
-    """Number -> all expressions that are right for it."""
-    found: dict[int, list[str]] = {number: [] for number in WRITE_NUMBERS}
+    """Number -> all expressions that are right for it, of the numbers of write and reach."""
+    found: dict[int, list[str]] = {number: [] for number in REACH_NUMBERS}
     for a, b, c in itertools.product(range(10), repeat=3):
         for first, second in itertools.product("+-", repeat=2):
             expression = f"{a}{first}{b}{second}{c}"
@@ -66,10 +65,18 @@ def right_expressions() -> dict[int, tuple[str, ...]]:
     return {number: tuple(expressions) for number, expressions in found.items()}
 
 
-def write_ceiling() -> float:
+def written_ceiling(numbers: Sequence[int]) -> float:
     """The most entropy at accuracy 1, nats per token: all right expressions equally likely."""
-    found = right_expressions().values()
-    return sum(math.log(len(right)) for right in found) / len(found) / WRITE_TOKENS
+    found = right_expressions()
+    return sum(math.log(len(found[number])) for number in numbers) / len(numbers) / WRITE_TOKENS
+
+
+# Tasks that bound the entropy of a policy that is always right; elsewhere scratch is free.
+CEILINGS = {"write": written_ceiling(WRITE_NUMBERS), "reach": written_ceiling(REACH_NUMBERS)}
+
+
+def _write_prompts(numbers: Sequence[int]) -> list[str]:
+    return [f"{number}:" for number in numbers]
 
 
 def _write_example(rng: random.Random) -> tuple[str, str]:
@@ -92,20 +99,18 @@ def _value_prompts() -> list[str]:
 
 def _value_example(rng: random.Random) -> tuple[str, str]:
     expression = _expression(rng)
-    if rng.random() < VALUE_ORDERED_SHARE:
-        terms = _TERM.findall(expression)
-        rng.shuffle(terms)
-        scratch = "".join(term if term[0] in "+-" else f"+{term}" for term in terms)
-        scratch = scratch.removeprefix("+")
-    else:
-        scratch = "".join(rng.choices("0123456789+-", k=rng.randint(*VALUE_SCRATCH)))
+    terms = _TERM.findall(expression)
+    rng.shuffle(terms)
+    scratch = "".join(term if term[0] in "+-" else f"+{term}" for term in terms)
+    scratch = scratch.removeprefix("+")
     return f"{expression}:", f"{scratch}={sum_of(expression)}."
 
 
 TASKS = {
     task.name: task
     for task in (
-        SmallTask("write", lambda: [f"{n}:" for n in WRITE_NUMBERS], _write_example),
+        SmallTask("write", lambda: _write_prompts(WRITE_NUMBERS), _write_example),
+        SmallTask("reach", lambda: _write_prompts(REACH_NUMBERS), _write_example),
         SmallTask("value", _value_prompts, _value_example),
     )
 }

@@ -71,8 +71,17 @@ def test_right_expressions_are_all_that_a_search_finds() -> None:
         by_hand = {text for text in strings if eval(text) == number}
         assert {text for text in found[number] if text[-1] in "012"} == by_hand
         assert len(set(found[number])) == len(found[number])
+    assert found[27] == ("9+9+9",) and len(found[26]) == 3
     logs = [math.log(len(right)) for right in found.values()]
-    assert small_tasks.write_ceiling() == pytest.approx(sum(logs) / 21 / 6)
+    assert small_tasks.CEILINGS["reach"] == pytest.approx(sum(logs) / 28 / 6)
+    assert small_tasks.CEILINGS["write"] == pytest.approx(sum(logs[:21]) / 21 / 6)
+
+
+def test_the_base_model_of_reach_has_not_seen_its_last_numbers() -> None:
+    rng = random.Random(0)
+    seen = {small_tasks.TASKS["reach"].example(rng)[0] for _ in range(2000)}
+    asked = small_tasks.TASKS["reach"].prompts()
+    assert len(asked) == 28 and set(asked) - seen == {f"{number}:" for number in range(21, 28)}
 
 
 def test_examples_are_what_the_verifiers_take() -> None:
@@ -114,6 +123,7 @@ def test_labels_are_the_completions_with_their_end() -> None:
 
 def test_targets_above_the_ceiling_are_dropped() -> None:
     assert admits("write", 0.75) and not admits("write", 1.0) and admits("value", 1.0)
+    assert admits("reach", 0.5) and not admits("reach", 0.75)
     found = grid("small", ["write"], ["grpo", "published"], [0.5, 1.0], [0, 1])
     assert [run.name for run in found] == [
         "base", "grpo-s0", "published-h0.5-s0", "grpo-s1", "published-h0.5-s1",

@@ -1,0 +1,160 @@
+"""Does AEPO keep its promise? What the finished runs say to each target."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+from bench.entropy.measures import Part, grouped, trailing_means
+from bench.entropy.settings import BASE, OURS
+
+# Of H0, over the last half: the 5-step mean in every run, and as the mean over a target's seeds.
+MOST_OFF, MEAN_OFF = 0.10, 0.05
+# Targets up to here shall cost no accuracy.
+FREE_TARGET = 0.5
+# The base model's pass@k at the largest k counts as improvable below this.
+IMPROVABLE = 0.95
+# GRPO's entropy that counts as a collapse, nats.
+COLLAPSED = 0.1
+FEWEST_SAMPLES = 8  # pass@k is compared from this k on
+# The methods that are ours, but for the one that is judged.
+# What was measured, and whether the target is met; None: not comparable.
+Finding = tuple[str, bool | None]
+_FORMS = ("pi", "one_pass", "split", "rescue")
+
+
+def table(parts: list[Part]) -> str:
+    """One row per target and task: what was measured, and whether the target is met."""
+    rows = ["| target | task | measured | met |", "|---|---|---|---|"]
+    for name, judge in _TARGETS.items():
+        for task, mine in grouped(parts, lambda part: part["task"]).items():
+            for measured, met in judge(mine):
+                verdict = {True: "yes", False: "no", None: "-"}[met]
+                rows.append(f"| {name} | {task} | {measured} | {verdict} |")
+    return "\n".join(rows)
+
+
+def _of(parts: list[Part], setting: str) -> list[Part]:
+    return [part for part in parts if part["setting"] == setting]
+
+
+def _held(parts: list[Part]) -> list[Finding]:
+    found = []
+    for target, runs in grouped(_of(parts, OURS), lambda part: part["target"]).items():
+        mean = statistics.fmean(run["held"]["mean"] for run in runs)
+        most = [run["held"]["max"] for run in runs]
+        shown = ", ".join(f"{value:.0%}" for value in most)
+        found.append(
+            (
+                f"H0 {target:g}: {mean:.1%} on average, at most {shown} by seed",
+                mean <= MEAN_OFF and max(most) <= MOST_OFF,
+            )
+        )
+    return found
+
+
+def _accuracy(parts: list[Part]) -> list[Finding]:
+    """Ours by seed, with GRPO's of the same seed and the interval that it must reach."""
+    grpo = {run["seed"]: run["evaluation"] for run in _of(parts, "grpo")}
+    found = []
+    for target, runs in grouped(_of(parts, OURS), lambda part: part["target"]).items():
+        pairs = [(r["evaluation"], grpo[r["seed"]]) for r in runs if r["seed"] in grpo]
+        if target <= FREE_TARGET and pairs:
+            shown = ", ".join(
+                f"{mine['accuracy']:.3f} to {its['accuracy']:.3f} (from {its['ci95'][0]:.3f})"
+                for mine, its in pairs
+            )
+            met = all(mine["accuracy"] >= its["ci95"][0] for mine, its in pairs)
+            found.append((f"H0 {target:g}: {shown}", met))
+    return found
+
+
+def _mean(runs: list[Part], key: str) -> float:
+    return statistics.fmean(run["evaluation"][key] for run in runs)
+
+
+def at_entropy(curve: list[tuple[float, float]], entropy: float) -> float | None:
+    """The accuracy of a curve of (entropy, accuracy) at an entropy, in straight lines.
+
+    None where the curve does not reach: nothing is said of what was not run.
+    """
+    points = sorted(curve)
+    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+        if left <= entropy <= right:
+            share = (entropy - left) / (right - left) if right > left else 0.0
+            return low + share * (high - low)
+    return None
+
+
+def _matched(parts: list[Part]) -> list[Finding]:
+    """Each rival's mean over seeds beside our curve, which begins with GRPO: the lever at rest."""
+    ours = grouped(_of(parts, OURS), lambda part: part["target"])
+    curve = [(_mean(runs, "entropy"), _mean(runs, "accuracy")) for runs in ours.values()]
+    grpo = _of(parts, "grpo")
+    if not curve or not grpo:
+        return []
+    curve.append((_mean(grpo, "entropy"), _mean(grpo, "accuracy")))
+    skipped = (BASE, OURS, "grpo", *_FORMS)
+    rivals = [part for part in parts if part["setting"] not in skipped]
+    found: list[Finding] = []
+    for (name, target), runs in grouped(rivals, lambda p: (p["setting"], p["target"])).items():
+        entropy, accuracy = _mean(runs, "entropy"), _mean(runs, "accuracy")
+        label = name if target is None else f"{name} at H0 {target:g}"
+        mine = at_entropy(curve, entropy)
+        if mine is None:
+            reach = f"{min(curve)[0]:.2f} to {max(curve)[0]:.2f}"
+            found.append((f"{label}: {accuracy:.3f} at {entropy:.2f} nats; ours has {reach}", None))
+        else:
+            found.append(
+                (
+                    f"{label}: {accuracy:.3f} at {entropy:.2f} nats, ours {mine:.3f}",
+                    mine >= accuracy,
+                )
+            )
+    return found
+
+
+def _curve(runs: list[Part]) -> dict[int, float]:
+    common = set.intersection(*(set(run["evaluation"]["pass_at_k"]) for run in runs))
+    return {
+        k: statistics.fmean(run["evaluation"]["pass_at_k"][str(k)] for run in runs)
+        for k in sorted(map(int, common))
+    }
+
+
+def _pass_at_k(parts: list[Part]) -> list[Finding]:
+    grpo, base = _of(parts, "grpo"), _of(parts, BASE)
+    found: list[Finding] = []
+    for target, runs in grouped(_of(parts, OURS), lambda part: part["target"]).items():
+        mine = _curve(runs)
+        most = max(mine)
+        if grpo:
+            its = _curve(grpo)
+            behind = [k for k in mine if k >= FEWEST_SAMPLES and k in its and mine[k] < its[k]]
+            at = f"pass@{most} {mine[most]:.3f}, GRPO's {its.get(most, float('nan')):.3f}"
+            where = (
+                f"behind it at k = {', '.join(map(str, behind))}" if behind else "never behind it"
+            )
+            found.append((f"H0 {target:g}: {at}; {where}", not behind))
+        first = _curve(base).get(most, 1.0) if base else 1.0
+        if first < IMPROVABLE:
+            text = f"H0 {target:g}: pass@{most} {mine[most]:.3f}, the base model's {first:.3f}"
+            found.append((text, mine[most] >= first))
+    return found
+
+
+def _collapse(parts: list[Part]) -> list[Finding]:
+    last = [trailing_means(run["entropy"])[-1] for run in _of(parts, "grpo")]
+    if not last:
+        return []
+    shown = ", ".join(f"{value:.2f}" for value in last)
+    return [(f"{shown} nats at the end, by seed", max(last) < COLLAPSED)]
+
+
+_TARGETS: dict[str, Callable[[list[Part]], list[Finding]]] = {
+    "entropy within 10% of H0 (5-step means, last half), 5% on average": _held,
+    "accuracy as GRPO's or in its 95% interval, H0 <= 0.5": _accuracy,
+    "accuracy at matched entropy, against each rival": _matched,
+    "pass@k of GRPO from k = 8, of the base at the largest k": _pass_at_k,
+    "GRPO collapses below 0.1 nats": _collapse,
+}

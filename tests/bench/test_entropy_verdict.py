@@ -1,0 +1,87 @@
+"""The verdict on the entropy benchmark's targets, from parts made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.entropy import verdict
+
+
+def _part(setting: str, target: float | None = None, seed: int = 0, **found: Any) -> dict[str, Any]:
+    evaluation = {
+        "accuracy": 0.5,
+        "ci95": [0.4, 0.6],
+        "entropy": 0.5,
+        "pass_at_k": {"8": 0.9, "16": 0.95},
+    }
+    part = {
+        "task": "write",
+        "setting": setting,
+        "target": target,
+        "seed": seed,
+        "entropy": [0.5] * 4,
+    }
+    part["held"] = {"mean": 0.02, "max": found.pop("max", 0.05)}
+    part["entropy"] = [found.pop("last", 0.5)] * 4
+    return {**part, "evaluation": {**evaluation, **found}}
+
+
+def _rows(*parts: dict[str, Any]) -> list[str]:
+    return verdict.table(list(parts)).splitlines()[2:]
+
+
+def _row(word: str, *parts: dict[str, Any]) -> str:
+    (row,) = [row for row in _rows(*parts) if word in row]
+    return row
+
+
+def test_one_seed_beyond_the_band_misses_the_target() -> None:
+    good, bad = _part("expected", 0.5), _part("expected", 0.5, seed=1, max=0.11)
+    assert _row("within 10%", good).endswith("| yes |")
+    row = _row("within 10%", good, bad)
+    assert "2.0% on average, at most 5%, 11% by seed" in row and row.endswith("| no |")
+
+
+def test_accuracy_is_judged_against_the_same_seed() -> None:
+    grpo = [_part("grpo", accuracy=0.9, ci95=[0.8, 1.0]), _part("grpo", seed=1, ci95=[0.1, 0.3])]
+    ours = [_part("expected", 0.5, accuracy=0.81), _part("expected", 0.5, seed=1, accuracy=0.2)]
+    assert _row("95% interval", *grpo, *ours).endswith("| yes |")
+    worse = [_part("expected", 0.5, accuracy=0.79), ours[1]]
+    assert _row("95% interval", *grpo, *worse).endswith("| no |")
+    assert not [row for row in _rows(*grpo, _part("expected", 0.75)) if "95% interval" in row]
+
+
+def test_rivals_are_judged_on_the_line_between_our_runs() -> None:
+    parts = [
+        _part("grpo", accuracy=0.9, entropy=0.1),
+        _part("expected", 0.5, accuracy=0.8, entropy=0.5),
+        _part("era", accuracy=0.84, entropy=0.3),
+        _part("ucpo", accuracy=0.86, entropy=0.3),
+        _part("entropic", 0.75, accuracy=0.7, entropy=0.8),
+        _part("split", 0.5, accuracy=0.99, entropy=0.3),
+    ]
+    rows = [row for row in _rows(*parts) if "matched" in row]
+    assert len(rows) == 3
+    assert "era: 0.840 at 0.30 nats, ours 0.850 | yes" in rows[0]
+    assert "ucpo" in rows[1] and rows[1].endswith("| no |")
+    assert "ours has 0.10 to 0.50 | -" in rows[2]
+    assert verdict.at_entropy([(0.2, 0.9), (0.2, 0.7)], 0.2) == pytest.approx(0.7)
+
+
+def test_pass_at_k_is_compared_at_every_k() -> None:
+    ours = _part("expected", 0.5, pass_at_k={"1": 0.1, "8": 0.8, "16": 0.96})
+    grpo = _part("grpo", pass_at_k={"1": 0.5, "8": 0.81, "16": 0.9})
+    assert _row("pass@k of GRPO", ours, grpo).count("behind it at k = 8 | no") == 1
+    base = _part("base", pass_at_k={"8": 0.5, "16": 0.94})
+    (_, row) = [row for row in _rows(ours, grpo, base) if "pass@k of GRPO" in row]
+    assert "0.960, the base model's 0.940 | yes" in row
+    solved = _part("base", pass_at_k={"16": 0.96})
+    assert len([row for row in _rows(ours, grpo, solved) if "pass@k of GRPO" in row]) == 1
+
+
+def test_a_collapse_is_that_of_every_seed() -> None:
+    runs = [_part("grpo", last=0.05), _part("grpo", seed=1, last=0.12)]
+    assert _row("collapses", runs[0]).endswith("| yes |")
+    assert "0.05, 0.12 nats" in _row("collapses", *runs) and "| no |" in _row("collapses", *runs)
