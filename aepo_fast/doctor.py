@@ -9,9 +9,9 @@ from typing import get_args
 import torch
 
 from aepo_fast.config import Attention, ConfigError, ModelConfig
-from aepo_fast.models import choose_attention
+from aepo_fast.models import choose_attention, choose_device
 from aepo_fast.packages import PACKAGES, PREFIX, cache_root, converted_folder
-from aepo_fast.setup import choose_device, vllm_version
+from aepo_fast.rollout.load import vllm_version
 from aepo_kernels import __version__, backend_status
 from aepo_kernels.backends import multiplies_bfloat16, row_kernels
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
-import torch
 from reasoning_gym.factory import DATASETS
 
 from aepo_fast.checkpoint import complete_checkpoints
@@ -14,10 +14,10 @@ from aepo_fast.config import Config, ConfigError, DataConfig, ModelConfig, Sourc
 from aepo_fast.config_io import load_config, with_overrides
 from aepo_fast.data import load_prompts
 from aepo_fast.evaluate import EvalResult, evaluate
-from aepo_fast.models import load_model, load_tokenizer, resolve
+from aepo_fast.models import load_tokenizer, resolve
 from aepo_fast.rewards import build_reward
-from aepo_fast.rollout.hf import HfRollout
-from aepo_fast.setup import choose_device, choose_dtypes, eos_ids
+from aepo_fast.rollout.load import check_rollout_backend, load_engine
+from aepo_fast.setup import choose_dtypes
 
 
 def evaluate_model(
@@ -31,11 +31,16 @@ def evaluate_model(
 ) -> EvalResult:
     """Evaluate `model`, a run's folder or anything `model.path` may be.
 
-    A run brings its data with it; otherwise `config` or `task` names it. The prompts are the
-    held-out ones; a source given as `task` is held out whole.
+    A run brings its configuration with it; otherwise `config` names one, or `task` the data alone.
+    `overrides` change it. The engine is that of its rollout section; vLLM alone then loads the
+    model. The prompts are the held-out ones; a source given as `task` is held out whole.
+
+    Raises ConfigError, where it can before a model loads, and RewardError and RolloutError as
+    `evaluate` does.
     """
     cfg, path = _configuration(model, config, task, overrides)
     cfg = choose_dtypes(cfg)
+    check_rollout_backend(cfg)
     folder = resolve(path)
     tokenizer = load_tokenizer(folder)
     reward = build_reward(cfg.reward, cfg.data)
@@ -49,26 +54,17 @@ def evaluate_model(
     if not chosen:
         reason = "holds out no prompt to evaluate on"
         raise ConfigError("data.holdout_fraction", cfg.data.holdout_fraction, reason, "Raise it")
-    dtype = cfg.rollout.dtype
-    assert dtype != "auto"
-    settings = dataclasses.replace(cfg.model, path=path, dtype=dtype, compute_dtype=dtype)
-    loaded = load_model(settings, folder, choose_device(cfg.trainer.device))
-    engine = HfRollout(
-        loaded,
-        dtype=getattr(torch, dtype),
-        eos_ids=eos_ids(loaded, tokenizer),
-        batch_rows=cfg.rollout.batch_rows,
-    )
-    return evaluate(
-        engine,
-        reward,
-        chosen,
-        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        samples=samples,
-        max_new_tokens=cfg.rollout.max_new_tokens,
-        seed=cfg.eval.seed,
-        overlap=cfg.reward.overlap,
-    )
+    with closing(load_engine(cfg, folder, tokenizer)) as engine:
+        return evaluate(
+            engine,
+            reward,
+            chosen,
+            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            samples=samples,
+            max_new_tokens=cfg.rollout.max_new_tokens,
+            seed=cfg.eval.seed,
+            overlap=cfg.reward.overlap,
+        )
 
 
 def _configuration(

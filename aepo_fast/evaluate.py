@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from aepo_fast.collect import seed_of
 from aepo_fast.data import Prompt
 from aepo_fast.rewards import Reward, RewardError
-from aepo_fast.rollout.base import Request, RolloutEngine
+from aepo_fast.rollout.base import Completion, Request, RolloutEngine
 from aepo_fast.scoring import GroupScorer
 
 
@@ -92,20 +92,29 @@ def evaluate(
     seed: int,
     overlap: bool,
     on_tokens: Callable[[int], None] | None = None,
+    on_group: Callable[[int, list[Completion]], None] | None = None,
 ) -> EvalResult:
     """Sample every prompt `samples` times at temperature 1 and score the completions.
 
-    Raises RewardError as `Reward.score` does, and where no sample has a reward.
+    Raises RewardError as `Reward.score` does, and where no sample has a reward, and RolloutError
+    where sampling fails.
 
-    overlap: score them while others are still being sampled.
+    overlap: score them while others are still being sampled. on_tokens, on_group: as in
+    `RolloutEngine.generate`.
     """
     requests = [
         Request(prompt.token_ids, samples, 1.0, seed_of(seed, index))
         for index, prompt in enumerate(prompts)
     ]
     with GroupScorer(reward, prompts, decode, overlap=overlap) as scorer:
+
+        def add(index: int, group: list[Completion]) -> None:
+            scorer.add(index, group)
+            if on_group is not None:
+                on_group(index, group)
+
         groups = engine.generate(
-            requests, max_new_tokens=max_new_tokens, on_tokens=on_tokens, on_group=scorer.add
+            requests, max_new_tokens=max_new_tokens, on_tokens=on_tokens, on_group=add
         )
         scored = scorer.results()
     flat = [completion for group in groups for completion in group]

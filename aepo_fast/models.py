@@ -112,6 +112,16 @@ def takes_positions(config: PretrainedConfig) -> bool:
     return getattr(config.get_text_config(), "rope_parameters", None) is not None
 
 
+def choose_device(requested: str) -> torch.device:
+    """The device of the run; raises ConfigError for cuda without a GPU."""
+    if requested == "cuda" and not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+        raise ConfigError("trainer.device", requested, reason, 'Use "cpu" or "auto"')
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(requested)
+
+
 def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> PreTrainedModel:
     """Load a model for training onto `device` in cfg.dtype, in train mode, without dropout.
 

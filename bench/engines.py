@@ -102,7 +102,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def write(name: str, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """Keep what was found beside the machine, the versions and the settings."""
-    from aepo_fast.setup import vllm_version
+    from aepo_fast.rollout.load import vllm_version
 
     settings = {key: value for key, value in vars(arguments).items() if key != "run"}
     settings["results"] = None

@@ -19,12 +19,12 @@ from torch import Tensor
 from aepo_fast.batch import MicroBatch, Row
 from aepo_fast.config import Config
 from aepo_fast.config_io import load_config
-from aepo_fast.models import head_of, load_model
+from aepo_fast.models import choose_device, head_of, load_model
 from aepo_fast.objective import Objective, build_objective
 from aepo_fast.optim import build_optimizer, guarded_step
 from aepo_fast.policy import Policy, token_index, token_offsets
 from aepo_fast.rollout.base import Completion
-from aepo_fast.setup import choose_backend, choose_device, choose_dtypes
+from aepo_fast.setup import choose_backend, choose_dtypes
 from aepo_fast.token_objective import StepContext
 from aepo_fast.update import UpdateResult, update
 from bench.peers import materialised, trl

@@ -2,7 +2,7 @@
 # pyright: reportMissingImports=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """Rollouts with vLLM in the trainer's own process, weights through its weight-transfer interface.
 
-The only module that imports vLLM. `setup` imports it when a run asks for vLLM, not before.
+The only module that imports vLLM. `load` imports it when a configuration asks for it, not before.
 """
 
 from __future__ import annotations

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from aepo_fast.checkpoint import complete_checkpoints
 from aepo_fast.config import Config
 from aepo_fast.data import Prompt, load_prompts
 from aepo_fast.evaluate import evaluate
-from aepo_fast.models import load_model, load_tokenizer, resolve
+from aepo_fast.models import load_tokenizer, resolve
 from aepo_fast.rewards import Reward, build_reward
 from aepo_fast.rollout.base import Completion, Request
-from aepo_fast.rollout.hf import HfRollout
-from aepo_fast.setup import choose_device, choose_dtypes, eos_ids
+from aepo_fast.rollout.load import check_rollout_backend, load_engine
+from aepo_fast.setup import choose_dtypes
 
 DISTINCT_DRAWS = 256
 # Apart from eval.seed: no sample is one that the run itself was judged by.
 EVAL_SEED = 4321
 # As good as the most likely token, and a temperature that samplers take.
 GREEDY_TEMPERATURE = 1e-3
-
-
-class _Recorder(HfRollout):
-    """Keeps the completions it has sampled."""
-
-    groups: list[list[Completion]]
-
-    def generate(self, *args: Any, **options: Any) -> list[list[Completion]]:
-        """As HfRollout does."""
-        self.groups = super().generate(*args, **options)
-        return self.groups
 
 
 def trained_model(folder: Path) -> Path:
@@ -51,6 +38,7 @@ def evaluate_run(model: str, cfg: Config, *, prompts: int, samples: int) -> dict
     over prompts. entropy: nats a token, mean of -log p over the tokens drawn at temperature 1.
     """
     cfg = choose_dtypes(cfg)
+    check_rollout_backend(cfg)
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     reward = build_reward(cfg.reward, cfg.data)
@@ -61,36 +49,30 @@ def evaluate_run(model: str, cfg: Config, *, prompts: int, samples: int) -> dict
         required_columns=reward.required_columns,
     )
     chosen = (found.heldout or found.train)[:prompts]
-    dtype = cfg.rollout.dtype
-    assert dtype != "auto"
-    settings = dataclasses.replace(cfg.model, path=model, dtype=dtype, compute_dtype=dtype)
-    loaded = load_model(settings, folder, choose_device(cfg.trainer.device))
-    engine = _Recorder(
-        loaded,
-        dtype=getattr(torch, dtype),
-        eos_ids=eos_ids(loaded, tokenizer),
-        batch_rows=cfg.rollout.batch_rows,
-    )
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
     limit = cfg.rollout.max_new_tokens
-    result = evaluate(
-        engine,
-        reward,
-        chosen,
-        decode,
-        samples=samples,
-        max_new_tokens=limit,
-        seed=EVAL_SEED,
-        overlap=cfg.reward.overlap,
-    )
-    tokens = [-value for group in engine.groups for row in group for value in row.logprobs]
-    draws = min(samples, DISTINCT_DRAWS)
-    distinct = distinct_right([group[:draws] for group in engine.groups], chosen, reward, decode)
     requests = [Request(prompt.token_ids, 1, GREEDY_TEMPERATURE, EVAL_SEED) for prompt in chosen]
-    greedy = [group[0] for group in engine.generate(requests, max_new_tokens=limit)]
+    sampled: dict[int, list[Completion]] = {}
+    with closing(load_engine(cfg, folder, tokenizer)) as engine:
+        result = evaluate(
+            engine,
+            reward,
+            chosen,
+            decode,
+            samples=samples,
+            max_new_tokens=limit,
+            seed=EVAL_SEED,
+            overlap=cfg.reward.overlap,
+            on_group=sampled.__setitem__,
+        )
+        greedy = [group[0] for group in engine.generate(requests, max_new_tokens=limit)]
+    groups = [sampled[index] for index in range(len(chosen))]
+    tokens = [-value for group in groups for row in group for value in row.logprobs]
+    draws = min(samples, DISTINCT_DRAWS)
+    distinct = distinct_right([group[:draws] for group in groups], chosen, reward, decode)
     texts = [decode(completion.completion_ids) for completion in greedy]
     rewards = reward.score(chosen, texts, [completion.completion_ids for completion in greedy])
     return {

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any, Generic, TypeVar
 
@@ -199,10 +200,12 @@ def install(patch: pytest.MonkeyPatch) -> Allocator:
     }
     for name, contents in modules.items():
         module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)  # so that it is found as an installed one is
         vars(module).update(contents)
         patch.setitem(sys.modules, name, module)
-    # The module is imported anew with each stand-in, and not left behind.
-    patch.delitem(sys.modules, "aepo_fast.rollout.vllm", raising=False)
+    # The module is imported anew with each stand-in, and not left behind: undone is what is set.
+    patch.setitem(sys.modules, "aepo_fast.rollout.vllm", ModuleType("replaced"))
+    patch.delitem(sys.modules, "aepo_fast.rollout.vllm")
     Factory.engines = {}
     LLM.failure = None
     patch.setattr(torch.cuda, "is_available", lambda: True)

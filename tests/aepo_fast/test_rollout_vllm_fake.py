@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> fake_vllm.Allocator:
 def build(**settings: Any) -> Any:
     from aepo_fast.rollout.vllm import VllmRollout
 
-    sys.modules.pop("aepo_fast.rollout.vllm")
     cfg = RolloutConfig("vllm", max_prompt_tokens=8, max_new_tokens=4, **settings)
     return VllmRollout("folder", cfg, eos_ids=[2], seed=0)
 

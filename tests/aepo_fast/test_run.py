@@ -33,8 +33,8 @@ from aepo_fast.config import (
     RolloutConfig,
 )
 from aepo_fast.rewards import RewardError
+from aepo_fast.rollout.load import check_rollout_backend
 from aepo_fast.run import train
-from aepo_fast.setup import check_rollout_backend
 from aepo_fast.trainer import TrainingError
 from tests.tiny_model import build_tiny_model
 from tests.tiny_run import explained_metrics, tiny_config, with_trainer
@@ -337,13 +337,13 @@ def test_an_untested_vllm_is_refused_unless_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr("aepo_fast.setup.vllm_version", lambda: version)
+    monkeypatch.setattr("aepo_fast.rollout.load.vllm_version", lambda: version)
     cfg = tiny_config(tmp_path, tmp_path / "run", rollout=RolloutConfig(backend="vllm"))
     with pytest.raises(ConfigError, match=rf"vLLM {version} is installed.*>=0.26"):
         train(cfg)
     allowed = replace(cfg.rollout, allow_untested_vllm=True)
     check_rollout_backend(replace(cfg, rollout=allowed))
-    monkeypatch.setattr("aepo_fast.setup.vllm_version", lambda: "0.29.1+cu130")
+    monkeypatch.setattr("aepo_fast.rollout.load.vllm_version", lambda: "0.29.1+cu130")
     check_rollout_backend(cfg)
 
 

@@ -188,6 +188,8 @@ def test_lengths_beyond_the_models_are_said_before_it_loads(
 def test_a_state_that_hf_cannot_split_is_refused(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aepo_fast.setup.recurrent_layers", lambda config: ["linear_attention"])
+    monkeypatch.setattr(
+        "aepo_fast.rollout.load.recurrent_layers", lambda config: ["linear_attention"]
+    )
     with pytest.raises(ConfigError, match='rollout.backend.*linear_attention layers. Use "vllm"'):
         train(tiny_config(tiny_model_dir, tmp_path / "run"))

