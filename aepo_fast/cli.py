@@ -60,16 +60,19 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run, a model folder, a hub id or package:NAME.")],
     config: Annotated[
-        str | None, typer.Option(help="Config whose data is used; a run has its own.")
+        str | None, typer.Option(help="Config to evaluate under; a run has its own.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="A reasoning-gym task, a file or a hub id instead.")
+        str | None, typer.Option(help="Data instead: a reasoning-gym task, a file or a hub id.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 4,
     prompts: Annotated[int, typer.Option(min=1, help="How many, at most.")] = 64,
     set_: Overrides = None,
 ) -> None:
-    """Sample held-out prompts at temperature 1: avg@k, unbiased pass@k, 95% interval."""
+    """Sample held-out prompts at temperature 1: avg@k, unbiased pass@k, 95% interval.
+
+    rollout.backend of the configuration samples; --set changes it.
+    """
     from aepo_fast.eval_command import evaluate_model
 
     print(
