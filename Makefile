@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV_FLAGS ?=
 # How make train samples: make train ROLLOUT=vllm installs vLLM and uses it. Left out, vLLM is used
-# where it is installed; compiling takes it longer than so short a run gains by it.
+# where it is installed; it does not compile, which takes longer than so short a run gains by it.
 ROLLOUT ?=
 FIND_ROLLOUT = import importlib.util as u; print("vllm" if u.find_spec("vllm") else "hf")
 BIN := .venv/bin
