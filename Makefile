@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV_FLAGS ?=
 # How make train samples: make train ROLLOUT=vllm installs vLLM and uses it. Left out, vLLM is used
-# where it is installed.
+# where it is installed; it does not compile, which takes longer than so short a run gains by it.
 ROLLOUT ?=
 FIND_ROLLOUT = import importlib.util as u; print("vllm" if u.find_spec("vllm") else "hf")
 BIN := .venv/bin
@@ -14,8 +14,9 @@ TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 .PHONY: train test test-vllm lint bench clean
 
 train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
-	$(BIN)/aepo-fast train first-light --overwrite \
-		--set rollout.backend=\"$(or $(ROLLOUT),$$($(BIN)/python -c '$(FIND_ROLLOUT)'))\"
+	backend=$(or $(ROLLOUT),$$($(BIN)/python -c '$(FIND_ROLLOUT)')); eager=; \
+	if [ "$$backend" = vllm ]; then eager='--set rollout.enforce_eager=true'; fi; \
+	$(BIN)/aepo-fast train first-light --overwrite --set rollout.backend=\"$$backend\" $$eager
 
 # One thread a test process: threads that wait for each other are what makes two cores slow. Tests
 # that measure their process's memory go last, in one of their own. 5: none of ARGS' is in a part.

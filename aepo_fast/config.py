@@ -1,7 +1,8 @@
 """The run configuration: one frozen dataclass per TOML section, validated once when built.
 
-Defaults follow the AEPO papers where they state one. `config_io` reads TOML onto these classes
-and writes the resolved configuration back.
+Defaults follow the AEPO papers where they state one. A setting that acts only beside others says
+what it `needs`, and is refused where it would do nothing (`config_conditions`). `config_io` reads
+TOML onto these classes and writes the resolved configuration back.
 """
 
 from __future__ import annotations
@@ -10,6 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from aepo_fast.config_checks import ConfigError, require, require_not_negative, require_positive
+from aepo_fast.config_conditions import (
+    Needs,
+    above_zero,
+    one_of,
+    refuse_across_sections,
+    refuse_what_does_nothing,
+    setting,
+)
 from aepo_fast.config_method import AepoConfig, LossConfig
 
 __all__ = [
@@ -57,18 +66,28 @@ class ModelConfig:
         )
 
 
+_SEVERAL_SOURCES = Needs(
+    ("data.sources",),
+    lambda sources: len(sources) > 1,
+    "add another one to {}",
+    "a single source in {}",
+)
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of prompts: a reasoning-gym task, a JSONL or parquet file, or a hub dataset."""
 
     kind: Literal["reasoning_gym", "file", "hub"] = "file"
     name: str = ""  # task name, file path, or hub id
-    params: dict[str, Any] = field(default_factory=dict)  # of the reasoning-gym task
-    size: int = 512  # questions drawn from a reasoning-gym task before duplicates are dropped
-    split: str = "train"  # of a hub dataset
-    subset: str = ""  # of a hub dataset
-    prompt_column: str = "prompt"
-    weight: float = 1.0  # share of the prompts drawn from this source
+    # Of the reasoning-gym task.
+    params: dict[str, Any] = setting(default_factory=dict, needs=one_of("kind", "reasoning_gym"))
+    # Questions drawn from the task before duplicates are dropped.
+    size: int = setting(512, needs=one_of("kind", "reasoning_gym"))
+    split: str = setting("train", needs=one_of("kind", "hub"))
+    subset: str = setting("", needs=one_of("kind", "hub"))
+    prompt_column: str = setting("prompt", needs=one_of("kind", "file", "hub"))
+    weight: float = setting(1.0, needs=_SEVERAL_SOURCES)  # share of the prompts drawn from it
 
     def __post_init__(self) -> None:
         require(
@@ -79,6 +98,15 @@ class SourceConfig:
             "Name a reasoning-gym task, a file or a hub dataset",
         )
         require_positive("data.sources", self, "size", "weight")
+        refuse_what_does_nothing("data.sources", self)
+
+
+_DRAWN_OR_HELD_OUT = Needs(
+    ("sources", "holdout_fraction"),
+    lambda sources, held: held > 0 or any(one.kind == "reasoning_gym" for one in sources),
+    "set {1} above 0",
+    "{1} = 0.0 and no source of kind 'reasoning_gym' in {0}",
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +117,7 @@ class DataConfig:
     system_prompt: str = ""  # empty: the chat template's own default
     instruction: str = ""  # appended to each question after a space
     holdout_fraction: float = 0.2  # of distinct questions, kept from training for evaluation
-    seed: int = 0  # of task generation and of the hold-out
+    seed: int = setting(0, needs=_DRAWN_OR_HELD_OUT)  # of task generation and of the hold-out
 
     def __post_init__(self) -> None:
         require(
@@ -106,6 +134,7 @@ class DataConfig:
             "must lie in [0, 1)",
             "Set the share of questions to hold out, e.g. 0.2",
         )
+        refuse_what_does_nothing("data", self)
 
 
 @dataclass(frozen=True)
@@ -133,6 +162,10 @@ class RewardConfig:
         )
 
 
+_VLLM = one_of("backend", "vllm")
+_IN_TURN = one_of("steps_ahead", 0)  # sampling and training; else vLLM holds weights of its own
+
+
 @dataclass(frozen=True)
 class RolloutConfig:
     """How completions are sampled; main rows are always sampled at temperature 1, top_p 1."""
@@ -141,14 +174,17 @@ class RolloutConfig:
     max_new_tokens: int = 256
     max_prompt_tokens: int = 1024
     dtype: ComputeDtype = "auto"
-    batch_rows: int = 256  # rows decoded together, hf
-    gpu_memory_utilization: float = 0.3  # of the whole GPU, for weights and cache, vllm
-    cpu_kv_cache_gib: float = 1.0  # vllm without a GPU
-    enforce_eager: bool = False  # vllm without compilation and CUDA graphs
-    # vllm on a GPU: trained weights of rollout.dtype live in its storage, so a sync copies nothing.
-    share_weights: bool = True
-    sleep: bool = True  # vllm on a GPU: its cache is freed while the policy trains
-    allow_untested_vllm: bool = False
+    # Rows decoded together by hf, which `aepo-fast eval` takes whatever the backend.
+    batch_rows: int = 256
+    # Of the whole GPU, for weights and cache.
+    gpu_memory_utilization: float = setting(0.3, needs=_VLLM)
+    cpu_kv_cache_gib: float = setting(1.0, needs=_VLLM)  # without a GPU
+    enforce_eager: bool = setting(False, needs=_VLLM)  # without compilation and CUDA graphs
+    # On a GPU: trained weights of rollout.dtype live in vLLM's storage, so a sync copies nothing.
+    share_weights: bool = setting(True, needs=(_VLLM, _IN_TURN))
+    # On a GPU: vLLM's cache is freed while the policy trains.
+    sleep: bool = setting(True, needs=(_VLLM, _IN_TURN))
+    allow_untested_vllm: bool = setting(False, needs=_VLLM)
     # 1: the next step's samples are drawn, with the weights before this step's updates, while it
     # trains. Main rows are corrected for it.
     steps_ahead: Literal[0, 1] = 0
@@ -163,6 +199,15 @@ class RolloutConfig:
             "is a share of the GPU's memory, at most 1",
             "Try 0.3; the trainer needs the rest",
         )
+        refuse_what_does_nothing("rollout", self)
+
+
+# Of the step after the warm-up the rate is still lr, in every schedule.
+_LATER_STEPS = Needs(
+    ("steps", "warmup_steps"),
+    lambda steps, warmup_steps: steps > warmup_steps + 1,
+    "set {0} above {1} + 1",
+)
 
 
 @dataclass(frozen=True)
@@ -179,7 +224,7 @@ class TrainerConfig:
     # one copy of the prompt for all its samples (sdpa), "padded" one row per sample.
     layout: Literal["auto", "packed", "shared", "padded"] = "auto"
     lr: float = 1e-6
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", needs=_LATER_STEPS)
     warmup_steps: int = 0
     weight_decay: float = 0.01
     beta1: float = 0.9
@@ -207,20 +252,26 @@ class TrainerConfig:
             f"more minibatches than the {self.prompts_per_step} prompts of a step",
             "Lower minibatches or raise prompts_per_step",
         )
+        refuse_what_does_nothing("trainer", self)
+
+
+_HELD_OUT = above_zero("data.holdout_fraction")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on held-out prompts at temperature 1."""
 
-    every: int = 0  # steps; 0: only before and after training
-    prompts: int = 64
-    samples: int = 4  # per prompt
-    seed: int = 1234
+    # Steps; 0: only before and after training.
+    every: int = setting(0, needs=(above_zero("prompts"), _HELD_OUT))
+    prompts: int = setting(64, needs=_HELD_OUT)
+    samples: int = setting(4, needs=(above_zero("prompts"), _HELD_OUT))  # per prompt
+    seed: int = 1234  # also of `aepo-fast eval`
 
     def __post_init__(self) -> None:
         require_not_negative("eval", self, "every", "prompts")
         require_positive("eval", self, "samples")
+        refuse_what_does_nothing("eval", self)
 
 
 @dataclass(frozen=True)
@@ -304,3 +355,4 @@ class Config:
             f"must be below rollout.max_new_tokens = {self.rollout.max_new_tokens}",
             "Lower it",
         )
+        refuse_across_sections(self)

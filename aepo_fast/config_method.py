@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from aepo_fast.config_checks import require, require_not_negative, require_positive
+from aepo_fast.config_conditions import (
+    Needs,
+    above_zero,
+    one_of,
+    refuse_what_does_nothing,
+    setting,
+    settle_defaults,
+)
 
 PolicyLoss = Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo"]
 Advantage = Literal["group_norm", "group_mean"]
@@ -78,56 +87,67 @@ CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
     "icepop": (0.5, 5.0),
 }
 
+_method = partial(one_of, "entropy_method")
+
+
+def _by_policy(index: int) -> Any:
+    return setting(None, chosen=lambda loss: POLICY_DEFAULTS[loss.policy][index])
+
+
+def _by_correction(index: int, *corrections: Correction) -> Any:
+    def chosen(loss: LossConfig) -> float | None:  # nothing until the correction is decided
+        return loss.correction and CORRECTION_DEFAULTS[loss.correction][index]
+
+    return setting(None, needs=one_of("correction", *corrections), chosen=chosen)
+
 
 @dataclass(frozen=True)
 class LossConfig:
     """The policy loss; None means the default of `policy` (POLICY_DEFAULTS)."""
 
     policy: PolicyLoss = "grpo"
-    advantage: Advantage | None = None
-    aggregation: Aggregation | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    dual_clip: float = 3.0  # 0 is off
+    advantage: Advantage | None = _by_policy(0)
+    aggregation: Aggregation | None = _by_policy(1)
+    clip_low: float | None = _by_policy(2)
+    clip_high: float | None = _by_policy(3)
+    # 0 is off
+    dual_clip: float = setting(3.0, needs=one_of("policy", "grpo", "dr_grpo", "dapo"))
     kl_coef: float = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", needs=above_zero("kl_coef"))
     entropy_method: EntropyMethod = "none"
-    entropy_coef: float = 1e-3  # bonus, adaptive_bonus (starting value)
-    adaptive_target: float = 0.2  # nats, adaptive_bonus, entropic, repo_r
-    adaptive_delta: float = 1e-4  # change of the coefficient a step, adaptive_bonus
-    advantage_entropy_coef: float = 0.4  # entropy_advantage
-    advantage_entropy_kappa: float = 2.0  # entropy_advantage
-    top_entropy_fraction: float = 0.2  # top_entropy
-    cov_fraction: float = 2e-4  # clip_cov, kl_cov
-    clip_cov_low: float = 1.0  # covariance range from which clip_cov draws
-    clip_cov_high: float = 5.0
-    kl_cov_coef: float = 1.0
+    # The bonus's coefficient, of adaptive_bonus the starting value.
+    entropy_coef: float = setting(1e-3, needs=_method("bonus", "adaptive_bonus"))
+    # H0, nats
+    adaptive_target: float = setting(0.2, needs=_method("adaptive_bonus", "entropic", "repo_r"))
+    # Change of the coefficient a step.
+    adaptive_delta: float = setting(1e-4, needs=_method("adaptive_bonus"))
+    advantage_entropy_coef: float = setting(0.4, needs=_method("entropy_advantage"))
+    advantage_entropy_kappa: float = setting(2.0, needs=_method("entropy_advantage"))
+    top_entropy_fraction: float = setting(0.2, needs=_method("top_entropy"))
+    cov_fraction: float = setting(2e-4, needs=_method("clip_cov", "kl_cov"))
+    # The covariance range from which clip_cov draws.
+    clip_cov_low: float = setting(1.0, needs=_method("clip_cov"))
+    clip_cov_high: float = setting(5.0, needs=_method("clip_cov"))
+    kl_cov_coef: float = setting(1.0, needs=_method("kl_cov"))
     # Rivals of entropy_rivals.py, with the defaults of their papers; ds_grpo_gamma is ours.
-    entropic_kp: float = 1.0  # per nat
-    entropic_ki: float = 0.01  # per nat and step
-    entropic_min_prob: float = 0.95  # acts on tokens likelier than this
-    repo_r_zeta: float = 1e-3  # starting value
-    repo_r_zeta_min: float = 1e-4
-    repo_r_zeta_max: float = 0.05
-    era_scale: float = 2.0  # k, of the logits
-    era_entropy_low: float = 0.45  # nats, mean of a row's top 20% of tokens
-    ucpo_tau: float = 0.2
-    ds_grpo_gamma: float = 0.01  # per nat
+    entropic_kp: float = setting(1.0, needs=_method("entropic"))  # per nat
+    entropic_ki: float = setting(0.01, needs=_method("entropic"))  # per nat and step
+    # Tokens likelier than this are acted on.
+    entropic_min_prob: float = setting(0.95, needs=_method("entropic"))
+    repo_r_zeta: float = setting(1e-3, needs=_method("repo_r"))  # starting value
+    repo_r_zeta_min: float = setting(1e-4, needs=_method("repo_r"))
+    repo_r_zeta_max: float = setting(0.05, needs=_method("repo_r"))
+    era_scale: float = setting(2.0, needs=_method("era"))  # k, of the logits
+    era_entropy_low: float = setting(0.45, needs=_method("era"))  # nats, mean of a row's top 20%
+    ucpo_tau: float = setting(0.2, needs=_method("ucpo"))
+    ds_grpo_gamma: float = setting(0.01, needs=_method("ds_grpo"))  # per nat
     # Weight of main rows for pi_trainer / pi_sampler, see `correction`; never of auxiliary rows.
     correction: Correction | None = None  # None: token_truncate with vllm, else off
-    correction_low: float | None = None
-    correction_high: float | None = None
+    correction_low: float | None = _by_correction(0, "sequence_mask", "icepop")
+    correction_high: float | None = _by_correction(1, "token_truncate", "sequence_mask", "icepop")
 
     def __post_init__(self) -> None:
-        defaults = POLICY_DEFAULTS[self.policy]
-        names = ("advantage", "aggregation", "clip_low", "clip_high")
-        for name, default in zip(names, defaults, strict=True):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-        bounds = CORRECTION_DEFAULTS[self.correction or "token_truncate"]
-        for name, bound in zip(("correction_low", "correction_high"), bounds, strict=True):
-            if self.correction is not None and getattr(self, name) is None:
-                object.__setattr__(self, name, bound)
+        settle_defaults(self)
         self._check_correction()
         assert self.clip_low is not None
         require_positive("loss", self, "clip_low", "clip_high")
@@ -157,6 +177,7 @@ class LossConfig:
             f"Use one of {', '.join(SEQUENCE_ENTROPY_METHODS)} with gspo",
         )
         self._check_rivals()
+        refuse_what_does_nothing("loss", self)
 
     def _check_rivals(self) -> None:
         require_not_negative("loss", self, "entropic_kp", "entropic_ki")
@@ -209,8 +230,9 @@ class LossConfig:
         )
 
 
-# The default of what each controller has its own value for; never seen after __post_init__.
-BY_CONTROLLER: Any = None
+def _by_controller(name: str, *needs: Needs) -> Any:
+    defaults = CONTROLLER_DEFAULTS
+    return setting(None, needs=needs, chosen=lambda aepo: defaults[aepo.controller].get(name))
 
 
 @dataclass(frozen=True)
@@ -224,22 +246,26 @@ class AepoConfig:
     # Chooses T each step: "observer" and "pi" (ours), "published" (arXiv 2510.08141 v7) and
     # "switch" (v1 to v6).
     controller: Controller = "observer"
-    form: Form = BY_CONTROLLER  # what the term is made of
+    form: Form = _by_controller("form")  # what the term is made of
     entropy_target: float = 0.5  # H0, nats per token
-    alpha: float = BY_CONTROLLER  # weight of the term
-    gain: float | None = None  # T - 1 per nat of error, published and pi
-    integral_gain: float | None = None  # per nat and step, pi
-    temperature_min: float = BY_CONTROLLER  # also T_low of the switch
-    temperature_max: float = BY_CONTROLLER  # also T_high of the switch
+    # Weight of the term. DCPO's share of the advantage is its own.
+    alpha: float = _by_controller(
+        "alpha", one_of("form", "split", "rescue", "expected", "one_pass", "resample")
+    )
+    # T - 1 per nat of error
+    gain: float | None = _by_controller("gain", one_of("controller", "published", "pi"))
+    # Per nat and step.
+    integral_gain: float | None = _by_controller("integral_gain", one_of("controller", "pi"))
+    temperature_min: float = _by_controller("temperature_min")  # also T_low of the switch
+    temperature_max: float = _by_controller("temperature_max")  # also T_high of the switch
     reward_threshold: float = 1.0  # R_plus: a sample with this reward or more counts as correct
-    normalizer: Literal["draws", "positives"] = "draws"  # resample
-    rho_clip: float = 3.0  # c, one_pass and dcpo
-    baseline: bool = False  # one_pass: weight rho - 1 instead of rho
+    # What divides the sum over auxiliary samples.
+    normalizer: Literal["draws", "positives"] = setting("draws", needs=one_of("form", "resample"))
+    rho_clip: float = setting(3.0, needs=one_of("form", "one_pass", "dcpo"))  # c
+    baseline: bool = setting(False, needs=one_of("form", "one_pass"))  # weight rho - 1, not rho
 
     def __post_init__(self) -> None:
-        for name, default in CONTROLLER_DEFAULTS[self.controller].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+        settle_defaults(self)
         require(
             self.entropy_target > 0,
             "aepo.entropy_target",
@@ -262,31 +288,8 @@ class AepoConfig:
             "bounds rho to [1/c, c]",
             "Set 1 or more, e.g. 3.0",
         )
-        self._refuse_what_does_nothing()
-
-    def _refuse_what_does_nothing(self) -> None:
-        for name, users in {"gain": ("published", "pi"), "integral_gain": ("pi",)}.items():
+        for name in ("gain", "integral_gain"):
             value = getattr(self, name)
-            require(
-                value is None or self.controller in users,
-                f"aepo.{name}",
-                value,
-                f"does nothing with controller = {self.controller!r}",
-                f"Leave it out, or set controller = {' or '.join(map(repr, users))}",
-            )
             reason = "must not be negative"
             require(value is None or value >= 0, f"aepo.{name}", value, reason, "Set 0 or more")
-        unused = {
-            "baseline": (False, ("one_pass",)),
-            "rho_clip": (3.0, ("one_pass", "dcpo")),
-            "normalizer": ("draws", ("resample",)),
-        }
-        for name, (default, forms) in unused.items():
-            value = getattr(self, name)
-            require(
-                value == default or self.form in forms,
-                f"aepo.{name}",
-                value,
-                f"does nothing with form = {self.form!r}",
-                f"Leave it out, or set form = {' or '.join(map(repr, forms))}",
-            )
+        refuse_what_does_nothing("aepo", self)

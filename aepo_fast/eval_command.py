@@ -10,7 +10,14 @@ from pathlib import Path
 from reasoning_gym.factory import DATASETS
 
 from aepo_fast.checkpoint import complete_checkpoints
-from aepo_fast.config import Config, ConfigError, DataConfig, ModelConfig, SourceConfig
+from aepo_fast.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    SourceConfig,
+)
 from aepo_fast.config_io import load_config, with_overrides
 from aepo_fast.data import load_prompts
 from aepo_fast.evaluate import EvalResult, evaluate
@@ -90,8 +97,12 @@ def _configuration(
         reason = "is no run, so it is not known what to evaluate on"
         raise ConfigError("MODEL", model, reason, "Add --config NAME or --task NAME")
     if task is not None:
-        data = dataclasses.replace(cfg.data, sources=(_source(task),), holdout_fraction=0.0)
-        cfg = dataclasses.replace(cfg, data=data)
+        source = _source(task)
+        # What has nothing to do here goes: a seed draws a task's questions and holds none out, and
+        # a run's evaluations are of what it holds out.
+        seed = cfg.data.seed if source.kind == "reasoning_gym" else DataConfig.seed
+        data = dataclasses.replace(cfg.data, sources=(source,), holdout_fraction=0.0, seed=seed)
+        cfg = dataclasses.replace(cfg, data=data, eval=EvalConfig(seed=cfg.eval.seed))
     return cfg, path
 
 

@@ -56,6 +56,7 @@ SIZES = {
                 "value": (
                     'reward.function="bench.entropy.small_tasks:reward_value"',
                     "rollout.max_new_tokens=20",
+                    "eval.prompts=32",  # the other tasks hold out none
                     _UPDATES,
                 ),
             },
