@@ -174,8 +174,7 @@ class RolloutConfig:
     max_new_tokens: int = 256
     max_prompt_tokens: int = 1024
     dtype: ComputeDtype = "auto"
-    # Rows decoded together by hf, which `aepo-fast eval` takes whatever the backend.
-    batch_rows: int = 256
+    batch_rows: int = setting(256, needs=one_of("backend", "hf"))  # decoded together
     # Of the whole GPU, for weights and cache.
     gpu_memory_utilization: float = setting(0.3, needs=_VLLM)
     cpu_kv_cache_gib: float = setting(1.0, needs=_VLLM)  # without a GPU

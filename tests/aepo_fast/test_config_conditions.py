@@ -97,6 +97,7 @@ CASES = [
     choices("aepo.normalizer", "positives", "aepo.form", "resample", FORMS),
     choices("aepo.rho_clip", 2.0, "aepo.form", "one_pass dcpo", FORMS),
     choices("aepo.baseline", True, "aepo.form", "one_pass", FORMS),
+    choices("rollout.batch_rows", 64, "rollout.backend", "hf", BACKENDS),
     choices("rollout.gpu_memory_utilization", 0.5, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.cpu_kv_cache_gib", 2.0, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.enforce_eager", True, "rollout.backend", "vllm", BACKENDS),
