@@ -48,7 +48,7 @@ def test_no_rows() -> None:
     assert len(group_advantages(none, none, "group_norm")) == 0
     assert len(token_weights(none.long(), "token_mean", **NO_TOTALS)) == 0
     plan = plan_minibatches([], [], num_minibatches=2, rng=np.random.default_rng(0))
-    assert plan == [[[]], [[]]]
+    assert plan == [[], []]
 
 
 @pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "constant_length"])
@@ -73,8 +73,8 @@ def test_aggregation_equals_its_definition_however_it_is_split(mode: str) -> Non
 
 
 @pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "constant_length"])
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 6), (2, 1), (4, 2)])
-def test_gradients_are_equal_however_rows_are_split(mode: str, ranks: int, micro: int) -> None:
+@pytest.mark.parametrize(("num_parts", "micro"), [(1, 6), (2, 1), (4, 2)])
+def test_gradients_are_equal_however_rows_are_split(mode: str, num_parts: int, micro: int) -> None:
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 9, (6,), generator=generator)
     lengths[4] = 0  # a row without tokens still counts as a row
@@ -85,7 +85,7 @@ def test_gradients_are_equal_however_rows_are_split(mode: str, ranks: int, micro
 
     def gradient(parts: list[list[int]]) -> torch.Tensor:
         weight = torch.full((5,), 0.1, dtype=torch.float64, requires_grad=True)
-        for part in parts:  # backward once a part, as ranks and micro-batches do; grads add up
+        for part in parts:  # backward once a part, as micro-batches do; grads add up
             mine = torch.isin(rows, torch.tensor(part, dtype=torch.long))
             logprob = old[mine] + 0.3 * (inputs[mine] @ weight).tanh()
             terms = clipped_surrogate(logprob, old[mine], advantage[rows[mine]], 0.2, 0.28)
@@ -98,15 +98,11 @@ def test_gradients_are_equal_however_rows_are_split(mode: str, ranks: int, micro
         return weight.grad
 
     # Rows in ascending order within a part, so that weights and tokens line up.
-    (cells,) = plan_minibatches(
-        [[row] for row in range(6)],
-        [],
-        num_minibatches=1,
-        num_ranks=ranks,
-        rng=np.random.default_rng(0),
+    cells = plan_minibatches(
+        [[row] for row in range(6)], [], num_minibatches=num_parts, rng=np.random.default_rng(0)
     )
     parts = [sorted(cell[at : at + micro]) for cell in cells for at in range(0, len(cell), micro)]
-    assert len(parts) > 1 or ranks == 1
+    assert len(parts) > 1 or num_parts == 1
     whole = gradient([list(range(6))])
     assert whole.abs().max() > 1e-3
     torch.testing.assert_close(gradient(parts), whole, atol=1e-14, rtol=1e-12)
