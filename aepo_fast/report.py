@@ -30,11 +30,10 @@ def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
     aux = [row for row in rollout.rows if row.is_aux]
     groups: dict[int, list[float]] = {}
     correct: dict[int, set[str]] = {}
-    scored = zip(rollout.rows, rollout.task_rewards, rollout.texts, strict=True)
-    for row, reward, text in scored:
-        if not row.is_aux and reward is not None:
-            groups.setdefault(row.group, []).append(reward)
-            if reward >= threshold:
+    for row, text in zip(rollout.rows, rollout.texts, strict=True):
+        if not row.is_aux and row.task_reward is not None:
+            groups.setdefault(row.group, []).append(row.task_reward)
+            if row.task_reward >= threshold:
                 correct.setdefault(row.group, set()).add(text.strip())
     rewards = [value for group in groups.values() for value in group]
     spreads = [statistics.pstdev(group) for group in groups.values()]

@@ -50,6 +50,22 @@ def test_a_resumed_run_uses_what_was_sampled_ahead(tiny_model_dir: Path, tmp_pat
     assert_same_end(whole, resumed)
 
 
+def test_a_checkpoint_with_task_rewards_beside_the_rows_resumes(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    whole, older = (config(tiny_model_dir, tmp_path / name) for name in ("whole", "older"))
+    train(whole)
+    copy_until(2, whole, older)
+    path = tmp_path / "older" / "checkpoints" / "step_2" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    saved = state["rollouts"]["ahead"]["rollout"]
+    assert "task_rewards" not in saved
+    saved["task_rewards"] = [row["task_reward"] for row in saved["rows"]]
+    torch.save(state, path)
+    train(older, resume=True)
+    assert_same_end(whole, older)
+
+
 def test_without_it_nothing_changes_whether_rewards_overlap_or_not(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
