@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,9 @@ _TOKEN_CLIP = (0.2, 0.2)
 
 Columns = dict[str, torch.Tensor]
 Metrics = dict[str, torch.Tensor]
-TokenLoss = Callable[..., tuple[torch.Tensor, Metrics]]
+TokenLoss = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, Columns], tuple[torch.Tensor, Metrics]
+]
 SequenceLoss = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, Columns],
     tuple[torch.Tensor, Metrics],
@@ -43,19 +45,32 @@ class StepContext:
     entropy: float = 0.0  # the last one measured, nats
 
 
-def make_token_loss(
-    loss: LossConfig, aepo: AepoConfig, names: tuple[str, ...], context: StepContext
-) -> TokenLoss:
-    """A token loss for `linear_token_loss` whose slices are the columns `names`, in order."""
+def taking_slices(
+    token_loss: TokenLoss, names: Sequence[str]
+) -> Callable[..., tuple[torch.Tensor, Metrics]]:
+    """`token_loss` as `linear_token_loss` calls it: slice i is the column names[i]."""
+
+    def of_slices(
+        logprob: torch.Tensor,
+        entropy: torch.Tensor,
+        second_logprob: torch.Tensor | None,
+        *slices: torch.Tensor,
+    ) -> tuple[torch.Tensor, Metrics]:
+        return token_loss(logprob, entropy, second_logprob, dict(zip(names, slices, strict=True)))
+
+    return of_slices
+
+
+def make_token_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) -> TokenLoss:
+    """The loss of any tokens, additive over them: takes their log-probs, entropies and columns."""
     one_pass = aepo.enabled and aepo.form == "one_pass"
 
     def token_loss(
         logprob: torch.Tensor,
         entropy: torch.Tensor,
         second_logprob: torch.Tensor | None,
-        *slices: torch.Tensor,
+        column: Columns,
     ) -> tuple[torch.Tensor, Metrics]:
-        column = dict(zip(names, slices, strict=True))
         # Before the first update the current policy is the one that sampled: its ratio is 1.
         old = column.get("old_logprob", logprob.detach())
         at_t = None if loss.entropy_method == "era" else second_logprob

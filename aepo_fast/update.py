@@ -12,6 +12,7 @@ from aepo_fast.batch import MicroBatch, Row
 from aepo_fast.objective import Objective
 from aepo_fast.optim import guarded_step
 from aepo_fast.policy import Policy, token_index, token_offsets
+from aepo_fast.token_objective import taking_slices
 from aepo_kernels import linear_token_loss
 
 
@@ -117,13 +118,13 @@ def _forward_backward(
         active = batch.targets.numel() if loss.requires_grad else 0
         measured = output.logprob.detach(), output.entropy.detach()
         return _Done(loss.detach(), metrics, *measured, active)
-    head = policy.head
+    head, names = policy.head, tuple(columns)
     result = linear_token_loss(
         policy.hidden(batch),
         head.weight,
         batch.targets.to(policy.device),
-        objective.token_loss,
-        *columns.values(),
+        taking_slices(objective.token_loss, names),
+        *(columns[name] for name in names),
         second_temperature=objective.second_temperature,
         bias=head.bias,
         softcap=head.softcap,

@@ -215,9 +215,11 @@ def plain_step(problem: Problem, policy: Policy, scores: Scores) -> UpdateResult
     policy.model.train()
     for batch in policy.microbatches(problem.rows, range(len(problem.rows))):
         index = token_index(offsets, batch.rows)
-        columns = [values[index].to(policy.device) for values in objective.columns.values()]
+        columns = {
+            name: values[index].to(policy.device) for name, values in objective.columns.items()
+        }
         logprob, entropy = scores(policy, batch)
-        loss, metrics = objective.token_loss(logprob, entropy, None, *columns)
+        loss, metrics = objective.token_loss(logprob, entropy, None, columns)
         loss.backward()
         total += loss.detach()
         entropy_sum += metrics["entropy"]

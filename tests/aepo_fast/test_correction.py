@@ -129,7 +129,7 @@ def test_main_rows_are_weighted_and_auxiliary_rows_never(
                 logprob, entropy, None, row_of_token, objective.columns
             )
         else:
-            total, _ = objective.token_loss(logprob, entropy, None, *objective.columns.values())
+            total, _ = objective.token_loss(logprob, entropy, None, objective.columns)
         return torch.autograd.grad(total, logprob)[0]
 
     plain, weighted = gradient("off"), gradient(mode)

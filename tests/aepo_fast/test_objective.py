@@ -121,9 +121,9 @@ def rows_of(groups: int, size: int, aux: int, generator: torch.Generator) -> lis
 
 def evaluate(objective: Objective, logprob: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     entropy, second = -logprob.detach(), 0.7 * logprob.detach()
-    columns = [values[keep] for values in objective.columns.values()]
+    columns = {name: values[keep] for name, values in objective.columns.items()}
     use_second = second[keep] if objective.second_temperature else None
-    return objective.token_loss(logprob[keep], entropy[keep], use_second, *columns)[0]
+    return objective.token_loss(logprob[keep], entropy[keep], use_second, columns)[0]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def gradient_of(
         row_of_token = torch.arange(len(rows)).repeat_interleave(lengths)
         total, metrics = objective.sequence_loss(logprob, entropy, None, row_of_token, columns)
     else:
-        total, metrics = objective.token_loss(logprob, entropy, None, *columns.values())
+        total, metrics = objective.token_loss(logprob, entropy, None, columns)
     return torch.autograd.grad(total, logprob)[0], metrics, columns
 
 
