@@ -16,6 +16,7 @@ from aepo_fast.aggregation import token_weights
 from aepo_fast.batch import Row
 from aepo_fast.config import AepoConfig, LossConfig
 from aepo_fast.losses import clipped_surrogate, kl_to_reference
+from aepo_fast.metric_sums import MetricSum
 from aepo_fast.minibatch import plan_minibatches
 from aepo_fast.objective import Objective, build_objective
 from aepo_fast.policy import Scores
@@ -265,7 +266,7 @@ def test_the_kl_to_the_reference_is_that_of_main_tokens(
     (slope,) = torch.autograd.grad((columns["weight"] * kl).sum(), logprob)
     assert slope.abs().sum() > 0
     torch.testing.assert_close(found - without, 0.05 * slope, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(metrics["kl"], (columns["main"] * kl).sum().detach())
+    torch.testing.assert_close(metrics[MetricSum.KL], (columns["main"] * kl).sum().detach())
 
 
 @pytest.mark.parametrize("policy", ["grpo", "gspo"])
@@ -282,4 +283,4 @@ def test_auxiliary_tokens_are_clipped_as_tokens(
     found, metrics, columns = gradient_of(tmp_path, loss, rows, logprob, scores=scores)
     expected = torch.zeros(len(old)) if clipped else -columns["aux_weight"] * math.exp(shift)
     torch.testing.assert_close(found, expected)
-    assert metrics["aux_clip"] == (metrics["aux_tokens"] if clipped else 0)
+    assert metrics[MetricSum.AUX_CLIP] == (metrics[MetricSum.AUX_TOKENS] if clipped else 0)
