@@ -23,13 +23,12 @@ from aepo_fast.scoring import GroupScorer
 class Rollout:
     """The scored rows of a step; groups 0..num_main_groups-1 are main, the others auxiliary.
 
-    texts and task_rewards are per row; the latter are rewards before any length penalty.
+    texts: of each row.
     """
 
     rows: list[Row]
     prompts: list[Prompt]  # of each group
     texts: list[str]
-    task_rewards: list[float | None]
     num_main_groups: int
     reward_errors: int
     sampling_s: float  # seconds, of all but scoring
@@ -65,7 +64,6 @@ class Rollout:
         return {
             "rows": [asdict(row) for row in self.rows],
             "texts": self.texts,
-            "task_rewards": self.task_rewards,
             "num_main_groups": self.num_main_groups,
             "reward_errors": self.reward_errors,
             "sampling_s": self.sampling_s,
@@ -77,7 +75,9 @@ class Rollout:
         rows = [
             Row(**{**row, "completion": Completion(**row["completion"])}) for row in state["rows"]
         ]
-        return cls(**{**state, "rows": rows, "prompts": prompts})
+        # Older checkpoints repeat what each row says of itself.
+        others = {name: value for name, value in state.items() if name != "task_rewards"}
+        return cls(**{**others, "rows": rows, "prompts": prompts})
 
 
 def seed_of(*parts: int) -> int:
@@ -155,7 +155,6 @@ def collect(
         rows=rows,
         prompts=everyone,
         texts=[text for group in scored for text in group.texts],
-        task_rewards=[value for group in scored for value in group.rewards],
         num_main_groups=len(plan.prompts),
         reward_errors=scorer.errors,
         sampling_s=sampling_s,

@@ -28,7 +28,7 @@ def entropy_metrics(
     answer = correct.clone()
     for index in indices:
         first, last = int(offsets[index]), int(offsets[index + 1])
-        reward = rollout.task_rewards[index]
+        reward = rollout.rows[index].task_reward
         correct[first:last] = reward is not None and reward >= threshold
         ids = rollout.rows[index].completion.completion_ids
         found = answer_tokens(rollout.texts[index], ids, decode)

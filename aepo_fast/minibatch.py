@@ -1,4 +1,4 @@
-"""Splits a step's rows into minibatches and over ranks."""
+"""Splits a step's rows into minibatches."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ def plan_minibatches(
     positives: Sequence[int],
     *,
     num_minibatches: int,
-    num_ranks: int = 1,
     rng: np.random.Generator,
-) -> list[list[list[int]]]:
-    """Row indices per minibatch and rank: plan[minibatch][rank].
+) -> list[list[int]]:
+    """Row indices of each minibatch.
 
     main_groups: rows of each prompt; groups are shuffled and kept whole, their numbers differ by
-    at most one over all cells. positives: auxiliary rows with a gradient, spread the same way, so
-    that AEPO's share is the same in every minibatch whatever the number of ranks.
+    at most one over the minibatches. positives: auxiliary rows with a gradient, spread the same
+    way, so that AEPO's share is the same in every minibatch.
     """
-    plan: list[list[list[int]]] = [[[] for _ in range(num_ranks)] for _ in range(num_minibatches)]
-    cells = [plan[m][r] for r in range(num_ranks) for m in range(num_minibatches)]
+    minibatches: list[list[int]] = [[] for _ in range(num_minibatches)]
     for position, group in enumerate(rng.permutation(len(main_groups))):
-        cells[position % len(cells)].extend(main_groups[group])
-    # From the other end, so that the same cells do not get the odd group and the odd positive.
+        minibatches[position % num_minibatches].extend(main_groups[group])
+    # From the other end, so that no minibatch gets both the odd group and the odd positive.
     for position, row in enumerate(rng.permutation(np.array(positives, dtype=np.int64))):
-        cells[-1 - position % len(cells)].append(int(row))
-    return plan
+        minibatches[-1 - position % num_minibatches].append(int(row))
+    return minibatches

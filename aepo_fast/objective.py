@@ -32,7 +32,7 @@ _MOST_SURPRISE = 8.0  # nats of a token
 class Objective:
     """A minibatch's loss.
 
-    columns: name -> [total tokens of the step], in the order in which the losses take them.
+    columns: name -> [total tokens of the step]; the losses take them by name.
     sequence_loss: replaces token_loss for losses over whole sequences. passive_rows: rows without
     a gradient, which are only measured.
     """
@@ -111,10 +111,9 @@ def build_objective(
             columns["selected"][main] = selected.float()
     if reference is not None:
         columns["reference_logprob"] = reference.logprob
-    names = tuple(columns)
     return Objective(
         columns=columns,
-        token_loss=make_token_loss(loss, aepo, names, context),
+        token_loss=make_token_loss(loss, aepo, context),
         sequence_loss=make_sequence_loss(loss, aepo, context) if loss.policy == "gspo" else None,
         second_temperature=second_temperature(loss, aepo, context.temperature),
         passive_rows=_passive_rows(cfg, per_row, minibatch, context),

@@ -16,6 +16,7 @@ import torch
 
 from aepo_fast.batch import Row
 from aepo_fast.collect import Rollout
+from aepo_fast.metric_sums import MetricSum
 from aepo_fast.metrics import drop_lines_after
 from aepo_fast.policy import token_index, token_offsets
 from aepo_fast.update import UpdateResult
@@ -30,11 +31,10 @@ def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
     aux = [row for row in rollout.rows if row.is_aux]
     groups: dict[int, list[float]] = {}
     correct: dict[int, set[str]] = {}
-    scored = zip(rollout.rows, rollout.task_rewards, rollout.texts, strict=True)
-    for row, reward, text in scored:
-        if not row.is_aux and reward is not None:
-            groups.setdefault(row.group, []).append(reward)
-            if reward >= threshold:
+    for row, text in zip(rollout.rows, rollout.texts, strict=True):
+        if not row.is_aux and row.task_reward is not None:
+            groups.setdefault(row.group, []).append(row.task_reward)
+            if row.task_reward >= threshold:
                 correct.setdefault(row.group, set()).add(text.strip())
     rewards = [value for group in groups.values() for value in group]
     spreads = [statistics.pstdev(group) for group in groups.values()]
@@ -64,31 +64,33 @@ def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
 
 def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     """Losses and token means over all optimizer steps of a step."""
-    sums: dict[str, float] = defaultdict(float)
+    sums: dict[MetricSum, float] = defaultdict(float)
     for result in results:  # one of a minibatch without rows has none
         for name, value in result.sums.items():
             sums[name] += value
-    main = max(sums["main_tokens"], 1.0)
+    main = max(sums[MetricSum.MAIN_TOKENS], 1.0)
     metrics = {
         "loss": statistics.fmean(result.loss for result in results),
         "grad_norm": statistics.fmean(result.grad_norm for result in results),
-        "entropy": sums["entropy"] / main,
-        "clip_ratio/low_mean": sums["clip_low"] / main,
-        "clip_ratio/high_mean": sums["clip_high"] / main,
-        "clip_ratio/region_mean": (sums["clip_low"] + sums["clip_high"]) / main,
-        "aepo/clip_ratio": sums["aux_clip"] / max(sums["aux_tokens"], 1.0),
-        "policy_kl": sums["policy_kl"] / main,
+        "entropy": sums[MetricSum.ENTROPY] / main,
+        "clip_ratio/low_mean": sums[MetricSum.CLIP_LOW] / main,
+        "clip_ratio/high_mean": sums[MetricSum.CLIP_HIGH] / main,
+        "clip_ratio/region_mean": (sums[MetricSum.CLIP_LOW] + sums[MetricSum.CLIP_HIGH]) / main,
+        "aepo/clip_ratio": sums[MetricSum.AUX_CLIP] / max(sums[MetricSum.AUX_TOKENS], 1.0),
+        "policy_kl": sums[MetricSum.POLICY_KL] / main,
         "skipped_updates": sum(not result.taken for result in results),
         "kernel/active_token_share": sum(r.active_tokens for r in results)
-        / max(sums["main_tokens"] + sums["aux_tokens"], 1.0),
+        / max(sums[MetricSum.MAIN_TOKENS] + sums[MetricSum.AUX_TOKENS], 1.0),
     }
-    if "kl" in sums:
-        metrics["kl"] = sums["kl"] / main
-    if "correction" in sums:
-        metrics["sampling/importance_sampling_ratio/mean"] = sums["correction"] / main
-        metrics["sampling/importance_sampling_clipped_ratio"] = sums["correction_cut"] / main
-    if "rho" in sums:
-        metrics["aepo/rho_mean"] = sums["rho"] / main
+    if MetricSum.KL in sums:
+        metrics["kl"] = sums[MetricSum.KL] / main
+    if MetricSum.CORRECTION in sums:
+        metrics["sampling/importance_sampling_ratio/mean"] = sums[MetricSum.CORRECTION] / main
+        metrics["sampling/importance_sampling_clipped_ratio"] = (
+            sums[MetricSum.CORRECTION_CUT] / main
+        )
+    if MetricSum.RHO in sums:
+        metrics["aepo/rho_mean"] = sums[MetricSum.RHO] / main
     return metrics
 
 
@@ -141,7 +143,7 @@ def perf_metrics(
     rollout: Rollout, results: Sequence[UpdateResult], times: StepTimes
 ) -> dict[str, float]:
     """Throughput in sampled tokens and completion tokens trained on, padding excluded; memory."""
-    names = "main_tokens", "aux_tokens"
+    names = MetricSum.MAIN_TOKENS, MetricSum.AUX_TOKENS
     trained = sum(r.sums.get(name, 0.0) for r in results for name in names)
     train_s = times.seconds["train"] + times.seconds["score"]
     return {

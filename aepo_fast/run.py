@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from aepo_fast.setup import (
     prepare_folder,
 )
 from aepo_fast.trainer import Trainer, TrainingError
+from aepo_kernels.gemm import whole_sums
 
 
 def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
@@ -36,7 +38,9 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     where the run cannot go on.
     """
     cfg = choose_dtypes(cfg)
-    with InterruptGuard() as guard:
+    # Beside the kernels, which switch cuBLAS's sums, the sampler's must not differ by chance.
+    sums = whole_sums if cfg.rollout.steps_ahead else nullcontext()
+    with InterruptGuard() as guard, sums:
         inputs = load_inputs(cfg, resume=resume, overwrite=overwrite)
         print(inputs.prompts.preview(), flush=True)
         if resume:

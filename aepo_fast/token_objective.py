@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +10,17 @@ import torch
 from aepo_fast import aepo_terms, entropy_losses, entropy_rivals, losses
 from aepo_fast.config import AepoConfig, LossConfig
 from aepo_fast.correction import bounds, token_correction
+from aepo_fast.metric_sums import MetricSum
 
 # AEPO's clip of token ratios, eps of arXiv 2510.08141, where loss.clip_low and clip_high bound
 # those of whole sequences: tokens spread far wider, and most would lose their gradient.
 _TOKEN_CLIP = (0.2, 0.2)
 
 Columns = dict[str, torch.Tensor]
-Metrics = dict[str, torch.Tensor]
-TokenLoss = Callable[..., tuple[torch.Tensor, Metrics]]
+Metrics = dict[MetricSum, torch.Tensor]
+TokenLoss = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, Columns], tuple[torch.Tensor, Metrics]
+]
 SequenceLoss = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, Columns],
     tuple[torch.Tensor, Metrics],
@@ -43,19 +46,32 @@ class StepContext:
     entropy: float = 0.0  # the last one measured, nats
 
 
-def make_token_loss(
-    loss: LossConfig, aepo: AepoConfig, names: tuple[str, ...], context: StepContext
-) -> TokenLoss:
-    """A token loss for `linear_token_loss` whose slices are the columns `names`, in order."""
+def taking_slices(
+    token_loss: TokenLoss, names: Sequence[str]
+) -> Callable[..., tuple[torch.Tensor, Metrics]]:
+    """`token_loss` as `linear_token_loss` calls it: slice i is the column names[i]."""
+
+    def of_slices(
+        logprob: torch.Tensor,
+        entropy: torch.Tensor,
+        second_logprob: torch.Tensor | None,
+        *slices: torch.Tensor,
+    ) -> tuple[torch.Tensor, Metrics]:
+        return token_loss(logprob, entropy, second_logprob, dict(zip(names, slices, strict=True)))
+
+    return of_slices
+
+
+def make_token_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) -> TokenLoss:
+    """The loss of any tokens, additive over them: takes their log-probs, entropies and columns."""
     one_pass = aepo.enabled and aepo.form == "one_pass"
 
     def token_loss(
         logprob: torch.Tensor,
         entropy: torch.Tensor,
         second_logprob: torch.Tensor | None,
-        *slices: torch.Tensor,
+        column: Columns,
     ) -> tuple[torch.Tensor, Metrics]:
-        column = dict(zip(names, slices, strict=True))
         # Before the first update the current policy is the one that sampled: its ratio is 1.
         old = column.get("old_logprob", logprob.detach())
         at_t = None if loss.entropy_method == "era" else second_logprob
@@ -73,7 +89,7 @@ def make_token_loss(
         if loss.kl_coef > 0:
             kl = losses.kl_to_reference(logprob, column["reference_logprob"], loss.kl_estimator)
             per_token = per_token + loss.kl_coef * kl
-            metrics["kl"] = (column["main"] * kl).sum().detach()
+            metrics[MetricSum.KL] = (column["main"] * kl).sum().detach()
         if context.bonus_coef:
             per_token = per_token - context.bonus_coef * entropy
         if one_pass:
@@ -86,7 +102,7 @@ def make_token_loss(
         if heated is not None:
             per_token = per_token + aepo.alpha * correction * heated
         if rho is not None:
-            metrics["rho"] = (column["main"] * rho).sum()
+            metrics[MetricSum.RHO] = (column["main"] * rho).sum()
         resampled, aux_metrics = _resampled(loss, logprob, old, column)
         return (column["weight"] * per_token).sum() + resampled, metrics | aux_metrics
 
@@ -123,7 +139,7 @@ def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext)
         if loss.kl_coef > 0:
             kl = losses.kl_to_reference(logprob, column["reference_logprob"], loss.kl_estimator)
             total = total + loss.kl_coef * (column["weight"] * kl).sum()
-            metrics["kl"] = (column["main"] * kl).sum().detach()
+            metrics[MetricSum.KL] = (column["main"] * kl).sum().detach()
         if context.bonus_coef:
             total = total - context.bonus_coef * (column["weight"] * entropy).sum()
         heated = _heated(loss, aepo, context, logprob, entropy, second_logprob, old, column)
@@ -153,7 +169,10 @@ def _correction_metrics(loss: LossConfig, main: torch.Tensor, correction: torch.
     if loss.correction in (None, "off"):
         return {}
     cut = (correction <= 0) | (correction >= bounds(loss)[1])
-    return {"correction": (main * correction).sum(), "correction_cut": (main * cut).sum()}
+    return {
+        MetricSum.CORRECTION: (main * correction).sum(),
+        MetricSum.CORRECTION_CUT: (main * cut).sum(),
+    }
 
 
 def _rho(
@@ -239,7 +258,10 @@ def _resampled(
     clip = _TOKEN_CLIP if loss.policy == "gspo" else _clip(loss)
     terms = aepo_terms.resample_token_loss(logprob, old, *clip)
     on_aux = (column["aux_weight"] > 0).float()
-    metrics = {"aux_tokens": on_aux.sum(), "aux_clip": (on_aux * terms.clipped_high).sum()}
+    metrics = {
+        MetricSum.AUX_TOKENS: on_aux.sum(),
+        MetricSum.AUX_CLIP: (on_aux * terms.clipped_high).sum(),
+    }
     return (column["aux_weight"] * terms.loss).sum(), metrics
 
 
@@ -248,9 +270,9 @@ def _metrics(
     main: torch.Tensor, terms: losses.TokenTerms, entropy: torch.Tensor, log_ratio: torch.Tensor
 ) -> Metrics:
     return {
-        "main_tokens": main.sum(),
-        "entropy": (main * entropy).sum(),
-        "clip_low": (main * terms.clipped_low).sum(),
-        "clip_high": (main * terms.clipped_high).sum(),
-        "policy_kl": (main * log_ratio).sum(),
+        MetricSum.MAIN_TOKENS: main.sum(),
+        MetricSum.ENTROPY: (main * entropy).sum(),
+        MetricSum.CLIP_LOW: (main * terms.clipped_low).sum(),
+        MetricSum.CLIP_HIGH: (main * terms.clipped_high).sum(),
+        MetricSum.POLICY_KL: (main * log_ratio).sum(),
     }

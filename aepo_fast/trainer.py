@@ -124,8 +124,9 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed_of(cfg.seed, self.steps_done, 1))
         results: list[UpdateResult] = []
         for _ in range(cfg.epochs):
-            cells = plan_minibatches(groups, positives, num_minibatches=cfg.minibatches, rng=rng)
-            for (minibatch,) in cells:
+            for minibatch in plan_minibatches(
+                groups, positives, num_minibatches=cfg.minibatches, rng=rng
+            ):
                 objective = build_objective(
                     self.cfg,
                     rows,

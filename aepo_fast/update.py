@@ -9,15 +9,17 @@ from typing import NamedTuple
 import torch
 
 from aepo_fast.batch import MicroBatch, Row
+from aepo_fast.metric_sums import MetricSum
 from aepo_fast.objective import Objective
 from aepo_fast.optim import guarded_step
 from aepo_fast.policy import Policy, token_index, token_offsets
+from aepo_fast.token_objective import Metrics, taking_slices
 from aepo_kernels import linear_token_loss
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What an optimizer step did; `sums` are metrics summed over tokens.
+    """What an optimizer step did; `sums` are over its tokens, those that its loss makes.
 
     logprob, entropy: the model's before the step, of the tokens of all rows, 0 for rows outside:
     [tokens].
@@ -26,7 +28,7 @@ class UpdateResult:
     loss: float
     grad_norm: float
     taken: bool
-    sums: dict[str, float]
+    sums: dict[MetricSum, float]
     model_tokens: int  # tokens the model processed, padding included
     active_tokens: int  # completion tokens with a gradient
     logprob: torch.Tensor
@@ -51,7 +53,7 @@ def update(
     """
     offsets = token_offsets(rows)
     total = torch.zeros((), device=policy.device)
-    sums: dict[str, torch.Tensor] = {}
+    sums: Metrics = {}
     logprob, entropy = torch.zeros(2, int(offsets[-1]))
     model_tokens = active_tokens = 0
     policy.model.train()
@@ -96,7 +98,7 @@ def update(
 
 class _Done(NamedTuple):
     loss: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    metrics: Metrics
     logprob: torch.Tensor
     entropy: torch.Tensor
     active_tokens: int
@@ -117,13 +119,13 @@ def _forward_backward(
         active = batch.targets.numel() if loss.requires_grad else 0
         measured = output.logprob.detach(), output.entropy.detach()
         return _Done(loss.detach(), metrics, *measured, active)
-    head = policy.head
+    head, names = policy.head, tuple(columns)
     result = linear_token_loss(
         policy.hidden(batch),
         head.weight,
         batch.targets.to(policy.device),
-        objective.token_loss,
-        *columns.values(),
+        taking_slices(objective.token_loss, names),
+        *(columns[name] for name in names),
         second_temperature=objective.second_temperature,
         bias=head.bias,
         softcap=head.softcap,
@@ -133,5 +135,6 @@ def _forward_backward(
     )
     if result.loss.requires_grad:
         result.loss.backward()
+    metrics = {MetricSum(name): value for name, value in result.metrics.items()}
     measured = result.logprob, result.entropy
-    return _Done(result.loss.detach(), result.metrics, *measured, int(result.active_rows))
+    return _Done(result.loss.detach(), metrics, *measured, int(result.active_rows))

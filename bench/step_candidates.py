@@ -19,6 +19,7 @@ from torch import Tensor
 from aepo_fast.batch import MicroBatch, Row
 from aepo_fast.config import Config
 from aepo_fast.config_io import load_config
+from aepo_fast.metric_sums import MetricSum
 from aepo_fast.models import choose_device, head_of, load_model
 from aepo_fast.objective import Objective, build_objective
 from aepo_fast.optim import build_optimizer, guarded_step
@@ -215,12 +216,14 @@ def plain_step(problem: Problem, policy: Policy, scores: Scores) -> UpdateResult
     policy.model.train()
     for batch in policy.microbatches(problem.rows, range(len(problem.rows))):
         index = token_index(offsets, batch.rows)
-        columns = [values[index].to(policy.device) for values in objective.columns.values()]
+        columns = {
+            name: values[index].to(policy.device) for name, values in objective.columns.items()
+        }
         logprob, entropy = scores(policy, batch)
-        loss, metrics = objective.token_loss(logprob, entropy, None, *columns)
+        loss, metrics = objective.token_loss(logprob, entropy, None, columns)
         loss.backward()
         total += loss.detach()
-        entropy_sum += metrics["entropy"]
+        entropy_sum += metrics[MetricSum.ENTROPY]
         logprobs[index] = logprob.detach().cpu()
         entropies[index] = entropy.detach().cpu()
         model_tokens += batch.input_ids.numel()
@@ -231,7 +234,7 @@ def plain_step(problem: Problem, policy: Policy, scores: Scores) -> UpdateResult
         loss=total.item(),
         grad_norm=norm,
         taken=taken,
-        sums={"entropy": entropy_sum.item()},
+        sums={MetricSum.ENTROPY: entropy_sum.item()},
         model_tokens=model_tokens,
         active_tokens=problem.num_tokens,
         logprob=logprobs,

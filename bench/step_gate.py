@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aepo_fast.metric_sums import MetricSum
 from aepo_fast.update import UpdateResult
 from bench.step_candidates import Candidate, Problem, reference_step
 from bench.timing import describe_error, release
@@ -86,7 +87,7 @@ def observe(problem: Problem, step: Callable[[], UpdateResult]) -> tuple[Values,
     values = {
         "loss": [torch.tensor(result.loss)],
         "grad_norm": [torch.tensor(result.grad_norm)],
-        "entropy": [torch.tensor(result.sums["entropy"])],
+        "entropy": [torch.tensor(result.sums[MetricSum.ENTROPY])],
         "logprob": [result.logprob],
         "gradient": gradient,
     }

@@ -8,6 +8,7 @@ The product is rounded once, as elsewhere. float32 operands go by those in C++, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -23,6 +24,8 @@ _BLOCK_BYTES = 2**21
 # What GEMMs take: widened ones three blocks and a small operand whole, those in C++ the packed
 # blocks of two threads.
 GEMM_BYTES = 2**23
+# torch's switch that lets cuBLAS add the parts of a split reduction in bfloat16.
+_REDUCED_SUMS = "allow_bf16_reduced_precision_reduction"
 
 
 def matmul(
@@ -157,6 +160,41 @@ def _wide(rows: Tensor, space: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float32 else space[: len(rows)].copy_(rows)
 
 
+class _WholeSums:
+    """A context in which cuBLAS adds the parts of a split reduction in float32, for all threads.
+
+    The switch is the process's. So the first of those inside keeps what it was, and the last to
+    leave puts that back, in whatever order threads come and go.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = getattr(torch.backends.cuda.matmul, _REDUCED_SUMS)
+                self._allow(False)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._allow(self._before)
+
+    @staticmethod
+    def _allow(reduced: bool) -> None:
+        settings = torch.backends.cuda.matmul
+        # Set alone, it would also allow the splits that someone else has forbidden.
+        split = getattr(settings, f"{_REDUCED_SUMS}_split_k", None)
+        setattr(settings, _REDUCED_SUMS, reduced if split is None else (reduced, split))
+
+
+# For GEMMs outside the kernels, too, that run in one thread while another is in the kernels.
+whole_sums = _WholeSums()
+
+
 @contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
     """What GEMMs and kernels need around them.
@@ -164,17 +202,6 @@ def computing_on(device: torch.device) -> Iterator[None]:
     Without it, autocast would cast again what was cast on purpose, cuBLAS might add the parts of a
     split reduction in bfloat16, and Triton would launch on the current device.
     """
-    settings, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
-    before, split = getattr(settings, name), getattr(settings, f"{name}_split_k", None)
-
-    def allow(reduced: bool) -> None:
-        # Set alone, it would also allow the splits that someone else has forbidden.
-        setattr(settings, name, reduced if split is None else (reduced, split))
-
-    allow(False)
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    try:
-        with torch.autocast(device.type, enabled=False), on_device:
-            yield
-    finally:
-        allow(before)
+    with whole_sums, torch.autocast(device.type, enabled=False), on_device:
+        yield

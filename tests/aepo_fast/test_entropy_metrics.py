@@ -45,7 +45,6 @@ def rollout(*samples: tuple[int, str, float | None], aux_from: int = 99) -> Roll
         rows=rows,
         prompts=[Prompt("", (), {}, 0, (5,))] * (1 + max(row.group for row in rows)),
         texts=[text for _, text, _ in samples],
-        task_rewards=[reward for _, _, reward in samples],
         num_main_groups=len({row.group for row in rows if not row.is_aux}),
         reward_errors=0,
         sampling_s=1.0,
@@ -134,9 +133,9 @@ def test_the_parts_make_up_the_whole_in_a_run(
     def step(self: Trainer, *args: object) -> object:
         result = plain(self, *args)
         lengths = [
-            (row.length, reward >= 1)
-            for row, reward in zip(result.rollout.rows, result.rollout.task_rewards, strict=True)
-            if not row.is_aux and reward is not None
+            (row.length, row.task_reward >= 1)
+            for row in result.rollout.rows
+            if not row.is_aux and row.task_reward is not None
         ]
         right = sum(length for length, good in lengths if good)
         shares.append(right / sum(length for length, _ in lengths))

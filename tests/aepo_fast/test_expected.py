@@ -234,7 +234,7 @@ def test_correct_samples_get_the_term_weighed_by_ratio_and_correction(
         if objective.sequence_loss is not None:
             value, _ = objective.sequence_loss(lp, entropy, given, row_of_token, columns)
         else:
-            value, _ = objective.token_loss(lp, entropy, given, *columns.values())
+            value, _ = objective.token_loss(lp, entropy, given, columns)
         found = torch.autograd.grad(value, [lp, at_t], allow_unused=True)
         zero = torch.zeros(total)
         return (columns["weight"], *(zero if grad is None else grad for grad in found))

@@ -16,6 +16,7 @@ from aepo_fast.aggregation import token_weights
 from aepo_fast.batch import Row
 from aepo_fast.config import AepoConfig, LossConfig
 from aepo_fast.losses import clipped_surrogate, kl_to_reference
+from aepo_fast.metric_sums import MetricSum
 from aepo_fast.minibatch import plan_minibatches
 from aepo_fast.objective import Objective, build_objective
 from aepo_fast.policy import Scores
@@ -48,7 +49,7 @@ def test_no_rows() -> None:
     assert len(group_advantages(none, none, "group_norm")) == 0
     assert len(token_weights(none.long(), "token_mean", **NO_TOTALS)) == 0
     plan = plan_minibatches([], [], num_minibatches=2, rng=np.random.default_rng(0))
-    assert plan == [[[]], [[]]]
+    assert plan == [[], []]
 
 
 @pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "constant_length"])
@@ -73,8 +74,8 @@ def test_aggregation_equals_its_definition_however_it_is_split(mode: str) -> Non
 
 
 @pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "constant_length"])
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 6), (2, 1), (4, 2)])
-def test_gradients_are_equal_however_rows_are_split(mode: str, ranks: int, micro: int) -> None:
+@pytest.mark.parametrize(("num_parts", "micro"), [(1, 6), (2, 1), (4, 2)])
+def test_gradients_are_equal_however_rows_are_split(mode: str, num_parts: int, micro: int) -> None:
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 9, (6,), generator=generator)
     lengths[4] = 0  # a row without tokens still counts as a row
@@ -85,7 +86,7 @@ def test_gradients_are_equal_however_rows_are_split(mode: str, ranks: int, micro
 
     def gradient(parts: list[list[int]]) -> torch.Tensor:
         weight = torch.full((5,), 0.1, dtype=torch.float64, requires_grad=True)
-        for part in parts:  # backward once a part, as ranks and micro-batches do; grads add up
+        for part in parts:  # backward once a part, as micro-batches do; grads add up
             mine = torch.isin(rows, torch.tensor(part, dtype=torch.long))
             logprob = old[mine] + 0.3 * (inputs[mine] @ weight).tanh()
             terms = clipped_surrogate(logprob, old[mine], advantage[rows[mine]], 0.2, 0.28)
@@ -98,15 +99,11 @@ def test_gradients_are_equal_however_rows_are_split(mode: str, ranks: int, micro
         return weight.grad
 
     # Rows in ascending order within a part, so that weights and tokens line up.
-    (cells,) = plan_minibatches(
-        [[row] for row in range(6)],
-        [],
-        num_minibatches=1,
-        num_ranks=ranks,
-        rng=np.random.default_rng(0),
+    cells = plan_minibatches(
+        [[row] for row in range(6)], [], num_minibatches=num_parts, rng=np.random.default_rng(0)
     )
     parts = [sorted(cell[at : at + micro]) for cell in cells for at in range(0, len(cell), micro)]
-    assert len(parts) > 1 or ranks == 1
+    assert len(parts) > 1 or num_parts == 1
     whole = gradient([list(range(6))])
     assert whole.abs().max() > 1e-3
     torch.testing.assert_close(gradient(parts), whole, atol=1e-14, rtol=1e-12)
@@ -125,9 +122,9 @@ def rows_of(groups: int, size: int, aux: int, generator: torch.Generator) -> lis
 
 def evaluate(objective: Objective, logprob: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     entropy, second = -logprob.detach(), 0.7 * logprob.detach()
-    columns = [values[keep] for values in objective.columns.values()]
+    columns = {name: values[keep] for name, values in objective.columns.items()}
     use_second = second[keep] if objective.second_temperature else None
-    return objective.token_loss(logprob[keep], entropy[keep], use_second, *columns)[0]
+    return objective.token_loss(logprob[keep], entropy[keep], use_second, columns)[0]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +244,7 @@ def gradient_of(
         row_of_token = torch.arange(len(rows)).repeat_interleave(lengths)
         total, metrics = objective.sequence_loss(logprob, entropy, None, row_of_token, columns)
     else:
-        total, metrics = objective.token_loss(logprob, entropy, None, *columns.values())
+        total, metrics = objective.token_loss(logprob, entropy, None, columns)
     return torch.autograd.grad(total, logprob)[0], metrics, columns
 
 
@@ -269,7 +266,7 @@ def test_the_kl_to_the_reference_is_that_of_main_tokens(
     (slope,) = torch.autograd.grad((columns["weight"] * kl).sum(), logprob)
     assert slope.abs().sum() > 0
     torch.testing.assert_close(found - without, 0.05 * slope, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(metrics["kl"], (columns["main"] * kl).sum().detach())
+    torch.testing.assert_close(metrics[MetricSum.KL], (columns["main"] * kl).sum().detach())
 
 
 @pytest.mark.parametrize("policy", ["grpo", "gspo"])
@@ -286,4 +283,4 @@ def test_auxiliary_tokens_are_clipped_as_tokens(
     found, metrics, columns = gradient_of(tmp_path, loss, rows, logprob, scores=scores)
     expected = torch.zeros(len(old)) if clipped else -columns["aux_weight"] * math.exp(shift)
     torch.testing.assert_close(found, expected)
-    assert metrics["aux_clip"] == (metrics["aux_tokens"] if clipped else 0)
+    assert metrics[MetricSum.AUX_CLIP] == (metrics[MetricSum.AUX_TOKENS] if clipped else 0)

@@ -15,8 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from aepo_fast.batch import Row
 from aepo_fast.config import ConfigError, ModelConfig, TrainerConfig
 from aepo_fast.models import load_model
+from aepo_fast.objective import Objective, build_objective
+from aepo_fast.optim import build_optimizer
 from aepo_fast.policy import Policy, choose_layout, token_index, token_mean, token_offsets
+from aepo_fast.token_objective import StepContext
+from aepo_fast.update import update
 from tests.aepo_fast.test_batch import lone_logprobs, make_rows
+from tests.tiny_run import tiny_config
 
 
 def policy_of(folder: Path, *, attention: str = "sdpa", layout: str = "auto") -> Policy:
@@ -210,6 +215,36 @@ def test_casting_weights_once_and_sparse_embeddings_change_no_gradient(
     wanted = gradients(nullcontext(), False)
     for ours, theirs in zip(gradients(policy.same_weights(), True), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_an_update_takes_columns_by_their_names(tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = make_rows([4, 1, 9, 3])
+    cfg = tiny_config(tiny_model_dir, tmp_path)
+    objective = build_objective(
+        cfg,
+        rows,
+        torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        range(4),
+        StepContext(1.0, 0.0, 0.0, 0, 0, 1),
+        scores=None,
+        reference=None,
+        generator=torch.Generator(),
+    )
+    turned = replace(objective, columns=dict(reversed(objective.columns.items())))
+    assert list(turned.columns) != list(objective.columns)
+
+    def updated(chosen: Objective) -> tuple[float, list[torch.Tensor]]:
+        policy = policy_of(tiny_model_dir)
+        optimizer = build_optimizer(policy.model, cfg.trainer)
+        done = update(
+            policy, optimizer, rows, range(4), chosen, max_grad_norm=1.0, check=lambda: None
+        )
+        assert done.taken and done.loss != 0
+        return done.loss, list(policy.model.parameters())
+
+    (loss, weights), (other_loss, others) = updated(objective), updated(turned)
+    assert loss == other_loss
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights, others, strict=True))
 
 
 @pytest.mark.parametrize("change", ["recurrent", "positions"])

@@ -19,7 +19,7 @@ from aepo_fast.entropy_rivals import RivalController
 from aepo_fast.objective import Objective, build_objective, needs_scores
 from aepo_fast.policy import Scores
 from aepo_fast.rollout.base import Completion
-from aepo_fast.token_objective import StepContext
+from aepo_fast.token_objective import StepContext, taking_slices
 from aepo_kernels import linear_token_loss
 from tests.tiny_run import tiny_config
 
@@ -74,9 +74,9 @@ def gradient_of(
     logprob = scores.logprob[keep].clone().requires_grad_()
     assert scores.second_logprob is not None
     second = scores.second_logprob[keep].clone().requires_grad_()
-    columns = [values[keep] for values in objective.columns.values()]
+    columns = {name: values[keep] for name, values in objective.columns.items()}
     use_second = second if objective.second_temperature else None
-    total, _ = objective.token_loss(logprob, scores.entropy[keep], use_second, *columns)
+    total, _ = objective.token_loss(logprob, scores.entropy[keep], use_second, columns)
     found = torch.autograd.grad(total, [logprob, second], allow_unused=True)
     zeros = torch.zeros_like(logprob)
     return (zeros if found[0] is None else found[0], zeros if found[1] is None else found[1])
@@ -173,13 +173,12 @@ def test_era_takes_its_ratio_at_the_scaled_logits(tmp_path: Path) -> None:
     loss = LossConfig(entropy_method="era", era_entropy_low=9.0)
     scores = some_scores()
     objective = objective_of(tmp_path, loss, scores)
-    columns = list(objective.columns.values())
     second = scores.second_logprob
     assert second is not None
 
     def total(shift: float, at_k: float) -> float:
         moved = scores.logprob + shift, scores.entropy, second + at_k
-        return objective.token_loss(*moved, *columns)[0].item()
+        return objective.token_loss(*moved, objective.columns)[0].item()
 
     # A logit step moves the scaled law k times as far; only that enters for the correct rows.
     slope = (total(0.0, 1e-6) - total(0.0, -1e-6)) / 2e-6
@@ -217,7 +216,7 @@ def test_era_has_the_gradient_of_scaled_logits_through_the_head(tmp_path: Path) 
         hidden,
         weight,
         targets,
-        objective.token_loss,
+        taking_slices(objective.token_loss, list(column)),
         *column.values(),
         second_temperature=objective.second_temperature,
         ignore_index=None,

@@ -42,12 +42,49 @@ def test_samples_come_from_the_weights_of_one_step_before(
     assert lines[1]["aepo/temperature"] == 1.0 != lines[2]["aepo/temperature"]
 
 
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_what_is_sampled_while_training_has_the_same_sums_throughout(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_ahead: int
+) -> None:
+    """The kernels switch cuBLAS for the whole process, and the sampler runs beside them."""
+    settings, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    assert getattr(settings, name)
+    plain, reduced = HfRollout.generate, []
+
+    def generate(self: HfRollout, *args: Any, **kwargs: Any) -> Any:
+        reduced.append(getattr(settings, name))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfRollout, "generate", generate)
+    rollout = replace(AHEAD, steps_ahead=steps_ahead)
+    cfg = config(tiny_model_dir, tmp_path / "run", rollout=rollout)
+    train(with_trainer(cfg, steps=3))
+    assert set(reduced) == {not steps_ahead} and len(reduced) >= 3
+    assert getattr(settings, name)
+
+
 def test_a_resumed_run_uses_what_was_sampled_ahead(tiny_model_dir: Path, tmp_path: Path) -> None:
     whole, resumed = (config(tiny_model_dir, tmp_path / name) for name in ("whole", "resumed"))
     train(whole)
     copy_until(2, whole, resumed)
     train(resumed, resume=True)
     assert_same_end(whole, resumed)
+
+
+def test_a_checkpoint_with_task_rewards_beside_the_rows_resumes(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    whole, older = (config(tiny_model_dir, tmp_path / name) for name in ("whole", "older"))
+    train(whole)
+    copy_until(2, whole, older)
+    path = tmp_path / "older" / "checkpoints" / "step_2" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    saved = state["rollouts"]["ahead"]["rollout"]
+    assert "task_rewards" not in saved
+    saved["task_rewards"] = [row["task_reward"] for row in saved["rows"]]
+    torch.save(state, path)
+    train(older, resume=True)
+    assert_same_end(whole, older)
 
 
 def test_without_it_nothing_changes_whether_rewards_overlap_or_not(

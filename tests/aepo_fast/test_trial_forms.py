@@ -73,7 +73,7 @@ def gradients(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
         row_of_token = torch.repeat_interleave(torch.tensor(LENGTHS))
         loss, _ = objective.sequence_loss(logprob, entropy, None, row_of_token, columns)
     else:
-        loss, _ = objective.token_loss(logprob, entropy, None, *columns.values())
+        loss, _ = objective.token_loss(logprob, entropy, None, columns)
     found = torch.autograd.grad(loss, [logprob, entropy], allow_unused=True, materialize_grads=True)
     return found[0], found[1]
 

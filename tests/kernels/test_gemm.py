@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor
@@ -115,17 +119,64 @@ def test_what_has_instructions_is_multiplied_as_it_is(monkeypatch: pytest.Monkey
     assert backends.multiplies_bfloat16("cuda")
 
 
-@pytest.mark.skipif(not hasattr(CUBLAS, f"{SUMS}_split_k"), reason="this torch has one switch")
-@pytest.mark.parametrize("chosen", [(False, False), (False, True), (True, True)])
-def test_the_callers_choice_of_cublas_sums_is_put_back(chosen: tuple[bool, bool]) -> None:
-    def now() -> tuple[bool, bool]:
-        return getattr(CUBLAS, SUMS), getattr(CUBLAS, f"{SUMS}_split_k")
+def cublas_sums() -> tuple[bool, bool]:
+    """Whether cuBLAS may add in bfloat16, and whether it may split reductions."""
+    return getattr(CUBLAS, SUMS), getattr(CUBLAS, f"{SUMS}_split_k")
 
-    before = now()
-    setattr(CUBLAS, SUMS, chosen)
-    try:
+
+two_switches = pytest.mark.skipif(
+    not hasattr(CUBLAS, f"{SUMS}_split_k"), reason="this torch has one switch"
+)
+
+
+@pytest.fixture(params=[(False, False), (False, True), (True, True)], ids=str)
+def chosen(request: pytest.FixtureRequest) -> Iterator[tuple[bool, bool]]:
+    """What the caller has chosen of cuBLAS's sums."""
+    before = cublas_sums()
+    setattr(CUBLAS, SUMS, request.param)
+    yield request.param
+    setattr(CUBLAS, SUMS, before)
+
+
+@two_switches
+def test_the_callers_choice_of_cublas_sums_is_put_back(chosen: tuple[bool, bool]) -> None:
+    with gemm.computing_on(torch.device("cpu")):
+        assert cublas_sums() == (False, chosen[1])
+    assert cublas_sums() == chosen
+
+
+@two_switches
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_last_of_several_threads_puts_cublas_sums_back(
+    chosen: tuple[bool, bool], failing: bool
+) -> None:
+    def leave(one: AbstractContextManager[None]) -> None:
+        if not failing:
+            one.__exit__(None, None, None)
+            return
+        error = ValueError("out of memory")
+        assert not one.__exit__(ValueError, error, None)  # raised on
+
+    inside = (False, chosen[1])
+    with ThreadPoolExecutor(1) as trainer, ThreadPoolExecutor(1) as sampler:
+        first, second = (gemm.computing_on(torch.device("cpu")) for _ in range(2))
+        trainer.submit(first.__enter__).result()
+        sampler.submit(second.__enter__).result()
+        trainer.submit(leave, first).result()
+        assert cublas_sums() == inside  # the sampler still computes
+        sampler.submit(leave, second).result()
+    assert cublas_sums() == chosen
+    with gemm.computing_on(torch.device("cpu")):
+        assert cublas_sums() == inside
+    assert cublas_sums() == chosen
+
+
+@two_switches
+def test_many_threads_always_have_whole_sums_inside(chosen: tuple[bool, bool]) -> None:
+    def compute(_: int) -> bool:
         with gemm.computing_on(torch.device("cpu")):
-            assert now() == (False, chosen[1])
-        assert now() == chosen
-    finally:
-        setattr(CUBLAS, SUMS, before)
+            return cublas_sums() == (False, chosen[1])
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(compute, range(500)))
+    assert cublas_sums() == chosen

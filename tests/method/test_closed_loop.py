@@ -22,7 +22,7 @@ from aepo_fast.objective import build_objective
 from aepo_fast.optim import build_optimizer, guarded_step
 from aepo_fast.policy import token_mean
 from aepo_fast.rollout.base import Completion
-from aepo_fast.token_objective import StepContext
+from aepo_fast.token_objective import StepContext, taking_slices
 from aepo_kernels import linear_token_loss
 from tests.tiny_run import tiny_config
 
@@ -97,7 +97,7 @@ class Toy:
             torch.nn.functional.one_hot(at, STATES).float(),
             self.head.weight,
             torch.tensor([row.completion.completion_ids[0] for row in rows]),
-            objective.token_loss,
+            taking_slices(objective.token_loss, list(objective.columns)),
             *objective.columns.values(),
             second_temperature=objective.second_temperature,
             ignore_index=None,
