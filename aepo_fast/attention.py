@@ -22,7 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from aepo_kernels import cpu_layers, cpu_library
+from aepo_kernels.cpu import layers as cpu_layers
+from aepo_kernels.cpu import library as cpu_library
 
 # From so many tokens on torch's kernel was faster on a CPU, and it keeps no probabilities.
 _LONG = 128

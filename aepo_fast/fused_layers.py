@@ -1,4 +1,4 @@
-"""The C++ operations of `aepo_kernels.cpu_layers` inside a transformers model on a CPU.
+"""The C++ operations of `aepo_kernels.cpu.layers` inside a transformers model on a CPU.
 
 A model's norms, SwiGLUs and rotary embeddings are recognised by what they compute: each kind of
 module is tried on a few numbers first, and stays as it is where the results differ.
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aepo_kernels import cpu_layers, cpu_library
+from aepo_kernels.cpu import layers as cpu_layers
+from aepo_kernels.cpu import library as cpu_library
 
 _ROTARY = "apply_rotary_pos_emb"  # what transformers' attention modules call
 _KIND = "fused_kind"

@@ -22,7 +22,8 @@ from aepo_fast.models import takes_positions
 from aepo_fast.rollout.base import BrokenWeightsError, Completion, Request
 from aepo_fast.rollout.cache import make_room
 from aepo_fast.rollout.packed import can_pack, packed_linears
-from aepo_kernels import cpu_library, cpu_rows
+from aepo_kernels.cpu import library as cpu_library
+from aepo_kernels.cpu import rows as cpu_rows
 
 # Dropping rows copies the key-value cache, so wait until enough rows have finished.
 COMPACT_BELOW = 0.75

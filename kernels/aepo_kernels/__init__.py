@@ -3,8 +3,7 @@
 from aepo_kernels._version import __version__
 from aepo_kernels.api import linear_logprob, linear_token_loss
 from aepo_kernels.backends import backend_status
-from aepo_kernels.options import RowSampling, VocabShard
-from aepo_kernels.problem import LogprobOutput, TokenLossOutput
+from aepo_kernels.problem import LogprobOutput, RowSampling, TokenLossOutput, VocabShard
 
 __all__ = [
     "LogprobOutput",
