@@ -29,7 +29,7 @@ from aepo_fast.policy import Policy
 from aepo_fast.rewards import Reward, build_reward
 from aepo_fast.rollout.base import RolloutEngine
 from aepo_fast.rollout.hf import HfRollout
-from aepo_kernels.backends import multiplies_bfloat16, resolve_backend
+from aepo_kernels import multiplies_bfloat16, resolve_backend
 
 _OF_A_RUN = (
     "config.toml",

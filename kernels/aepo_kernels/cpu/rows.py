@@ -102,7 +102,7 @@ def row_grad(
     torch.ops.aepo_kernels.cpu_row_grad(*given)
 
 
-def sample_rows(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw a token of softmax(logits / T) per row by inverting its distribution.
 
     logits: [B, V] fp32, bf16 or fp16. inv_temperature: [B]. uniform: [B] in [0, 1), float64.

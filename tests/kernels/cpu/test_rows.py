@@ -320,7 +320,7 @@ def test_sampled_tokens_invert_the_distribution(vocab: int, dtype: torch.dtype) 
     results = []
     for number in (1, 2, 8):
         torch.set_num_threads(number)
-        results.append(cpu_rows.sample_rows(products, inverse, uniform))
+        results.append(cpu_rows.draw_tokens(products, inverse, uniform))
     tokens, logprobs = results[0]
     for other in results[1:]:
         assert torch.equal(tokens, other[0]) and torch.equal(logprobs, other[1])
@@ -338,16 +338,16 @@ def test_sampled_tokens_invert_the_distribution(vocab: int, dtype: torch.dtype) 
 def test_rows_without_a_law_give_no_token() -> None:
     logits = torch.zeros(3, 40)
     logits[0], logits[2, 20] = float("-inf"), float("nan")
-    tokens, _ = cpu_rows.sample_rows(logits, torch.ones(3), torch.full((3,), 0.5))
+    tokens, _ = cpu_rows.draw_tokens(logits, torch.ones(3), torch.full((3,), 0.5))
     assert tokens[0] == tokens[2] == -1 and 0 <= tokens[1] < 40
 
 
 def test_samples_of_logits_that_lie_by_columns() -> None:
     logits, uniform = products_of(6, 50, torch.float32), torch.linspace(0, 0.9, 6).double()
-    wanted = cpu_rows.sample_rows(logits, torch.ones(6), uniform)
+    wanted = cpu_rows.draw_tokens(logits, torch.ones(6), uniform)
     for other in (laid(logits, True), torch.stack([logits, logits], -1)[..., 0]):
         assert other.stride(1) != 1
-        found = cpu_rows.sample_rows(other, torch.ones(6), uniform)
+        found = cpu_rows.draw_tokens(other, torch.ones(6), uniform)
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
