@@ -1,9 +1,9 @@
 """What a transformer's layers do between their GEMMs, in C++ for the CPU, with gradients.
 
 This module is public. torch runs each of these layers as several operations that write their
-results to memory; the functions here read their input once. They compute in float32 and round once. Tensors
-are float32, bfloat16 or float16. Bits do not depend on the number of threads. Where the C++ part is
-missing, every function raises: see `aepo_kernels.cpu.unavailable_reason`.
+results to memory; the functions here read their input once. They compute in float32 and round once.
+Tensors are float32, bfloat16 or float16. Bits do not depend on the number of threads. Where the C++
+part is missing, every function raises: see `aepo_kernels.cpu.unavailable_reason`.
 """
 
 from __future__ import annotations
