@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from aepo_kernels import cpu_layers, cpu_library
+from aepo_kernels.cpu import layers, unavailable_reason
 
 # From so many tokens on torch's kernel was faster on a CPU, and it keeps no probabilities.
 _LONG = 128
@@ -103,7 +103,7 @@ def grouped_attention(
     if length == 1 and not torch.is_grad_enabled() and decodes_in_place(query.device):
         mask = None if attention_mask is None else attention_mask[:, 0, 0, : key.shape[2]]
         query, key = query[:, :, 0].to(value.dtype), key.to(value.dtype)
-        return cpu_layers.decode_attention(query, key, value, mask, scaling)[:, None], None
+        return layers.decode_attention(query, key, value, mask, scaling)[:, None], None
     shared, total = key.shape[1:3]
     with torch.autocast(query.device.type, enabled=False):
         if length >= _LONG:
@@ -127,7 +127,7 @@ def grouped_attention(
 
 def decodes_in_place(device: torch.device) -> bool:
     """Whether grouped attention of single tokens reads keys and values without a copy of them."""
-    return device.type == "cpu" and cpu_library.unavailable_reason() is None
+    return device.type == "cpu" and unavailable_reason() is None
 
 
 def varlen_groups_heads() -> bool:

@@ -12,8 +12,7 @@ from aepo_fast.config import Attention, ConfigError, ModelConfig
 from aepo_fast.models import choose_attention, choose_device
 from aepo_fast.packages import PACKAGES, PREFIX, cache_root, converted_folder
 from aepo_fast.rollout.load import vllm_version
-from aepo_kernels import __version__, backend_status
-from aepo_kernels.backends import multiplies_bfloat16, row_kernels
+from aepo_kernels import __version__, backend_status, multiplies_bfloat16, row_kernels
 
 _ATTENTION: tuple[Attention, ...] = get_args(Attention)
 _REQUIRED = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")

@@ -1,4 +1,4 @@
-"""The C++ operations of `aepo_kernels.cpu_layers` inside a transformers model on a CPU.
+"""The C++ operations of `aepo_kernels.cpu.layers` inside a transformers model on a CPU.
 
 A model's norms, SwiGLUs and rotary embeddings are recognised by what they compute: each kind of
 module is tried on a few numbers first, and stays as it is where the results differ.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aepo_kernels import cpu_layers, cpu_library
+from aepo_kernels.cpu import layers, unavailable_reason
 
 _ROTARY = "apply_rotary_pos_emb"  # what transformers' attention modules call
 _KIND = "fused_kind"
@@ -27,7 +27,7 @@ def fuse_layers(model: PreTrainedModel) -> None:
     Nothing happens off the CPU and where the C++ part is missing. Under autocast norms of float32,
     as of the residual stream, give its dtype: the GEMMs behind them would cast to it.
     """
-    if model.device.type != "cpu" or cpu_library.unavailable_reason() is not None:
+    if model.device.type != "cpu" or unavailable_reason() is not None:
         return
     classes: dict[type, type] = {}
     for module in list(model.modules()):
@@ -76,7 +76,7 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     dtype = torch.promote_types(self.weight.dtype, hidden_states.dtype)
     if hidden_states.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    return cpu_layers.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
+    return layers.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
 
 
 def _is_swiglu(module: Any) -> bool:
@@ -90,7 +90,7 @@ def _is_swiglu(module: Any) -> bool:
 
 
 def _swiglu(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(cpu_layers.swiglu(self.gate_proj(x), self.up_proj(x)))
+    return self.down_proj(layers.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def _is_rotary(rotary: Callable[..., Any]) -> bool:
@@ -106,7 +106,7 @@ def _rotary(
 ) -> tuple[Tensor, Tensor]:
     if options or cos.shape[1:] != q.shape[2:]:
         return plain(q, k, cos, sin, **options)
-    return cpu_layers.rotary(q, cos, sin), cpu_layers.rotary(k, cos, sin)
+    return layers.rotary(q, cos, sin), layers.rotary(k, cos, sin)
 
 
 def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> FunctionType:

@@ -20,8 +20,7 @@ from aepo_fast.batch import (
 )
 from aepo_fast.config import ConfigError, ModelConfig, TrainerConfig
 from aepo_fast.models import backbone_of, head_of, recurrent_layers, takes_positions
-from aepo_kernels import LogprobOutput, linear_logprob
-from aepo_kernels.backends import row_kernels
+from aepo_kernels import LogprobOutput, linear_logprob, row_kernels
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from aepo_fast.policy import Policy
 from aepo_fast.rewards import Reward, build_reward
 from aepo_fast.rollout.base import RolloutEngine
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
-from aepo_kernels.backends import multiplies_bfloat16, resolve_backend
+from aepo_kernels import multiplies_bfloat16, resolve_backend
 
 _OF_A_RUN = (
     "config.toml",

@@ -111,8 +111,8 @@ def failure_of(row: dict[str, Any]) -> str | None:
 
 def cases(chip: int) -> Iterator[Case]:
     """Every kernel with the launch this chip gets, plain and with everything on."""
-    from aepo_kernels import launch
-    from aepo_kernels.launch import nearest
+    from aepo_kernels.gpu import launch
+    from aepo_kernels.gpu.launch import nearest
 
     per_token = {"PER_TOKEN": True, "SECOND_PER_TOKEN": True, "SQUARES": True}
     scalar = {"PER_TOKEN": False, "SECOND_PER_TOKEN": False, "SQUARES": False}
@@ -242,7 +242,9 @@ def compile_case(case: Case) -> dict[str, Any]:
 
 
 def _kernel(name: str) -> Any:
-    from aepo_kernels import triton_fused, triton_rows, triton_scale
+    from aepo_kernels.gpu import fused as triton_fused
+    from aepo_kernels.gpu import rows as triton_rows
+    from aepo_kernels.gpu import scale as triton_scale
 
     return {
         "row_stats": triton_rows.stats_kernel,

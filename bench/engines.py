@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aepo_kernels.backends import multiplies_bfloat16
+from aepo_kernels import multiplies_bfloat16
 from bench.environment import RESULTS, command_line, describe, device_name
 
 ENGINES = ("hf", "vllm")

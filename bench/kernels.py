@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from aepo_kernels.backends import multiplies_bfloat16, row_kernels
+from aepo_kernels import multiplies_bfloat16, row_kernels
 from bench import kernel_gate as gate
 from bench.environment import RESULTS, command_line, describe, device_name, installed_version
 from bench.kernel_inputs import (

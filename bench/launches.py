@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from aepo_kernels import launch
-from aepo_kernels.launch import FusedLaunch, RowLaunch
-from aepo_kernels.rows import LogitMap, RowCoefs
+from aepo_kernels.gpu import launch
+from aepo_kernels.gpu.launch import FusedLaunch, RowLaunch
+from aepo_kernels.rows.interface import LogitMap, RowCoefs
 from bench.environment import RESULTS, command_line, describe, device_name, installed_version
 from bench.timing import clocks, describe_error
 
@@ -100,7 +100,7 @@ def fused_launches(device: torch.device) -> list[FusedLaunch]:
 
 def row_calls(arguments: Any, device: torch.device) -> tuple[Calls, Calls]:
     """Calls of the two row kernels on random logits."""
-    from aepo_kernels import triton_rows
+    from aepo_kernels.gpu import rows as triton_rows
 
     size = arguments.tokens, arguments.vocab
     logits = (3 * torch.randn(size, device=device)).bfloat16()
@@ -129,7 +129,7 @@ def row_calls(arguments: Any, device: torch.device) -> tuple[Calls, Calls]:
 
 def fused_calls(arguments: Any, hidden_size: int, device: torch.device) -> Calls:
     """Calls of the fused forward on random inputs."""
-    from aepo_kernels import triton_fused
+    from aepo_kernels.gpu import fused as triton_fused
 
     hidden = torch.randn(arguments.tokens, hidden_size, device=device).bfloat16()
     weight = torch.randn(arguments.vocab, hidden_size, device=device).bfloat16() / hidden_size**0.5

@@ -22,7 +22,7 @@ from aepo_fast.models import takes_positions
 from aepo_fast.rollout.base import BrokenWeightsError, Completion, Request
 from aepo_fast.rollout.cache import make_room
 from aepo_fast.rollout.packed import can_pack, packed_linears
-from aepo_kernels import cpu_library, cpu_rows
+from aepo_kernels import cpu
 
 # Dropping rows copies the key-value cache, so wait until enough rows have finished.
 COMPACT_BELOW = 0.75
@@ -252,8 +252,8 @@ def sample_tokens(
     logits: [B, V]. temperature, uniform in [0, 1): [B]. Returns ids [B] and log-probs [B], fp32.
     A token of probability zero is never drawn. Raises BrokenWeightsError of logits not finite.
     """
-    if logits.device.type == "cpu" and cpu_library.unavailable_reason() is None:
-        ids, logprobs = cpu_rows.sample_rows(logits, temperature.float().reciprocal(), uniform)
+    if logits.device.type == "cpu" and cpu.unavailable_reason() is None:
+        ids, logprobs = cpu.draw_tokens(logits, temperature.float().reciprocal(), uniform)
         if (ids < 0).any():
             raise BrokenWeightsError(_NOT_FINITE)
         return ids, logprobs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aepo_kernels.backends import multiplies_bfloat16
+from aepo_kernels import multiplies_bfloat16
 
 
 class PackedLinear(nn.Linear):

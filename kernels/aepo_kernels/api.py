@@ -5,11 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aepo_kernels import chunked, reference
+from aepo_kernels import reference
 from aepo_kernels.backends import resolve_backend
 from aepo_kernels.checks import check_active, check_problem, check_row_sampling, check_token_tensors
-from aepo_kernels.options import RowSampling, VocabShard
-from aepo_kernels.problem import LogprobOutput, Problem, TokenLoss, TokenLossOutput
+from aepo_kernels.head.logprob import logprob as chunked_logprob
+from aepo_kernels.head.token_loss import token_loss as chunked_token_loss
+from aepo_kernels.problem import (
+    LogprobOutput,
+    Problem,
+    RowSampling,
+    TokenLoss,
+    TokenLossOutput,
+    VocabShard,
+)
 
 
 def linear_logprob(
@@ -63,11 +71,11 @@ def linear_logprob(
     """
     apart = (shard, weight_grad, weight_slice, sum_squares or None)
     if torch.compiler.is_compiling() and all(option is None for option in apart):
-        from aepo_kernels import ops  # registering operators imports much of torch
+        from aepo_kernels import torch_op  # registering operators imports much of torch
 
         per_token, number = _split(temperature)
         second_per_token, second_number = _split(second_temperature)
-        results = ops.linear_logprob(
+        results = torch_op.linear_logprob(
             hidden,
             weight,
             bias,
@@ -87,7 +95,7 @@ def linear_logprob(
             chunk_tokens,
         )
         second = None if second_temperature is None else results[3]
-        names = ops.backend_names(backend, hidden.device.type, hidden.dtype)
+        names = torch_op.backend_names(backend, hidden.device.type, hidden.dtype)
         return LogprobOutput(results[0], results[1], results[2], second, None, *names)
     problem = Problem(
         hidden,
@@ -111,7 +119,8 @@ def linear_logprob(
         logits_dtype=logits_dtype,
     )
     check_problem(problem)
-    return (reference if problem.backend == "reference" else chunked).logprob(problem)
+    run = reference.logprob if problem.backend == "reference" else chunked_logprob
+    return run(problem)
 
 
 def linear_token_loss(
@@ -183,8 +192,8 @@ def linear_token_loss(
     check_active(problem)
     check_row_sampling(problem)
     check_token_tensors(problem, token_tensors)
-    run = reference if problem.backend == "reference" else chunked
-    return run.token_loss(problem, token_loss, token_tensors)
+    run = reference.token_loss if problem.backend == "reference" else chunked_token_loss
+    return run(problem, token_loss, token_tensors)
 
 
 def _split(temperature: float | Tensor | None) -> tuple[Tensor | None, float | None]:

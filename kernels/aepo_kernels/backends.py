@@ -10,7 +10,9 @@ from types import ModuleType
 
 import torch
 
-from aepo_kernels import cpu_library, cpu_rows, rows
+from aepo_kernels.cpu import library as cpu_library
+from aepo_kernels.cpu import rows as cpu_rows
+from aepo_kernels.rows import torch_rows
 
 BACKEND_VARIABLE = "AEPO_KERNELS_BACKEND"
 _BACKENDS = ("reference", "chunked", "fused")
@@ -68,10 +70,10 @@ def row_operations(products: torch.Tensor) -> ModuleType:
     serve float64.
     """
     if products.dtype == torch.float64:
-        return rows
+        return torch_rows
     if products.is_cuda:
-        return importlib.import_module("aepo_kernels.triton_rows")
-    return rows if cpu_library.unavailable_reason() else cpu_rows
+        return importlib.import_module("aepo_kernels.gpu.rows")
+    return torch_rows if cpu_library.unavailable_reason() else cpu_rows
 
 
 def gemms_want_columns(hidden: torch.Tensor) -> bool:

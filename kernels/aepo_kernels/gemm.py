@@ -2,7 +2,7 @@
 
 A CPU without bfloat16 instructions would multiply bfloat16 numbers one by one, at a tenth to a
 hundredth of its float32 speed. There GEMMs in C++ widen the operands as they pack them
-(`cpu_gemm`); without those the operands become float32 some rows at a time, while they are cached.
+(`cpu.gemm`); without those the operands become float32 some rows at a time, while they are cached.
 The product is rounded once, as elsewhere. float32 operands go by those in C++, too.
 """
 
@@ -15,8 +15,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from aepo_kernels import backends, cpu_gemm
-from aepo_kernels.problem import slices
+from aepo_kernels import backends
+from aepo_kernels.cpu import gemm as cpu_gemm
+from aepo_kernels.ranges import slices
 
 # Bytes of a product that is made and added to a wider sum at a time, while it is cached; and of
 # some rows of an operand as float32.
@@ -93,7 +94,7 @@ def is_widened(operand: Tensor) -> bool:
 
 
 def in_cpp(operand: Tensor) -> bool:
-    """Whether GEMMs of an operand are those of `cpu_gemm`."""
+    """Whether GEMMs of an operand are those of `cpu.gemm`."""
     if operand.device.type != "cpu" or not cpu_gemm.is_available():
         return False
     return operand.dtype == torch.float32 or is_widened(operand)

@@ -1,8 +1,8 @@
-"""What both functions take and give back: the arguments, checked once, and the output tuples."""
+"""What both functions take and give back: the arguments, their options, and the output tuples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,9 +11,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aepo_kernels.backends import row_kernels
-from aepo_kernels.options import RowSampling, VocabShard
 
 TokenLoss = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's part of a head whose vocabulary is split over the ranks of a process group.
+
+    start: the first token id of this rank's rows of weight (and bias, and lora_b). vocab: the size
+    of the whole vocabulary, all ranks together. group: a torch.distributed process group, or None
+    for the default one. Hidden states, targets and token tensors are equal on all ranks.
+    """
+
+    start: int
+    vocab: int
+    group: Any = None
+
+
+@dataclass(frozen=True)
+class RowSampling:
+    """Unbiased sampling of the rows that take part in the gradient GEMMs.
+
+    A token of size s = |c_lp| (1 - p) + |c_second| (1 - p_second) + |c_H| min(H, 1), the c being
+    the loss's derivatives, is kept with probability q = min(1, s / threshold), and its gradient is
+    divided by q, which is at least 0.001. generator: source of randomness, on hidden's device; None
+    is torch's default.
+    """
+
+    threshold: float
+    generator: torch.Generator | None = None
 
 
 class LogprobOutput(NamedTuple):
@@ -116,19 +143,6 @@ class Problem:
         if not isinstance(positions, Tensor):
             return values
         return values.new_zeros(len(self.targets)).index_copy(0, positions, values)
-
-
-def take(values: Tensor, positions: Tensor | slice | None) -> Tensor:
-    """Rows of `values` at some positions; all of them where `positions` is None."""
-    if isinstance(positions, Tensor):
-        return values.index_select(0, positions)
-    return values if positions is None else values[positions]
-
-
-def slices(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` of `count` things."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 def sum_losses(result: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,14 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aepo_kernels.problem import (
-    LogprobOutput,
-    Problem,
-    TokenLoss,
-    TokenLossOutput,
-    sum_losses,
-    take,
-)
+from aepo_kernels.problem import LogprobOutput, Problem, TokenLoss, TokenLossOutput, sum_losses
+from aepo_kernels.ranges import take
 
 
 class _Rows(NamedTuple):

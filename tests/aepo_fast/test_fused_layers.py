@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 
 from aepo_fast.fused_layers import fuse_layers, fused_kinds
-from aepo_kernels import cpu_library
+from aepo_kernels.cpu import library as cpu_library
 
 pytestmark = pytest.mark.skipif(cpu_library.library() is None, reason="without the C++ part")
 SIZES = dict(

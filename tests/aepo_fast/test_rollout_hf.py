@@ -15,7 +15,7 @@ from aepo_fast.models import load_model
 from aepo_fast.rollout.base import Completion, Request, RolloutError
 from aepo_fast.rollout.hf import HfRollout, sample_tokens
 from aepo_fast.rollout.packed import PackedLinear, can_pack, packed_linears
-from aepo_kernels import cpu_library
+from aepo_kernels.cpu import library as cpu_library
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16)]
 

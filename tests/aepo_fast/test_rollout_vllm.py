@@ -17,7 +17,7 @@ from aepo_fast.config import ModelConfig, RolloutConfig, TrainerConfig
 from aepo_fast.models import resolve
 from aepo_fast.policy import Policy
 from aepo_fast.rollout.base import Completion, Request, RolloutError
-from aepo_kernels.backends import multiplies_bfloat16
+from aepo_kernels import multiplies_bfloat16
 
 pytestmark = [
     pytest.mark.vllm,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from aepo_kernels import launch
-from aepo_kernels.launch import FusedLaunch, RowLaunch
+from aepo_kernels.gpu import launch
+from aepo_kernels.gpu.launch import FusedLaunch, RowLaunch
 from bench import launches
 
 SMALL = argparse.Namespace(tokens=3, vocab=70)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from aepo_kernels import backends, cpu_library
+from aepo_kernels import backends
+from aepo_kernels.cpu import library as cpu_library
 
 
 @pytest.fixture(autouse=True)

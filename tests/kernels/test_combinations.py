@@ -14,14 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from aepo_kernels import (
-    RowSampling,
-    backends,
-    chunks,
-    gradient_blocks,
-    linear_logprob,
-    linear_token_loss,
-)
+from aepo_kernels import RowSampling, backends, linear_logprob, linear_token_loss
+from aepo_kernels.head import block_pass, plan
 from tests.kernels.oracle import IGNORED
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -95,9 +89,9 @@ def shrink(rng: random.Random, vocab: int, size: int, monkeypatch: pytest.Monkey
         ("_CPU_SCORING_COLUMNS", [2048, 4096, 16384]),
         ("_CPU_SCORING_TOKENS", [16, 64, 256]),
     ):
-        monkeypatch.setattr(chunks, name, rng.choice(values))
-    monkeypatch.setattr(gradient_blocks, "_SUM_BYTES", rng.choice([256 * size, 2**24]))
-    monkeypatch.setattr(gradient_blocks, "_BLOCK_TOKENS", rng.choice([64, 1024]))
+        monkeypatch.setattr(plan, name, rng.choice(values))
+    monkeypatch.setattr(block_pass, "_SUM_BYTES", rng.choice([256 * size, 2**24]))
+    monkeypatch.setattr(block_pass, "_BLOCK_TOKENS", rng.choice([64, 1024]))
 
 
 def laid(rng: random.Random, matrix: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aepo_kernels import linear_logprob, ops
+from aepo_kernels import linear_logprob, torch_op
 from tests.kernels.oracle import Case, make_case, output_weights, weighted_gradients
 
 
@@ -41,7 +41,7 @@ def operator_arguments(case: Case) -> tuple[Any, ...]:
 def test_opcheck(option: str) -> None:
     torch.use_deterministic_algorithms(False)  # opcheck compares memory that nobody reads
     torch.library.opcheck(
-        ops.linear_logprob, operator_arguments(make_case(20, 8, 30, option=option).fresh())
+        torch_op.linear_logprob, operator_arguments(make_case(20, 8, 30, option=option).fresh())
     )
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from aepo_kernels import cpu_layers, cpu_library, linear_logprob, linear_token_loss
+from aepo_kernels import linear_logprob, linear_token_loss
+from aepo_kernels.cpu import layers as cpu_layers
+from aepo_kernels.cpu import library as cpu_library
 from tests.kernels.oracle import make_case
 
 

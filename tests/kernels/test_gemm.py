@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from aepo_kernels import backends, cpu_gemm, cpu_library, gemm
+from aepo_kernels import backends, gemm
+from aepo_kernels.cpu import gemm as cpu_gemm
+from aepo_kernels.cpu import library as cpu_library
 
 SHAPES = [(1, 1, 1), (5, 130, 7), (130, 5, 7), (7, 5, 130), (64, 64, 64), (3, 200, 200)]
 DTYPES = [torch.bfloat16, torch.float32]

@@ -1,0 +1,273 @@
+"""Row operations in C++ for the CPU; same interface as `aepo_kernels.rows.torch_rows`.
+
+Products lie by rows or, bfloat16 ones, by columns: the transpose of a contiguous matrix.
+They compute in float32, sum in float64, and give the same bits for any number of threads. Each is
+an operator, torch.ops.aepo_kernels.cpu_row_stats and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aepo_kernels.cpu.library import DTYPES, Coefs, Grad, Kept, Logits, Sample, State, Stats, call
+from aepo_kernels.rows.interface import LogitMap, RowCoefs, RowStats
+
+_STATE_SIZE = 6  # of rows.h
+# Defined and implemented, not torch.library.custom_op: what that wraps around an operator takes
+# some 0.2 ms a call, of which a head makes hundreds.
+_LIBRARY = torch.library.Library("aepo_kernels", "FRAGMENT")
+_LAW = (
+    "Tensor inv_temperature, Tensor? second_inv_temperature, Tensor? bias, float softcap, "
+    "float scale"
+)
+_LIBRARY.define(
+    "cpu_sample_rows(Tensor logits, Tensor inv_temperature, Tensor uniform) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"cpu_row_stats(Tensor products, Tensor targets, {_LAW}, bool squares, Tensor(a!)? state, "
+    "bool is_first, bool is_last, Tensor(b!)? kept, Tensor(c!)? base) -> Tensor[]"
+)
+_LIBRARY.define(
+    f"cpu_row_grad(Tensor products, Tensor targets, {_LAW}, Tensor?[] stats, Tensor?[] coefs, "
+    "Tensor(a!) out, Tensor(b!)? bias_grad, Tensor(c!)? by_rows, "
+    "Tensor? base, Tensor? picked) -> ()"
+)
+
+
+def row_stats(
+    products: Tensor,
+    targets: Tensor,
+    inv_temperature: float | Tensor,
+    second_inv_temperature: float | Tensor | None,
+    logit_map: LogitMap,
+    dtype: torch.dtype,
+    *,
+    squares: bool = False,
+    state: Tensor | None = None,
+    is_first: bool = True,
+    is_last: bool = True,
+    kept: Tensor | None = None,
+    base: Tensor | None = None,
+) -> RowStats | None:
+    """See `torch_rows.row_stats`; dtype is torch.float32.
+
+    Rows may come a slice of their columns after the other, with targets -1 outside of it and a
+    `state` from `new_state`; the last one gives what whole rows would, the others None. The bits
+    are the same where the others' columns are multiples of 2048.
+
+    kept, base: [C, V] float16 and [C] float32 that become the logits less a base per row, for
+    `row_grad`; products and `kept` then lie by rows. The base is a row's largest logit so far, so
+    that logits near it lose next to nothing.
+    """
+    assert dtype == torch.float32
+    law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
+    given = products, targets, *law, squares, state, is_first, is_last, kept, base
+    found = iter(torch.ops.aepo_kernels.cpu_row_stats(*given))
+    wanted = _wanted(second_inv_temperature is not None, squares)
+    if not is_last:
+        return None
+    return RowStats(*(next(found) if want else None for want in wanted))  # type: ignore[arg-type]
+
+
+def new_state(count: int) -> Tensor:
+    """What `row_stats` keeps of so many rows from slice to slice: float64."""
+    return torch.empty(count, _STATE_SIZE, dtype=torch.float64)
+
+
+def row_grad(
+    products: Tensor,
+    targets: Tensor,
+    inv_temperature: float | Tensor,
+    second_inv_temperature: float | Tensor | None,
+    logit_map: LogitMap,
+    stats: RowStats,
+    coefs: RowCoefs,
+    *,
+    out: Tensor,
+    bias_grad: Tensor | None,
+    by_rows: Tensor | None = None,
+    base: Tensor | None = None,
+    picked: Tensor | None = None,
+) -> None:
+    """See `torch_rows.row_grad`.
+
+    by_rows: where products and `out` lie by columns, [C, V] by rows to take the gradient as well.
+    base, picked: the products are what `row_stats` kept with that base, or rows [C] of it.
+    """
+    law = _law(len(targets), inv_temperature, second_inv_temperature, logit_map)
+    given = products, targets, *law, list(stats), list(coefs), out, bias_grad, by_rows, base, picked
+    torch.ops.aepo_kernels.cpu_row_grad(*given)
+
+
+def draw_tokens(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token of softmax(logits / T) per row by inverting its distribution.
+
+    logits: [B, V] fp32, bf16 or fp16. inv_temperature: [B]. uniform: [B] in [0, 1), float64.
+    Returns ids [B] int64, -1 where all logits are -inf or one is NaN, and their log-probs [B] fp32.
+    """
+    return torch.ops.aepo_kernels.cpu_sample_rows(logits, inv_temperature, uniform)
+
+
+@torch.library.impl(_LIBRARY, "cpu_sample_rows", "CPU")
+def _sample(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    tokens = logits.new_empty(len(logits), dtype=torch.int64)
+    logprobs = logits.new_empty(len(logits), dtype=torch.float32)
+    given = [tokens, *_floats(inv_temperature, None, None)]
+    uniform = uniform.double().contiguous()
+    sample = Sample(uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr())
+    call("aepo_sample_rows", _logits(logits, given, 0.0, 1.0), sample)
+    return tokens, logprobs
+
+
+@torch.library.register_fake("aepo_kernels::cpu_sample_rows")
+def _(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    size = logits.shape[:1]
+    return logits.new_empty(size, dtype=torch.int64), logits.new_empty(size, dtype=torch.float32)
+
+
+@torch.library.impl(_LIBRARY, "cpu_row_stats", "CPU")
+def _stats(
+    products: Tensor,
+    targets: Tensor,
+    inv_temperature: Tensor,
+    second_inv_temperature: Tensor | None,
+    bias: Tensor | None,
+    softcap: float,
+    scale: float,
+    squares: bool,
+    state: Tensor | None,
+    is_first: bool,
+    is_last: bool,
+    kept: Tensor | None,
+    base: Tensor | None,
+) -> list[Tensor]:
+    """Those of RowStats that are wanted, in order, after the last slice; softcap 0 is none."""
+    law = _floats(inv_temperature, second_inv_temperature, bias)
+    given = [targets.contiguous(), *law]
+    wanted = _wanted(second_inv_temperature is not None, squares)
+    found = [
+        products.new_empty(len(products), dtype=torch.float32) if want else None for want in wanted
+    ]
+    call(
+        "aepo_row_stats",
+        _logits(products, given, softcap, scale),
+        Stats(*map(_address, found)),
+        State(_address(state), is_first, is_last),
+        Kept(_address(kept), 0 if kept is None else kept.stride(0), _address(base)),
+    )
+    return [x for x in found if x is not None] if is_last else []
+
+
+@torch.library.register_fake("aepo_kernels::cpu_row_stats")
+def _(products: Tensor, *rest) -> list[Tensor]:
+    size, (squares, _, _, is_last) = products.shape[:1], rest[-6:-2]
+    wanted = _wanted(rest[2] is not None, squares)
+    made = [products.new_empty(size, dtype=torch.float32) for want in wanted if want]
+    return made if is_last else []
+
+
+@torch.library.impl(_LIBRARY, "cpu_row_grad", "CPU")
+def _grad(
+    products: Tensor,
+    targets: Tensor,
+    inv_temperature: Tensor,
+    second_inv_temperature: Tensor | None,
+    bias: Tensor | None,
+    softcap: float,
+    scale: float,
+    stats: Sequence[Tensor | None],
+    coefs: Sequence[Tensor | None],
+    out: Tensor,
+    bias_grad: Tensor | None,
+    by_rows: Tensor | None,
+    base: Tensor | None,
+    picked: Tensor | None,
+) -> None:
+    """The gradient by the products into `out`, which may be the products themselves."""
+    law = _floats(inv_temperature, second_inv_temperature, bias)
+    given = [targets.contiguous(), *law]
+    # Kept by name: the library has only their addresses.
+    known, factors = _floats(*stats), _floats(*coefs)
+    call(
+        "aepo_row_grad",
+        _logits(products, given, softcap, scale, base, picked),
+        Stats(*map(_address, known)),
+        Coefs(*map(_address, factors)),
+        Grad(
+            out.data_ptr(),
+            DTYPES[out.dtype],
+            *_strides(out),
+            _address(bias_grad),
+            _address(by_rows),
+            0 if by_rows is None else by_rows.stride(0),
+        ),
+    )
+    if by_rows is not None and _strides(products)[1] == _strides(out)[1] == 1:
+        by_rows.copy_(out)  # one row, or one column, lies both ways
+
+
+def _wanted(second: bool, squares: bool) -> tuple[bool, ...]:
+    """Which of RowStats there are."""
+    return (True, True, True, True, second, second, squares)
+
+
+def _floats(*values: Tensor | None) -> list[Tensor | None]:
+    """Tensors as the library reads them: float32, adjacent."""
+    return [None if x is None else x.float().contiguous() for x in values]
+
+
+def _logits(
+    products: Tensor,
+    given: list[Tensor | None],
+    softcap: float,
+    scale: float,
+    base: Tensor | None = None,
+    picked: Tensor | None = None,
+) -> Logits:
+    """The C arguments; `given` (targets, temperatures, bias) has to outlive the call."""
+    return Logits(
+        products.data_ptr(),
+        DTYPES[products.dtype],
+        torch.get_num_threads(),
+        len(products) if picked is None else len(picked),
+        products.shape[1],
+        *_strides(products),
+        *map(_address, given),
+        softcap,
+        scale,
+        _address(base),
+        _address(picked),
+    )
+
+
+def _strides(matrix: Tensor) -> tuple[int, int]:
+    """By rows and by columns, as the library reads them: 1 by columns is a matrix by rows."""
+    if matrix.stride(1) == 1 or matrix.shape[1] == 1:
+        return matrix.stride(0), 1
+    if matrix.stride(0) != 1 and matrix.shape[0] != 1:
+        raise ValueError(f"strides {matrix.stride()}: a matrix lies by rows or by columns")
+    return 1, matrix.stride(1)
+
+
+def _law(
+    count: int, first: float | Tensor, second: float | Tensor | None, logit_map: LogitMap
+) -> tuple[Tensor, Tensor | None, Tensor | None, float, float]:
+    """The operators' arguments for each row's law: temperatures, bias, softcap, scale."""
+    softcap, scale = logit_map.softcap or 0.0, logit_map.scale
+    second = None if second is None else _per_row(second, count)
+    return _per_row(first, count), second, logit_map.bias, softcap, scale
+
+
+def _per_row(value: float | Tensor, count: int) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((count,), value, dtype=torch.float32, device="cpu")
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,343 @@
+# The bodies of kernels are Triton, whose launches and operators are not Python's:
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+"""Row statistics straight from hidden states, as Triton kernels: the logits never reach memory.
+
+One program multiplies a tile of tokens by a tile of the vocabulary and keeps, of each row of its
+logits, what an online softmax keeps. A second kernel combines the tiles of a row, in order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from aepo_kernels.gpu.launch import fused_launch
+from aepo_kernels.gpu.rows import (
+    FLOOR,
+    LOG2E,
+    new_stats,
+    optional_argument,
+    stats_of,
+    to_logits,
+)
+from aepo_kernels.rows.interface import LogitMap, RowStats
+
+_COMBINE_ROWS, _COMBINE_TILES = 32, 32
+
+
+def linear_row_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inv_temperature: float | Tensor,
+    second_inv_temperature: float | Tensor | None,
+    logit_map: LogitMap,
+    *,
+    squares: bool = False,
+) -> RowStats:
+    """What `torch_rows.row_stats` gives for hidden @ weight.T, in float32.
+
+    hidden: [C, H]. weight: [V, H] of the same dtype, float32 or bfloat16, any strides. A target
+    outside [0, V) gives a log-prob of NaN. Needs 12 to 20 bytes per token and tile of the
+    vocabulary.
+    """
+    num_rows, hidden_size = hidden.shape
+    vocab = weight.shape[0]
+    has_second = second_inv_temperature is not None
+    out = new_stats(hidden, num_rows, has_second, squares)
+    if num_rows:
+        fits_tma = all(_fits_tma(matrix) for matrix in (hidden, weight))
+        launch = fused_launch(hidden.device, hidden.dtype, fits_tma)
+        num_tiles = triton.cdiv(vocab, launch.block_vocab)
+        num_parts = triton.cdiv(vocab, launch.block_vocab // (1 + launch.split))
+        partials = out.new_empty((3 + has_second + squares, num_parts, num_rows))
+        target_logits = out.new_full((num_rows,), float("nan"))
+        temperatures = [
+            optional_argument(inv_temperature),
+            optional_argument(second_inv_temperature),
+        ]
+        flags = {
+            "PER_TOKEN": isinstance(inv_temperature, Tensor),
+            "SECOND_PER_TOKEN": isinstance(second_inv_temperature, Tensor),
+            "SQUARES": squares,
+        }
+        partials_kernel[(num_tiles * triton.cdiv(num_rows, launch.block_tokens),)](
+            _operand(hidden, launch.block_tokens, launch.block_hidden, launch.tma),
+            *hidden.stride(),
+            _operand(weight, launch.block_vocab, launch.block_hidden, launch.tma),
+            *weight.stride(),
+            targets.contiguous(),
+            *temperatures,
+            logit_map.bias,
+            logit_map.scale,
+            logit_map.softcap,
+            partials,
+            target_logits,
+            num_rows,
+            vocab,
+            hidden_size,
+            **flags,
+            TMA=launch.tma,
+            BLOCK_TOKENS=launch.block_tokens,
+            BLOCK_VOCAB=launch.block_vocab,
+            BLOCK_HIDDEN=launch.block_hidden,
+            GROUP=launch.group,
+            SPLIT=launch.split,
+            num_warps=launch.num_warps,
+            num_stages=launch.stages,
+        )
+        combine_kernel[(triton.cdiv(num_rows, _COMBINE_ROWS),)](
+            partials,
+            target_logits,
+            *temperatures,
+            out,
+            num_rows,
+            num_parts,
+            **flags,
+            ROWS=_COMBINE_ROWS,
+            TILES=_COMBINE_TILES,
+            num_warps=4,
+        )
+    return stats_of(out, has_second, squares)
+
+
+def _fits_tma(matrix: Tensor) -> bool:
+    """Whether the copy engine can read it: rows of whole 16-byte units, one after another."""
+    width = matrix.element_size()
+    return (
+        matrix.stride(1) == 1 and matrix.stride(0) * width % 16 == 0 and matrix.data_ptr() % 16 == 0
+    )
+
+
+def _operand(matrix: Tensor, rows: int, columns: int, tma: bool) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, [rows, columns]) if tma else matrix
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def partials_kernel(
+    hidden,
+    token_stride,
+    hidden_stride,
+    weight,
+    vocab_stride,
+    weight_stride,
+    targets,
+    inv_temperature,
+    second_inv_temperature,
+    bias,
+    scale,
+    softcap,
+    partials,
+    target_logits,
+    num_rows,
+    vocab,
+    hidden_size,
+    PER_TOKEN: tl.constexpr,
+    SECOND_PER_TOKEN: tl.constexpr,
+    SQUARES: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    # Programs that run together share tiles of both operands: GROUP tiles of tokens by as many of
+    # the vocabulary as there are programs left.
+    num_blocks = tl.cdiv(num_rows, BLOCK_TOKENS)
+    num_tiles = tl.cdiv(vocab, BLOCK_VOCAB)
+    per_group = GROUP * num_tiles
+    first_block = (tl.program_id(0) // per_group) * GROUP
+    group_size = tl.minimum(num_blocks - first_block, GROUP)
+    block = first_block + (tl.program_id(0) % per_group) % group_size
+    tile = (tl.program_id(0) % per_group) // group_size
+
+    products = tl.zeros([BLOCK_TOKENS, BLOCK_VOCAB], tl.float32)
+    if TMA:
+        for start in range(0, hidden_size, BLOCK_HIDDEN):
+            left = hidden.load([block * BLOCK_TOKENS, start])
+            right = weight.load([tile * BLOCK_VOCAB, start])
+            products = tl.dot(left, right.T, products, input_precision="ieee")
+    else:
+        # Rows and columns past the end repeat the last one, which needs no mask.
+        within = tl.arange(0, BLOCK_HIDDEN)
+        rows = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        columns = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
+        row_starts = tl.minimum(rows, num_rows - 1).to(tl.int64) * token_stride
+        column_starts = tl.minimum(columns, vocab - 1).to(tl.int64) * vocab_stride
+        hidden_pointers = hidden + row_starts[:, None] + within[None, :] * hidden_stride
+        weight_pointers = weight + column_starts[None, :] + within[:, None] * weight_stride
+        for start in range(0, hidden_size, BLOCK_HIDDEN):
+            inside = within < hidden_size - start
+            left = tl.load(hidden_pointers, mask=inside[None, :], other=0.0)
+            right = tl.load(weight_pointers, mask=inside[:, None], other=0.0)
+            products = tl.dot(left, right, products, input_precision="ieee")
+            hidden_pointers += BLOCK_HIDDEN * hidden_stride
+            weight_pointers += BLOCK_HIDDEN * weight_stride
+
+    rows = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    row_inputs = targets, inv_temperature, second_inv_temperature
+    logit_map = bias, scale, softcap
+    # One half after the other, where the sums of both together would not fit the registers.
+    PARTS: tl.constexpr = SPLIT + 1
+    WIDTH: tl.constexpr = BLOCK_VOCAB // PARTS
+    if SPLIT:
+        parts = products.reshape(BLOCK_TOKENS, 2, WIDTH).permute(0, 2, 1).split()
+    else:
+        parts = (products,)
+    for part in tl.static_range(PARTS):
+        _store_partials(
+            parts[part],
+            PARTS * tile + part,
+            rows,
+            row_inputs,
+            logit_map,
+            partials,
+            target_logits,
+            num_rows,
+            vocab,
+            PER_TOKEN,
+            SECOND_PER_TOKEN,
+            SQUARES,
+            WIDTH,
+        )
+
+
+@triton.jit
+def _store_partials(
+    products,
+    part,
+    rows,
+    row_inputs,
+    logit_map,
+    partials,
+    target_logits,
+    num_rows,
+    vocab,
+    PER_TOKEN: tl.constexpr,
+    SECOND_PER_TOKEN: tl.constexpr,
+    SQUARES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store what is kept of some columns, the `part`-th WIDTH of them."""
+    targets, inv_temperature, second_inv_temperature = row_inputs
+    bias, scale, softcap = logit_map
+    first = part * WIDTH
+    columns = first + tl.arange(0, WIDTH)
+    shift = None
+    if bias is not None:
+        shift = tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :]
+    logits, _ = to_logits(products, shift, scale, softcap)
+    real = rows < tl.where(first < vocab, num_rows, 0)  # the last half may lie past the end
+    target = tl.load(targets + rows, mask=real, other=-1)
+    place = target - first
+    on_target = tl.arange(0, WIDTH)[None, :] == place.to(tl.int32)[:, None]
+    owned = (place >= 0) & (place < tl.minimum(WIDTH, vocab - first))
+    tl.store(target_logits + rows, tl.sum(tl.where(on_target, logits, 0.0), 1), mask=owned & real)
+
+    logits = tl.where((columns < vocab)[None, :] & ~(logits < FLOOR), logits, FLOOR)
+    maximum = tl.max(logits, 1)
+    centred = logits - maximum[:, None]
+    rate = _rates(inv_temperature, rows, real, PER_TOKEN)
+    weights = tl.exp2(centred * rate)
+    step = num_rows.to(tl.int64)
+    partials += part * step + rows
+    step *= tl.cdiv(vocab, WIDTH)
+    tl.store(partials, maximum, mask=real)
+    tl.store(partials + step, tl.sum(weights, 1), mask=real)
+    tl.store(partials + 2 * step, tl.sum(weights * centred, 1), mask=real)
+    if SQUARES:
+        last = 3 if second_inv_temperature is None else 4
+        tl.store(partials + last * step, tl.sum(weights * weights, 1), mask=real)
+    if second_inv_temperature is not None:
+        second_rate = _rates(second_inv_temperature, rows, real, SECOND_PER_TOKEN)
+        tl.store(partials + 3 * step, tl.sum(tl.exp2(centred * second_rate), 1), mask=real)
+
+
+@triton.jit
+def _rates(inv_temperature, rows, real, PER_TOKEN: tl.constexpr):
+    if PER_TOKEN:
+        return (tl.load(inv_temperature + rows, mask=real, other=1.0) * LOG2E)[:, None]
+    else:
+        return inv_temperature * LOG2E
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+def combine_kernel(
+    partials,
+    target_logits,
+    inv_temperature,
+    second_inv_temperature,
+    out,
+    num_rows,
+    num_tiles,
+    PER_TOKEN: tl.constexpr,
+    SECOND_PER_TOKEN: tl.constexpr,
+    SQUARES: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = rows < num_rows
+    width = num_rows.to(tl.int64)
+    step = width * num_tiles
+    maximum = tl.full([ROWS], FLOOR, tl.float32)
+    for start in range(0, num_tiles, TILES):
+        tiles = start + tl.arange(0, TILES)
+        inside = (tiles < num_tiles)[:, None] & real[None, :]
+        at = partials + tiles[:, None] * width + rows[None, :]
+        maximum = tl.maximum(maximum, tl.max(tl.load(at, mask=inside, other=FLOOR), 0))
+
+    inverse = _inverses(inv_temperature, rows, real, PER_TOKEN)
+    rate = inverse * LOG2E
+    second_rate = 0.0
+    if second_inv_temperature is not None:
+        second_inverse = _inverses(second_inv_temperature, rows, real, SECOND_PER_TOKEN)
+        second_rate = second_inverse * LOG2E
+    total = tl.zeros([ROWS], tl.float32)
+    moment = tl.zeros([ROWS], tl.float32)
+    second_total = tl.zeros([ROWS], tl.float32)
+    square = tl.zeros([ROWS], tl.float32)
+    for start in range(0, num_tiles, TILES):
+        tiles = start + tl.arange(0, TILES)
+        inside = (tiles < num_tiles)[:, None] & real[None, :]
+        at = partials + tiles[:, None] * width + rows[None, :]
+        rise = tl.load(at, mask=inside, other=FLOOR) - maximum[None, :]
+        part = tl.load(at + step, mask=inside, other=0.0)
+        part_moment = tl.load(at + 2 * step, mask=inside, other=0.0)
+        decay = tl.exp2(rise * rate)
+        total += tl.sum(part * decay, 0)
+        moment += tl.sum((part_moment + rise * part) * decay, 0)
+        if second_inv_temperature is not None:
+            second = tl.load(at + 3 * step, mask=inside, other=0.0)
+            second_total += tl.sum(second * tl.exp2(rise * second_rate), 0)
+        if SQUARES:
+            last = 3 if second_inv_temperature is None else 4
+            part = tl.load(at + last * step, mask=inside, other=0.0)
+            square += tl.sum(part * (decay * decay), 0)
+
+    log_sum = tl.log(tl.where(maximum > FLOOR, total, float("nan")))  # no finite logit: no law
+    centred = tl.load(target_logits + rows, mask=real, other=0.0) - maximum
+    out += rows
+    tl.store(out, centred * inverse - log_sum, mask=real)
+    tl.store(out + width, log_sum - moment * inverse / total, mask=real)
+    tl.store(out + 2 * width, maximum, mask=real)
+    tl.store(out + 3 * width, log_sum, mask=real)
+    if SQUARES:
+        last = 4 if second_inv_temperature is None else 6
+        tl.store(out + last * width, square / (total * total), mask=real)
+    if second_inv_temperature is not None:
+        second_log_sum = tl.log(tl.where(maximum > FLOOR, second_total, float("nan")))
+        tl.store(out + 4 * width, centred * second_inverse - second_log_sum, mask=real)
+        tl.store(out + 5 * width, second_log_sum, mask=real)
+
+
+@triton.jit
+def _inverses(inv_temperature, rows, real, PER_TOKEN: tl.constexpr):
+    if PER_TOKEN:
+        return tl.load(inv_temperature + rows, mask=real, other=1.0)
+    else:
+        return inv_temperature

@@ -1,0 +1,1 @@
+"""The head a few tokens at a time: log-probs, losses and gradients without [N, V] logits."""

@@ -1,0 +1,194 @@
+"""Accumulators of the head's gradients over chunks: GEMMs 2 and 3."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aepo_kernels.cpu.huge_pages import advise
+from aepo_kernels.gemm import add_product, matmul, product
+from aepo_kernels.problem import Problem
+from aepo_kernels.ranges import part_of, slices
+
+# Rows of hidden's gradient that are rounded at a time, on their way to where they belong.
+_COPIED_ROWS = 512
+
+
+class Gradients:
+    """Gradients of a problem's inputs, summed over chunks.
+
+    Those of all but hidden are kept in fp32 (float64 for float64 hidden) however many chunks there
+    are; where the weight's is written once, the GEMM writes it as it is wanted. What is not
+    needed is neither allocated nor computed.
+    """
+
+    def __init__(self, problem: Problem, needs: tuple[bool, ...], *, written_once: bool) -> None:
+        hidden, weight, bias, lora_a, lora_b = problem.inputs
+        assert hidden is not None and weight is not None
+        self.wide = wide = problem.stats_dtype
+        self.dtypes = tuple(None if x is None else x.dtype for x in problem.inputs)
+        self.weight_shape, self.device = weight.shape, weight.device
+        self.shard, self.lora_scale, self.needs_weight = problem.shard, problem.lora_scale, needs[1]
+        # Over a sharded vocabulary, each rank has a part of the sum.
+        partial = wide if problem.shard is not None else hidden.dtype
+        self.hidden = _zeros(hidden, partial) if needs[0] else None
+        self.in_place = problem.weight_grad is not None
+        self.weight = problem.weight_grad  # or else made by the first chunk, which need not add
+        self.weight_dtype = wide
+        if written_once and weight.dtype == hidden.dtype and self.weight is None:
+            self.weight_dtype = hidden.dtype
+        self.bias, self.lora_a, self.lora_b = (
+            _zeros(value, wide) if need and value is not None else None
+            for value, need in zip((bias, lora_a, lora_b), needs[2:], strict=True)
+        )
+
+    def add(
+        self,
+        dlogits: Tensor,
+        by_rows: Tensor,
+        weight: Tensor,
+        lora: tuple[Tensor, Tensor] | None,
+        inputs: Tensor,
+        at: Tensor | slice,
+    ) -> None:
+        """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora: (A, B).
+
+        by_rows: dlogits once more where they lie by columns, which suits GEMM 3 but not GEMM 2.
+        """
+        through = self._add_lora_a(by_rows, lora, inputs)
+        if self.hidden is not None:
+            self._add_hidden(by_rows, weight, None if lora is None else lora[0], through, at)
+        if self.weight is not None:
+            add_product(self.weight, dlogits.T, inputs)
+        elif self.needs_weight:
+            out = None if dlogits.is_cuda else self.make_weight(self.weight_dtype)
+            self.weight = product(dlogits.T, inputs, self.weight_dtype, out=out)
+        if self.lora_b is not None and lora is not None:
+            add_product(self.lora_b, dlogits.T, matmul(inputs, lora[0].T).mul_(self.lora_scale))
+
+    def make_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight's gradient, in its own dtype or another; at first it holds anything."""
+        if self.weight is None:
+            dtype = dtype or self.dtypes[1]
+            assert dtype is not None
+            self.weight = advise(torch.empty(self.weight_shape, dtype=dtype, device=self.device))
+        return self.weight
+
+    def hidden_sum(self, positions: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
+        """Hidden's gradient at some positions; None where no sum in `dtype` can be made in it."""
+        if self.hidden is None or isinstance(positions, Tensor) or self.hidden.dtype != dtype:
+            return None
+        return self.hidden[positions]
+
+    def set_hidden(self, positions: Tensor | slice, values: Tensor) -> None:
+        """Hidden's gradient at some positions, rounded a few rows at a time."""
+        assert self.hidden is not None
+        for rows in slices(len(values), _COPIED_ROWS):
+            self.hidden[part_of(positions, rows)] = values[rows].to(self.hidden.dtype)
+
+    def set_weight(self, dlogits: Tensor, inputs: Tensor, rows: slice) -> None:
+        """The weight's gradient at a slice of the vocabulary: dlogits, inputs of all tokens."""
+        if self.needs_weight:
+            weight_grad = self.make_weight()[rows]
+            if weight_grad.dtype in (inputs.dtype, self.wide):
+                product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
+            else:  # which no GEMM writes
+                weight_grad.copy_(product(dlogits.T, inputs, self.wide))
+
+    def add_slice(
+        self,
+        dlogits: Tensor,
+        by_rows: Tensor,
+        weight: Tensor,
+        lora: tuple[Tensor, Tensor] | None,
+        inputs: Tensor,
+        hidden: Tensor | None,
+        rows: slice,
+    ) -> None:
+        """Add some tokens at a slice of the vocabulary, to all but weight's and bias's gradients.
+
+        Shapes: see `add`; weight and lora are those of the slice. The gradient of inputs is added
+        to `hidden`.
+        """
+        if hidden is not None:
+            add_product(hidden, by_rows, weight)
+        through = self._add_lora_a(by_rows, lora, inputs)
+        if lora is None or through is None:
+            return
+        if hidden is not None:
+            add_product(hidden, through, lora[0])
+        if self.lora_b is not None:
+            scaled = matmul(inputs, lora[0].T).mul_(self.lora_scale)
+            add_product(self.lora_b[rows], dlogits.T, scaled)
+
+    def _add_lora_a(
+        self, dlogits: Tensor, lora: tuple[Tensor, Tensor] | None, inputs: Tensor
+    ) -> Tensor | None:
+        """Add to lora_a's gradient; returns dlogits through lora_b, [C, R]."""
+        if lora is None:
+            return None
+        through = matmul(dlogits, lora[1]).mul_(self.lora_scale)
+        if self.lora_a is not None:
+            add_product(self.lora_a, through.T, inputs)
+        return through
+
+    def _add_hidden(
+        self,
+        dlogits: Tensor,
+        weight: Tensor,
+        lora_a: Tensor | None,
+        through: Tensor | None,
+        at: Tensor | slice,
+    ) -> None:
+        assert self.hidden is not None
+        if isinstance(at, slice) and self.hidden.dtype == dlogits.dtype and lora_a is None:
+            matmul(dlogits, weight, out=self.hidden[at])
+            return
+        rows = product(dlogits, weight, self.hidden.dtype)
+        if lora_a is not None and through is not None:
+            add_product(rows, through, lora_a)
+        self.hidden[at] = rows
+
+    def finish(self) -> None:
+        """Add up the ranks' parts, and stand zeros in for what no chunk has made."""
+        if self.needs_weight and self.weight is None:
+            dtype = self.weight_dtype
+            self.weight = torch.zeros(self.weight_shape, dtype=dtype, device=self.device)
+        if self.shard is not None:
+            for part in (self.hidden, self.lora_a):  # the others belong to this rank's rows
+                if part is not None:
+                    dist.all_reduce(part, group=self.shard.group)
+
+    def results(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Gradients times `factor`, in their inputs' dtypes; in place where those are equal.
+
+        None stands for what is not needed, and for a weight's that went to `weight_grad`.
+        """
+        weight = None if self.in_place else self.weight
+        values = self.hidden, weight, self.bias, self.lora_a, self.lora_b
+        return tuple(
+            None if value is None or dtype is None else _scaled(value, factor, dtype)
+            for value, dtype in zip(values, self.dtypes, strict=True)
+        )
+
+
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    # Contiguous, however `like` lies in memory.
+    return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+
+def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    # To multiply a whole weight by one would take a CPU as long as a GEMM.
+    if factor is None or (factor.device.type == "cpu" and factor.item() == 1):
+        return value.to(dtype)
+    if value.is_cuda and value.dtype != torch.float64:
+        from aepo_kernels.gpu.scale import scale  # the package imports without triton
+
+        return scale(value, factor, dtype)
+    if value.dtype == dtype:
+        return value.mul_(factor)
+    scaled = torch.empty_like(value, dtype=dtype)
+    for part, block in zip(scaled.split(512), value.split(512), strict=True):
+        part.copy_(block.mul_(factor))  # in parts, or a whole copy in between would be made
+    return scaled

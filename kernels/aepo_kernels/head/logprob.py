@@ -1,0 +1,98 @@
+"""`linear_logprob` by chunks: forward keeps statistics, backward makes logits again (4 GEMMs)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aepo_kernels.gemm import computing_on
+from aepo_kernels.head.gradient_pass import GradientPass
+from aepo_kernels.head.plan import scoring_chunk_size
+from aepo_kernels.head.projection import Head, head_of
+from aepo_kernels.head.tokens import Tokens, tokens_of
+from aepo_kernels.problem import LogprobOutput, Problem
+from aepo_kernels.ranges import slices, take
+from aepo_kernels.rows.interface import RowCoefs, RowStats
+
+
+def logprob(problem: Problem) -> LogprobOutput:
+    """`linear_logprob`, recomputing logits in backward."""
+    rows = _Logprob.apply(problem, *problem.inputs)
+    return LogprobOutput(*rows, problem.backend, problem.row_kernels)  # type: ignore[misc]
+
+
+def forward(problem: Problem) -> tuple[Tokens, RowStats]:
+    """The tokens that count and the statistics of their rows."""
+    with computing_on(problem.hidden.device):
+        head, tokens = head_of(problem), tokens_of(problem)
+        count, size = len(tokens.targets), scoring_chunk_size(problem)
+        space = head.scoring_space(min(count, size))
+        parts = [head.score(tokens.at(index), space) for index in slices(count, size)]
+        return tokens, join_stats(parts, head, tokens)
+
+
+def backward(
+    problem: Problem,
+    tokens: Tokens,
+    stats: RowStats,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the problem's inputs from those of the four outputs, [N] each."""
+    with computing_on(problem.hidden.device):
+        gradients = GradientPass(problem, head_of(problem), tuple(needs), len(tokens.targets))
+        kept = [None if grad is None else take(grad, tokens.positions) for grad in grads]
+        gradients.add(tokens, None, stats, RowCoefs(*kept))
+        return gradients.finish().results()
+
+
+def outputs(problem: Problem, tokens: Tokens, stats: RowStats) -> tuple[Tensor | None, ...]:
+    """Log-prob, entropy, lse and second log-prob, [N], 0 at ignored positions."""
+    lse = stats.max_logit * tokens.inv_temperature + stats.log_sum
+    values = stats.logprob, stats.entropy, lse, stats.second_logprob
+    return tuple(None if x is None else problem.spread(x, tokens.positions) for x in values)
+
+
+def join_stats(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:
+    """The statistics of several chunks as one; empty tensors where there are none."""
+    if parts:
+        columns = zip(*parts, strict=True)
+        joined = [None if column[0] is None else torch.cat(column) for column in columns]
+        return RowStats(*joined)  # type: ignore[arg-type]
+    empty = torch.zeros(0, dtype=head.dtype, device=head.hidden.device)
+    second = None if tokens.second_inv_temperature is None else empty
+    squares = empty if head.squares else None
+    return RowStats(empty, empty, empty, empty, second, second, squares)
+
+
+class _Logprob(torch.autograd.Function):
+    """Forward keeps [N] statistics; backward recomputes the logits of the rows that need it."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.tokens, ctx.stats = forward(problem)
+        # The inputs go through save_for_backward alone, so that saved-tensor hooks and the check
+        # against in-place changes see them.
+        ctx.save_for_backward(*inputs)
+        nothing = problem.hidden.new_empty(0)
+        ctx.problem = problem.with_inputs([nothing, nothing, None, None, None])
+        # Copies, since ctx holds the statistics: a caller may write to what it gets, and an output
+        # that its own node holds would never be freed.
+        found = outputs(problem, ctx.tokens, ctx.stats)
+        values = [None if value is None else value.clone() for value in found]
+        squares = ctx.stats.sum_squares
+        if squares is not None:
+            squares = problem.spread(squares, ctx.tokens.positions).clone()
+            ctx.mark_non_differentiable(squares)
+        return *values, squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        problem: Problem = ctx.problem.with_inputs(ctx.saved_tensors)
+        return None, *backward(problem, ctx.tokens, ctx.stats, grads[:4], ctx.needs_input_grad[1:])

@@ -1,0 +1,55 @@
+"""A vocabulary over several ranks: what makes of each rank's row statistics those of whole rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aepo_kernels.problem import VocabShard
+from aepo_kernels.rows.interface import RowStats
+
+
+def local_targets(targets: Tensor, shard: VocabShard, num_rows: int) -> Tensor:
+    """Targets as rows of this rank's weight; -1 for those of other ranks."""
+    local = targets - shard.start
+    return local.masked_fill((local < 0) | (local >= num_rows), -1)
+
+
+def combine(
+    stats: RowStats,
+    targets: Tensor,
+    inv_temperature: float | Tensor,
+    second_inv_temperature: float | Tensor | None,
+    shard: VocabShard,
+) -> RowStats:
+    """Statistics of the whole rows; two all-reduces.
+
+    With l_r the normaliser and H_r the entropy of a rank, w_r = exp(l_r - l) is its mass, and the
+    row's entropy is sum_r w_r (H_r - log w_r). Everything is kept relative to the largest logit of
+    all ranks: at the size of the logits themselves, float32 would round the masses.
+    """
+    owned = targets >= 0
+    top = stats.max_logit.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=shard.group)
+    drop = stats.max_logit - top
+    below = [drop * inv_temperature + stats.log_sum]
+    logits = [stats.logprob + below[0]]
+    if second_inv_temperature is not None:
+        assert stats.second_logprob is not None and stats.second_log_sum is not None
+        below.append(drop * second_inv_temperature + stats.second_log_sum)
+        logits.append(stats.second_logprob + below[1])
+    mass = torch.stack(below).exp()
+    moment = mass[0] * (stats.entropy - below[0])
+    parts = [mass, torch.where(owned, torch.stack(logits), 0.0), moment[None]]
+    if stats.sum_squares is not None:
+        parts.append((mass[0].square() * stats.sum_squares)[None])
+    sums = torch.cat(parts)
+    dist.all_reduce(sums, group=shard.group)
+    mass, logits, moment, *square = sums.split([len(part) for part in parts])
+    log_sums = mass.log()
+    logprobs = logits - log_sums
+    entropy = moment[0] / mass[0] + log_sums[0]
+    second = (None, None) if len(below) == 1 else (logprobs[1], log_sums[1])
+    squares = square[0][0] / mass[0].square() if square else None
+    return RowStats(logprobs[0], entropy, top, log_sums[0], *second, squares)

@@ -1,0 +1,155 @@
+"""`linear_token_loss` by chunks of tokens, so that [N, V] logits never exist: chunked and fused.
+
+Per chunk: one GEMM for the logits, fused row statistics, and, where gradients are wanted, the
+logits' gradient in place and two more GEMMs. `linear_token_loss` knows the loss's derivatives
+within the chunk (3 GEMMs). The fused backend never has logits in its forward pass, and recomputes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aepo_kernels.gemm import computing_on
+from aepo_kernels.head.accumulators import Gradients
+from aepo_kernels.head.gradient_pass import GradientPass
+from aepo_kernels.head.logprob import join_stats, outputs
+from aepo_kernels.head.plan import forward_chunk_size, scoring_chunk_size
+from aepo_kernels.head.projection import head_of
+from aepo_kernels.head.tokens import Tokens, tokens_of
+from aepo_kernels.problem import Problem, TokenLoss, TokenLossOutput, sum_losses
+from aepo_kernels.ranges import slices_of_runs, take
+from aepo_kernels.rows.interface import RowCoefs, RowStats
+
+_NOTHING = RowCoefs(None, None, None, None)
+
+
+def token_loss(
+    problem: Problem, loss_fn: TokenLoss, token_tensors: tuple[Tensor, ...]
+) -> TokenLossOutput:
+    """`linear_token_loss`, with gradients computed here and only scaled in backward."""
+    inputs = problem.inputs
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    with torch.no_grad(), computing_on(problem.hidden.device):
+        head, tokens = head_of(problem), tokens_of(problem)
+        tokens, num_active = _active_first(problem, tokens)
+        num_active = num_active if any(needs) else 0
+        gradients = GradientPass(problem, head, needs, num_active)
+        loss = torch.zeros((), dtype=head.dtype, device=problem.hidden.device)
+        metrics: dict[str, Tensor] = {}
+        parts: list[RowStats] = []
+        num_tokens, rooms = len(tokens.targets), gradients.rooms(num_active)
+        kept = sum(room.tokens for room in rooms)
+        size = forward_chunk_size(problem) if head.fused else gradients.size
+        scoring_size = scoring_chunk_size(problem)
+        used = gradients.first_used(kept, num_active, size)
+        space = head.space(min(size, num_active - used))
+        scored = max(used - kept, num_tokens - num_active)
+        scores = head.scoring_space(min(scoring_size, scored), gradients.scratch)
+        gradients.space = scores if gradients.scratch else None
+        waiting = iter(rooms)
+        runs = [(room.tokens, room.tokens) for room in rooms]
+        runs += (used - kept, scoring_size), (num_active - used, size)
+        runs += [(num_tokens - num_active, scoring_size)]
+        for index in slices_of_runs(runs):
+            chunk = tokens.at(index)
+            wants_grad = index.start < num_active
+            if index.stop <= kept:
+                products = next(waiting)
+                stats = head.forward_into(products, chunk, scores)
+            elif used <= index.start < num_active:
+                products, stats = head.forward(chunk, space)
+            else:
+                products, stats = None, head.score(chunk, scores)
+            columns = [take(tensor, chunk.positions) for tensor in token_tensors]
+            chunk_loss, chunk_metrics, coefs = _evaluate(loss_fn, stats, columns, wants_grad)
+            loss += chunk_loss
+            for name, value in chunk_metrics.items():
+                metrics[name] = metrics[name] + value if name in metrics else value
+            if wants_grad:
+                gradients.add(chunk, products, stats, coefs)
+            elif space is None:  # on a GPU, where the allocator would keep them beside these
+                gradients.forget_logits()
+            parts.append(stats)
+            del products  # or the next chunk's would stand beside them
+        del space, scores
+        if any(needs):
+            gradients.finish()
+            if problem.row_sampling is not None:
+                rows = torch.full_like(loss, gradients.rows)  # new_tensor would wait for a GPU
+                metrics["row_sampling/rows"] = rows
+                metrics["row_sampling/variance"] = gradients.variance
+        first, entropy, _, second = outputs(problem, tokens, join_stats(parts, head, tokens))
+    if any(needs):
+        loss = _AttachGradients.apply(loss, gradients.total, *inputs)
+    return TokenLossOutput(
+        loss,  # type: ignore[arg-type]
+        metrics,
+        first,  # type: ignore[arg-type]
+        entropy,  # type: ignore[arg-type]
+        second,
+        problem.backend,
+        problem.row_kernels,
+        gradients.rows,
+    )
+
+
+class _AttachGradients(torch.autograd.Function):
+    """The loss, with gradients that are already known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, total: Gradients, *inputs: Tensor | None) -> Tensor:
+        ctx.total = total
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.total is None:
+            raise RuntimeError(
+                "linear_token_loss: backward ran a second time, but its gradients were scaled in "
+                "place by the first; call linear_token_loss again, or add losses before backward"
+            )
+        total, ctx.total = ctx.total, None
+        if total.in_place:
+            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+                grad == 1,
+                "linear_token_loss: weight_grad already holds the gradient of the loss itself, but "
+                "backward came with a factor; put the factor inside token_loss",
+            )
+        return None, None, *total.results(grad)
+
+
+def _evaluate(
+    loss_fn: TokenLoss, stats: RowStats, slices: list[Tensor], wants_grad: bool
+) -> tuple[Tensor, dict[str, Tensor], RowCoefs]:
+    """Run the token loss on a chunk and differentiate it by what the rows gave it."""
+    values = stats.logprob, stats.entropy, stats.second_logprob
+    if not wants_grad:
+        loss, metrics = sum_losses(loss_fn(*values, *slices))
+        return loss, metrics, _NOTHING
+    leaves = [None if x is None else x.detach().requires_grad_() for x in values]
+    with torch.enable_grad():
+        loss, metrics = sum_losses(loss_fn(*leaves, *slices))
+    used = [leaf for leaf in leaves if leaf is not None]
+    found: list[Tensor | None] = [None, None, None]
+    if loss.requires_grad:
+        found[: len(used)] = torch.autograd.grad(loss, used, allow_unused=True)
+    metrics = {name: value.detach() for name, value in metrics.items()}
+    return loss.detach(), metrics, RowCoefs(found[0], found[1], None, found[2])
+
+
+def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
+    """Tokens in the order active, others, and the number of active ones."""
+    if problem.active is None:
+        return tokens, len(tokens.targets)
+    others = torch.ones(len(problem.targets), dtype=torch.bool, device=tokens.targets.device)
+    others.index_fill_(0, problem.active, False)  # others[active] = False would wait for a GPU
+    num_active = len(problem.active)
+    if isinstance(tokens.positions, Tensor):  # some are ignored, and finding them has waited
+        others = others[tokens.positions]
+        num_active = int((~others).sum())
+    return tokens.at(others.to(torch.uint8).argsort(stable=True)), num_active

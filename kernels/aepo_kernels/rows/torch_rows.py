@@ -1,0 +1,178 @@
+"""Row operations on a chunk of logits, in torch; see `aepo_kernels.rows.interface`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from aepo_kernels.rows.interface import LogitMap, RowCoefs, RowStats
+
+# A log-weight that stands in for -inf: exp gives 0 as well, but 0 times it is 0 and not NaN.
+_FLOOR = -1e30
+# Elements of a scratch buffer. On the CPU it should stay near the cache, yet every operation
+# pays for waking up threads, dearly so on a busy machine.
+_CPU_BLOCK_ELEMENTS = 2**22
+_GPU_BLOCK_ELEMENTS = 2**26
+
+
+def row_stats(
+    products: Tensor,
+    targets: Tensor,
+    inv_temperature: float | Tensor,
+    second_inv_temperature: float | Tensor | None,
+    logit_map: LogitMap,
+    dtype: torch.dtype,
+    *,
+    squares: bool = False,
+) -> RowStats:
+    """Log-prob, entropy and normalisers of each row, computed in `dtype`; products stay as is."""
+    columns: list[list[Tensor | None]] = []
+    for rows, logits, work in _blocks(products, dtype, 2):
+        _to_logits(products[rows], logit_map, logits)
+        max_logit = logits.amax(1, keepdim=True)
+        centred = logits.sub_(max_logit)
+        target = _at_targets(centred, targets[rows])  # before the floor: may be -inf
+        centred.clamp_(min=_FLOOR)
+        second: list[Tensor | None] = [None, None]
+        if second_inv_temperature is not None:
+            inverse = _column(second_inv_temperature, rows)
+            log_sum = torch.mul(centred, inverse, out=work).exp_().sum(1).log_()
+            second = [(target * inverse).squeeze(1) - log_sum, log_sum]
+        inverse = _column(inv_temperature, rows)
+        tempered = _scale_(centred, inverse)
+        weights = torch.exp(tempered, out=work)
+        total = weights.sum(1)
+        log_sum = total.log()
+        sum_squares = weights.square().sum(1).div_(total.square()) if squares else None
+        # H = log_sum - E[tempered]
+        entropy = log_sum - weights.mul_(tempered).sum(1).div_(total)
+        logprob = (target * inverse).squeeze(1) - log_sum
+        columns.append([logprob, entropy, max_logit.squeeze(1), log_sum, *second, sum_squares])
+    joined = [
+        None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
+        for parts in zip(*columns, strict=True)
+    ]
+    return RowStats(*joined)  # type: ignore[arg-type]
+
+
+def row_grad(
+    products: Tensor,
+    targets: Tensor,
+    inv_temperature: float | Tensor,
+    second_inv_temperature: float | Tensor | None,
+    logit_map: LogitMap,
+    stats: RowStats,
+    coefs: RowCoefs,
+    *,
+    out: Tensor,
+    bias_grad: Tensor | None,
+) -> None:
+    """Write the loss's gradient by the products into `out` and add its column sums to `bias_grad`.
+
+    With p = softmax(z / T), lp_j = log p_j, entropy H and coefficients c of each row, by logits z:
+    dz_j = ((c_lp (1{j=y} - p_j) + c_lse p_j - c_H p_j (lp_j + H)) / T + c_2 (1{j=y} - q_j) / T2,
+    q being the distribution of the second temperature. out: [C, V], may be `products` itself.
+    """
+    dtype = stats.log_sum.dtype
+    count = 3 if coefs.entropy is not None or coefs.second_logprob is not None else 2
+    for rows, logits, *work in _blocks(products, dtype, count):
+        _to_logits(products[rows], logit_map, logits)
+        slope = None
+        if logit_map.softcap is not None:
+            slope = logits.div(logit_map.softcap).square_().neg_().add_(1)
+        block, coef = stats.select(rows), coefs.select(rows)
+        centred = logits.sub_(block.max_logit[:, None]).clamp_(min=_FLOOR)
+        second = None
+        if coef.second_logprob is not None:
+            assert second_inv_temperature is not None and block.second_log_sum is not None
+            inverse = _column(second_inv_temperature, rows)
+            by_target = coef.second_logprob[:, None] * inverse * logit_map.scale
+            second = torch.mul(centred, inverse, out=work[1]).exp_()
+            second.mul_(-by_target * block.second_log_sum.neg().exp()[:, None])
+            _add_at_targets(second, targets[rows], by_target)
+        inverse = _column(inv_temperature, rows)
+        grad = _first_grad(
+            _scale_(centred, inverse), work[0], targets[rows], block, coef, inverse, logit_map.scale
+        )
+        if second is not None:
+            grad.add_(second)
+        if slope is not None:
+            grad.mul_(slope)
+        if bias_grad is not None:
+            bias_grad.add_(grad.sum(0))
+        out[rows].copy_(grad)
+
+
+def _first_grad(
+    tempered: Tensor,
+    work: Tensor,
+    targets: Tensor,
+    stats: RowStats,
+    coef: RowCoefs,
+    inverse: float | Tensor,
+    scale: float,
+) -> Tensor:
+    # dz = exp(tempered) * (constant + slope * tempered), the row's factors gathered first.
+    zero = torch.zeros_like(stats.log_sum)
+    by_target = zero if coef.logprob is None else coef.logprob
+    constant = -by_target if coef.lse is None else coef.lse - by_target
+    factor = stats.log_sum.neg().exp()[:, None] * inverse * scale
+    weights = torch.exp(tempered, out=work)
+    if coef.entropy is None:
+        grad = weights.mul_(constant[:, None] * factor)
+    else:
+        constant = constant + coef.entropy * (stats.log_sum - stats.entropy)
+        tempered.mul_(-coef.entropy[:, None] * factor).add_(constant[:, None] * factor)
+        grad = weights.mul_(tempered)
+    target_grad = by_target[:, None] * inverse * scale
+    return _add_at_targets(grad, targets, target_grad.to(grad.dtype))
+
+
+# A target of -1 is another rank's: its row has no logit of the target, and no gradient through it.
+
+
+def _at_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    column, last = targets[:, None], logits.shape[1] - 1
+    # On a GPU nobody has looked at the targets.
+    bad = (column < -1) | (column > last)
+    return logits.gather(1, column.clamp(0, last)).masked_fill(bad, torch.nan)
+
+
+def _add_at_targets(grad: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+    column, last = targets[:, None], grad.shape[1] - 1
+    outside = (column < 0) | (column > last)
+    return grad.scatter_add_(1, column.clamp(0, last), values.masked_fill(outside, 0.0))
+
+
+def _blocks(
+    products: Tensor, dtype: torch.dtype, num_buffers: int
+) -> Iterator[tuple[slice, *tuple[Tensor, ...]]]:
+    """Slices of rows, each with scratch buffers [rows, V] in `dtype`; buffers are reused."""
+    num_rows, vocab = products.shape
+    on_cpu = products.device.type == "cpu"
+    size = max(1, (_CPU_BLOCK_ELEMENTS if on_cpu else _GPU_BLOCK_ELEMENTS) // vocab)
+    shape = (min(size, num_rows), vocab)
+    buffers = [torch.empty(shape, dtype=dtype, device=products.device) for _ in range(num_buffers)]
+    for start in range(0, num_rows, size):
+        rows = slice(start, min(start + size, num_rows))
+        yield rows, *(buffer[: rows.stop - start] for buffer in buffers)
+
+
+def _to_logits(products: Tensor, logit_map: LogitMap, out: Tensor) -> Tensor:
+    out.copy_(products)
+    if logit_map.bias is not None:
+        out.add_(logit_map.bias)
+    if logit_map.softcap is not None:
+        return out.mul_(logit_map.scale / logit_map.softcap).tanh_().mul_(logit_map.softcap)
+    return _scale_(out, logit_map.scale)
+
+
+def _scale_(values: Tensor, factor: float | Tensor) -> Tensor:
+    # A plain 1.0, the common case, saves a pass.
+    return values if isinstance(factor, float) and factor == 1.0 else values.mul_(factor)
+
+
+def _column(inverse: float | Tensor, rows: slice) -> float | Tensor:
+    return inverse[rows, None] if isinstance(inverse, Tensor) else inverse

@@ -1,0 +1,73 @@
+"""Rows left out at random: the mean over draws is the exact gradient, the variance is as said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aepo_kernels import RowSampling
+from tests.kernels.head.test_token_loss import grpo_like, make_columns, policy_gradient, run
+from tests.kernels.oracle import Case, make_case
+
+
+def flat_gradients(case: Case, *columns: torch.Tensor, **more: object) -> torch.Tensor:
+    leaves = case.fresh()
+    run(leaves, grpo_like, *columns, **more).loss.backward()
+    return torch.cat([x.grad.flatten() for x in leaves.tensors() if x.grad is not None])
+
+
+@pytest.mark.parametrize("option", ["plain", "all"])
+def test_the_mean_over_draws_is_the_exact_gradient(option: str) -> None:
+    case = make_case(30, 8, 40, option=option)
+    columns = make_columns(case)
+    exact = flat_gradients(case, *columns).double()
+    rng = torch.Generator().manual_seed(0)
+    draws = torch.stack(
+        [
+            flat_gradients(case, *columns, row_sampling=RowSampling(0.02, rng)).double()
+            for _ in range(2000)
+        ]
+    )
+    spread = draws.std(0) / len(draws) ** 0.5
+    assert (spread > 0).any()
+    distance = (draws.mean(0) - exact).abs()
+    # Of some 600 numbers, none should be 6 standard errors away.
+    assert (distance <= 6 * spread + 1e-6).all()
+
+
+def test_the_reported_variance_is_that_of_the_logits_gradient() -> None:
+    # With the identity as weight, hidden states are logits and their gradient is that of logits.
+    num_tokens, vocab = 24, 16
+    hidden = 2 * torch.randn(num_tokens, vocab, generator=torch.Generator().manual_seed(3))
+    case = Case(hidden, torch.eye(vocab), torch.arange(num_tokens) % vocab)
+    columns = make_columns(case)
+
+    rng = torch.Generator().manual_seed(1)
+    reported, draws, rows = [], [], []
+    for _ in range(3000):
+        leaves = case.fresh()
+        output = run(leaves, grpo_like, *columns, row_sampling=RowSampling(0.03, rng))
+        output.loss.backward()
+        assert leaves.hidden.grad is not None
+        draws.append(leaves.hidden.grad.double())
+        reported.append(output.metrics["row_sampling/variance"].item())
+        rows.append(output.active_rows)
+        assert output.metrics["row_sampling/rows"] == output.active_rows
+    measured = torch.stack(draws).var(0).sum().item()
+    assert 0 < sum(rows) / len(rows) < num_tokens
+    assert sum(reported) / len(reported) == pytest.approx(measured, rel=0.1)
+
+
+def test_a_small_threshold_keeps_every_row_that_matters() -> None:
+    case = make_case(30, 8, 40)
+    columns = make_columns(case)
+    exact = flat_gradients(case, *columns)
+    sampled = flat_gradients(case, *columns, row_sampling=RowSampling(1e-12))
+    torch.testing.assert_close(sampled, exact)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_thresholds_raise(threshold: float) -> None:
+    leaves = make_case(5, 8, 30).fresh()
+    with pytest.raises(ValueError, match=r"row_sampling.threshold = .*must be positive"):
+        run(leaves, policy_gradient, torch.randn(5), row_sampling=RowSampling(threshold))

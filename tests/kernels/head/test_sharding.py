@@ -1,0 +1,153 @@
+"""A vocabulary over several ranks (gloo on the CPU) against float64 autograd of the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from aepo_kernels import VocabShard, backends, linear_logprob
+from tests.kernels.head.test_lora import SCALE, factors, merged
+from tests.kernels.head.test_token_loss import by_autograd, grpo_like, make_columns, run
+from tests.kernels.oracle import (
+    Case,
+    assert_as_accurate,
+    make_case,
+    materialised,
+    output_weights,
+    weighted_gradients,
+)
+
+# First ids of the ranks, and the end: as uneven as a padded last rank makes them.
+BOUNDS = {2: (0, 700, 1000), 3: (0, 400, 800, 1000)}
+
+
+def shard_of(case: Case, bounds: tuple[int, ...], rank: int) -> tuple[Case, VocabShard]:
+    rows = slice(bounds[rank], bounds[rank + 1])
+    bias = None if case.bias is None else case.bias[rows]
+    part = Case(case.hidden, case.weight[rows], case.targets, bias, case.options)
+    return part.fresh(), VocabShard(start=bounds[rank], vocab=bounds[-1])
+
+
+def work(rank: int, world_size: int, folder: str, row_kernels: str) -> None:
+    """One rank: everything it computes goes into a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    if row_kernels == "triton":
+        from aepo_kernels.gpu import rows as triton_rows
+
+        backends.row_operations = lambda products: triton_rows
+    results: dict[str, Any] = {}
+    for option in OPTIONS:
+        case = make_case(60, 32, 1000, option=option)
+        part, shard = shard_of(case, BOUNDS[world_size], rank)
+        output = linear_logprob(
+            part.hidden, part.weight, part.targets, **part.keywords(), shard=shard, chunk_tokens=25
+        )
+        grads = weighted_gradients(part, output[:4], output_weights(60))
+        results[f"logprob {option}"] = [x if x is None else x.detach() for x in output[:4]], grads
+        part, shard = shard_of(case, BOUNDS[world_size], rank)
+        output = run(part, grpo_like, *make_columns(case), shard=shard, chunk_tokens=25)
+        output.loss.backward()
+        results[f"loss {option}"] = output.loss.detach(), [x.grad for x in part.tensors()]
+        part, shard = shard_of(case, BOUNDS[world_size], rank)
+        output = run(part, grpo_like, *make_columns(case), shard=shard, weight_slice=150)
+        output.loss.backward()
+        results[f"slices {option}"] = output.loss.detach(), [x.grad for x in part.tensors()]
+    results["lora"] = with_lora(rank, world_size)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def with_lora(rank: int, world_size: int) -> list[torch.Tensor]:
+    case = make_case(60, 32, 1000)
+    lora_a, lora_b = factors(case, 4, torch.float32)
+    bounds = BOUNDS[world_size]
+    mine = lora_b.detach()[bounds[rank] : bounds[rank + 1]].clone().requires_grad_()
+    part, shard = shard_of(case, bounds, rank)
+    names = {"lora_a": lora_a, "lora_b": mine, "lora_scale": SCALE}
+    output = linear_logprob(part.hidden, part.weight, part.targets, shard=shard, **names)
+    output.logprob.sum().backward()
+    assert lora_a.grad is not None and mine.grad is not None
+    return [output.logprob.detach(), lora_a.grad, mine.grad]
+
+
+OPTIONS = ("plain", "token_second", "all", "shift_down")
+
+
+CASES = [(2, "default"), (3, "default"), (2, "triton")]
+
+
+@pytest.mark.parametrize(("world_size", "row_kernels"), CASES)
+def test_ranks_together_match_the_whole(world_size: int, row_kernels: str, tmp_path: Path) -> None:
+    if row_kernels == "triton":
+        pytest.importorskip("triton")
+    mp.spawn(work, (world_size, str(tmp_path), row_kernels), nprocs=world_size)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+    for option in OPTIONS:
+        case = make_case(60, 32, 1000, option=option)
+        check_logprob(case, [rank[f"logprob {option}"] for rank in ranks])
+        check_loss(case, [rank[f"loss {option}"] for rank in ranks])
+        check_loss(case, [rank[f"slices {option}"] for rank in ranks])
+    check_lora([rank["lora"] for rank in ranks])
+
+
+def check_logprob(case: Case, ranks: list) -> None:
+    exact, base = case.fresh(torch.float64), case.fresh()
+    truth, theirs = materialised(exact), materialised(base)
+    weights = output_weights(60)
+    for outputs, _ in ranks:
+        for ours, one, other in zip(outputs, theirs, truth, strict=True):
+            assert (ours is None) == (other is None)
+            if other is not None:
+                assert_as_accurate(ours, one, other, "output")
+    truth_grads = weighted_gradients(exact, truth, weights)
+    check_gradients(
+        [grads for _, grads in ranks], weighted_gradients(base, theirs, weights), truth_grads
+    )
+
+
+def check_loss(case: Case, ranks: list) -> None:
+    columns = make_columns(case)
+    loss, _, truth = by_autograd(case.fresh(torch.float64), grpo_like, *columns)
+    base_loss, _, base = by_autograd(case.fresh(), grpo_like, *columns)
+    for ours, _ in ranks:
+        assert_as_accurate(ours, base_loss, loss, "loss")
+    check_gradients([grads for _, grads in ranks], base, truth)
+
+
+def check_gradients(ranks: list, base: list, truth: list) -> None:
+    for grads in ranks:  # hidden's is whole on every rank
+        assert torch.equal(grads[0], ranks[0][0])
+    assert_as_accurate(ranks[0][0], base[0], truth[0], "gradient of hidden")
+    for index in range(1, len(truth)):
+        joined = torch.cat([grads[index] for grads in ranks])
+        assert_as_accurate(joined, base[index], truth[index], f"gradient {index}")
+
+
+def check_lora(ranks: list) -> None:
+    case = make_case(60, 32, 1000)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        low = factors(case, 4, dtype)
+        logprob = materialised(merged(case.fresh(dtype), *low))[0]
+        assert logprob is not None
+        results.append([logprob, *torch.autograd.grad(logprob.sum(), low)])
+    truth, base = results
+    for values in ranks:
+        assert_as_accurate(values[0], base[0], truth[0], "logprob")
+        assert torch.equal(values[1], ranks[0][1])
+    assert_as_accurate(ranks[0][1], base[1], truth[1], "lora_a")
+    assert_as_accurate(torch.cat([v[2] for v in ranks]), base[2], truth[2], "lora_b")
+
+
+def test_a_shard_without_a_process_group_raises() -> None:
+    case = make_case(5, 8, 30)
+    with pytest.raises(ValueError, match="not initialised; call torch.distributed"):
+        linear_logprob(case.hidden, case.weight, case.targets, shard=VocabShard(0, 60))
