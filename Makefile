@@ -30,8 +30,8 @@ test: $(STAMP)
 
 # vLLM with real weights, in a process of its own: installing it takes a minute or two.
 test-vllm: $(VLLM_STAMP)
-	$(BIN)/python -m pytest tests/aepo_fast/test_rollout_vllm.py \
-		tests/aepo_fast/test_rollout_vllm_shared.py $(ARGS)
+	$(BIN)/python -m pytest tests/aepo_fast/rollout/test_rollout_vllm.py \
+		tests/aepo_fast/rollout/test_rollout_vllm_shared.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

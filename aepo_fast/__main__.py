@@ -19,7 +19,7 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    from aepo_fast.cli import run
+    from aepo_fast.cli.app import run
 
     run()
 

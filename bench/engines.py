@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_folder(name: str) -> str:
     """The folder of a model by name, or of new random weights for random:NAME."""
-    from aepo_fast.models import resolve
+    from aepo_fast.model.load import resolve
 
     if name.startswith("random:"):
         return _random_weights(name.removeprefix("random:"))
@@ -69,7 +69,7 @@ def load_trained(arguments: argparse.Namespace) -> tuple[str, torch.nn.Module]:
 
 def load_engine(name: str, folder: str, model: Any, arguments: argparse.Namespace) -> Any:
     """A rollout engine with the model's weights."""
-    from aepo_fast.config import RolloutConfig
+    from aepo_fast.config.sections import RolloutConfig
     from aepo_fast.rollout.hf import HfRollout
 
     dtype = "bfloat16" if multiplies_bfloat16(model.device.type) else "float32"

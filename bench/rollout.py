@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from aepo_fast.rollout.base import Request
+from aepo_fast.samples import Request
 from bench.engines import add_arguments, load_engine, load_trained, spread, write
 
 

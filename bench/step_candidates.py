@@ -16,18 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aepo_fast.batch import MicroBatch, Row
-from aepo_fast.config import Config
-from aepo_fast.config_io import load_config
-from aepo_fast.metric_sums import MetricSum
-from aepo_fast.models import choose_device, head_of, load_model
-from aepo_fast.objective import Objective, build_objective
-from aepo_fast.optim import build_optimizer, guarded_step
-from aepo_fast.policy import Policy, token_index, token_offsets
-from aepo_fast.rollout.base import Completion
-from aepo_fast.setup import choose_backend, choose_dtypes
-from aepo_fast.token_objective import StepContext
-from aepo_fast.update import UpdateResult, update
+from aepo_fast.config.resolve import choose_backend, choose_device, choose_dtypes
+from aepo_fast.config.sections import Config
+from aepo_fast.config.toml import load_config
+from aepo_fast.method.metric_sums import MetricSum
+from aepo_fast.method.objective import Objective, build_objective
+from aepo_fast.method.token_objective import StepContext
+from aepo_fast.model.batch import MicroBatch
+from aepo_fast.model.load import head_of, load_model
+from aepo_fast.model.policy import Policy
+from aepo_fast.samples import Completion, Row, token_index, token_offsets
+from aepo_fast.training.optim import build_optimizer, guarded_step
+from aepo_fast.training.update import UpdateResult, update
 from bench.peers import materialised, trl
 from bench.step import OURS
 

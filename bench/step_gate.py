@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aepo_fast.metric_sums import MetricSum
-from aepo_fast.update import UpdateResult
+from aepo_fast.method.metric_sums import MetricSum
+from aepo_fast.training.update import UpdateResult
 from bench.step_candidates import Candidate, Problem, reference_step
 from bench.timing import describe_error, release
 

@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aepo_fast.config import (
-    AepoConfig,
+from aepo_fast.config.method import AepoConfig, LossConfig
+from aepo_fast.config.sections import (
     CheckpointConfig,
     Config,
     DataConfig,
     EvalConfig,
     LoggingConfig,
-    LossConfig,
     ModelConfig,
     RewardConfig,
     RolloutConfig,

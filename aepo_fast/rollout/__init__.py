@@ -1,0 +1,1 @@
+"""Sampling completions with Transformers or vLLM, and keeping the engine's weights the policy's."""

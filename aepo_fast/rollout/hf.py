@@ -17,11 +17,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from aepo_fast.attention import decodes_in_place
-from aepo_fast.models import takes_positions
-from aepo_fast.rollout.base import BrokenWeightsError, Completion, Request
+from aepo_fast.model.attention import decodes_in_place
+from aepo_fast.model.load import takes_positions
 from aepo_fast.rollout.cache import make_room
-from aepo_fast.rollout.packed import can_pack, packed_linears
+from aepo_fast.rollout.engine import BrokenWeightsError
+from aepo_fast.rollout.packed_linear import can_pack, packed_linears
+from aepo_fast.samples import Completion, Request
 from aepo_kernels import cpu
 
 # Dropping rows copies the key-value cache, so wait until enough rows have finished.

@@ -17,9 +17,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from aepo_fast.config import Config, ConfigError
-from aepo_fast.models import choose_device, load_model, recurrent_layers
-from aepo_fast.rollout.base import RolloutEngine
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.resolve import choose_device
+from aepo_fast.config.sections import Config
+from aepo_fast.model.load import load_model, recurrent_layers
+from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.hf import HfRollout
 
 VLLM_TESTED = SpecifierSet(">=0.26,!=0.27.*,<0.30")

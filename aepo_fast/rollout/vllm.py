@@ -36,9 +36,11 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from aepo_fast.config import ConfigError, RolloutConfig
-from aepo_fast.rollout import sharing
-from aepo_fast.rollout.base import Completion, Request, RolloutError
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import RolloutConfig
+from aepo_fast.rollout import weight_sharing
+from aepo_fast.rollout.engine import RolloutError
+from aepo_fast.samples import Completion, Request
 
 _BACKEND = "aepo_fast"
 
@@ -68,7 +70,7 @@ class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
 
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
-    copies: list[sharing.Placement] | None = None  # None: load anew
+    copies: list[weight_sharing.Placement] | None = None  # None: load anew
 
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
         """Find out which of the ways it is; shares what can be shared where `share` says so."""
@@ -76,11 +78,11 @@ class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         if any(parameter.numel() == 0 for parameter in self.model.parameters()):
             return  # packed for a CPU, where loading without a reload raises
         model: Any = self.model
-        places = sharing.find_placements(model.load_weights, init_info.weights)
+        places = weight_sharing.find_placements(model.load_weights, init_info.weights)
         if places is None:
             return
         if init_info.share:
-            self.copies = sharing.share(init_info.weights, places)
+            self.copies = weight_sharing.share(init_info.weights, places)
         else:
             self.copies = [place for found in places.values() for place in found]
 
@@ -96,7 +98,7 @@ class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             size = self.model_config.dtype.itemsize
             update_info.report["bytes"] = sum(size * w.numel() for _, w in update_info.weights)
         else:
-            sharing.copy(self.copies)
+            weight_sharing.copy(self.copies)
             update_info.report["bytes"] = sum(place.num_bytes for place in self.copies)
 
     def finish_weight_update(self) -> None:

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aepo_fast.config import Config
-from aepo_fast.config_io import load_config
-from aepo_fast.metrics import read_lines
-from aepo_fast.run import train
+from aepo_fast.config.sections import Config
+from aepo_fast.config.toml import load_config
+from aepo_fast.report.logger import read_lines
+from aepo_fast.training.run import train
 from bench.entropy.evaluation import evaluate_run, trained_model
 from bench.entropy.measures import held_within, late_mean
 from bench.entropy.settings import BASE, SIZES

@@ -9,15 +9,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from aepo_fast.checkpoint import complete_checkpoints
-from aepo_fast.config import Config
-from aepo_fast.data import Prompt, load_prompts
-from aepo_fast.evaluate import evaluate
-from aepo_fast.models import load_tokenizer, resolve
-from aepo_fast.rewards import Reward, build_reward
-from aepo_fast.rollout.base import Completion, Request
+from aepo_fast.config.resolve import choose_dtypes
+from aepo_fast.config.sections import Config
+from aepo_fast.data.prompts import load_prompts
+from aepo_fast.model.load import load_tokenizer, resolve
+from aepo_fast.rewards.reward import Reward, build_reward
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
-from aepo_fast.setup import choose_dtypes
+from aepo_fast.samples import Completion, Prompt, Request
+from aepo_fast.training.checkpoint import complete_checkpoints
+from aepo_fast.training.evaluate import evaluate
 
 DISTINCT_DRAWS = 256
 # Apart from eval.seed: no sample is one that the run itself was judged by.

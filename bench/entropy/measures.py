@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from aepo_fast.moving_mean import MovingMean
+from aepo_fast.report.moving_mean import MovingMean
 
 Part = dict[str, Any]  # a finished run's record
 

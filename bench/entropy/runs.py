@@ -20,7 +20,7 @@ from bench.environment import ROOT, device_name
 
 # What a run's outcome depends on besides its settings. Docs and benchmarks change without it.
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-METHOD_FILES = ("aepo_fast/*.py", "aepo_fast/rollout/*.py", "kernels/aepo_kernels/**/*.py")
+METHOD_FILES = ("aepo_fast/**/*.py", "kernels/aepo_kernels/**/*.py")
 
 
 def method_hash(root: Path = ROOT) -> str:

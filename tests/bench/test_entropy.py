@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from aepo_fast.config_io import load_config
-from aepo_fast.evaluate import pass_at_k
+from aepo_fast.config.toml import load_config
+from aepo_fast.training.evaluate import pass_at_k
 from bench import entropy
 from bench.entropy import measures, report, runs, small_model, small_tasks
 from bench.entropy.child import training_record

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from aepo_fast.config import ConfigError, RolloutConfig
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import RolloutConfig
 from bench.entropy.evaluation import evaluate_run
-from tests.aepo_fast import fake_vllm
+from tests.aepo_fast.rollout import fake_vllm
 from tests.tiny_run import tiny_config
 
 

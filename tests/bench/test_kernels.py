@@ -11,8 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from aepo_fast import cli
-from aepo_fast.bench_command import run_bench
+from aepo_fast.cli import app
+from aepo_fast.cli.bench import run_bench
 from aepo_kernels import backends
 from bench import kernel_gate as gate
 from bench import kernels, tables
@@ -351,14 +351,14 @@ def test_every_peer_says_why_it_cannot_run() -> None:
 def test_bench_without_the_repository_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("aepo_fast.bench_command.ROOT", tmp_path)
+    monkeypatch.setattr("aepo_fast.cli.bench.ROOT", tmp_path)
     assert run_bench(["kernels"]) == 2
     assert "source repository" in capsys.readouterr().err
 
 
 def test_the_command_line_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr("aepo_fast.bench_command.run_bench", lambda given: seen.append(given) or 3)
+    monkeypatch.setattr("aepo_fast.cli.bench.run_bench", lambda given: seen.append(given) or 3)
     given = ["kernels", "--quick", "--only", "ours", "--help"]
-    assert CliRunner().invoke(cli.app, ["bench", *given]).exit_code == 3
+    assert CliRunner().invoke(app.app, ["bench", *given]).exit_code == 3
     assert seen == [given]

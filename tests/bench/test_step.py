@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from aepo_fast.batch import MicroBatch
-from aepo_fast.policy import Policy
+from aepo_fast.model.batch import MicroBatch
+from aepo_fast.model.policy import Policy
 from bench import environment, step_candidates, step_gate, tables
 from bench.__main__ import main
 from bench.engines import model_folder

@@ -12,17 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from aepo_fast.advantages import group_advantages
-from aepo_fast.batch import Row
-from aepo_fast.config import AepoConfig, Config, LossConfig, TrainerConfig
-from aepo_fast.config_method import Controller
-from aepo_fast.controllers import make_controller
-from aepo_fast.entropy_control import Measurement, aepo_draws
-from aepo_fast.objective import build_objective
-from aepo_fast.optim import build_optimizer, guarded_step
-from aepo_fast.policy import token_mean
-from aepo_fast.rollout.base import Completion
-from aepo_fast.token_objective import StepContext, taking_slices
+from aepo_fast.config.method import AepoConfig, Controller, LossConfig
+from aepo_fast.config.sections import Config, TrainerConfig
+from aepo_fast.method.controllers import make_controller
+from aepo_fast.method.credit import group_advantages
+from aepo_fast.method.entropy_control import Measurement, aepo_draws
+from aepo_fast.method.objective import build_objective
+from aepo_fast.method.token_objective import StepContext, taking_slices
+from aepo_fast.samples import Completion, Row, token_mean
+from aepo_fast.training.optim import build_optimizer, guarded_step
 from aepo_kernels import linear_token_loss
 from tests.tiny_run import tiny_config
 

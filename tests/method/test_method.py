@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aepo_fast.aepo_terms import one_pass_token_loss, resample_token_loss, temperature_ratio
-from aepo_fast.config import AepoConfig, TrainerConfig
-from aepo_fast.config_method import CONTROLLER_DEFAULTS, Controller
-from aepo_fast.controllers import make_controller
-from aepo_fast.entropy_control import Measurement
-from aepo_fast.minibatch import plan_minibatches
-from aepo_fast.run import train
+from aepo_fast.config.method import CONTROLLER_DEFAULTS, AepoConfig, Controller
+from aepo_fast.config.sections import TrainerConfig
+from aepo_fast.method.aepo_terms import one_pass_token_loss, resample_token_loss, temperature_ratio
+from aepo_fast.method.controllers import make_controller
+from aepo_fast.method.credit import plan_minibatches
+from aepo_fast.method.entropy_control import Measurement
+from aepo_fast.training.run import train
 from aepo_kernels import linear_token_loss
 from tests.tiny_run import tiny_config
 

@@ -1,0 +1,1 @@
+"""What a user types: train, eval, plot, configs, doctor and bench."""

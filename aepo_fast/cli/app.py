@@ -1,0 +1,125 @@
+"""The command line: train, eval, plot, configs, doctor, bench."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aepo_fast.config.errors import ConfigError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
+)
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."),
+]
+
+
+def run() -> None:
+    """Run the command line; what a user can fix is one message and exit code 2 or 1."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        from aepo_fast.rewards.reward import RewardError
+        from aepo_fast.rollout.canary import StaleWeightsError
+        from aepo_fast.rollout.engine import RolloutError
+        from aepo_fast.training.checkpoint import CheckpointError
+        from aepo_fast.training.trainer import TrainingError
+
+        expected = (CheckpointError, RewardError, RolloutError, StaleWeightsError, TrainingError)
+        if not isinstance(error, expected):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A TOML file or the name of a shipped config.")],
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last step.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an older run.")] = False,
+) -> None:
+    """Train a model with AEPO or one of its rivals."""
+    from aepo_fast.config.toml import load_config
+
+    cfg = load_config(config, set_ or [])
+    from aepo_fast.training.run import train as train_run
+
+    raise SystemExit(train_run(cfg, resume=resume, overwrite=overwrite))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, a model folder, a hub id or package:NAME.")],
+    config: Annotated[
+        str | None, typer.Option(help="Config to evaluate under; a run has its own.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Data instead: a reasoning-gym task, a file or a hub id.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 4,
+    prompts: Annotated[int, typer.Option(min=1, help="How many, at most.")] = 64,
+    set_: Overrides = None,
+) -> None:
+    """Sample held-out prompts at temperature 1: avg@k, unbiased pass@k, 95% interval.
+
+    rollout.backend of the configuration samples; --set changes it.
+    """
+    from aepo_fast.cli.evaluate import evaluate_model
+
+    print(
+        evaluate_model(
+            model, config=config, task=task, samples=samples, prompts=prompts, overrides=set_ or []
+        )
+    )
+
+
+@app.command()
+def plot(run: Annotated[Path, typer.Argument(help="The output_dir of a run.")]) -> None:
+    """Draw a run's reward, entropy, temperature and lengths to plot.png."""
+    from aepo_fast.report.plot import plot_run
+
+    print(plot_run(run))
+
+
+@app.command()
+def configs(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
+    """List the shipped configs, or print one."""
+    from aepo_fast.config.toml import config_path, shipped_configs
+
+    if name is not None:
+        print(config_path(name).read_text(encoding="utf-8"), end="")
+        return
+    for shipped, path in shipped_configs().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        print(f"{shipped:24} {first}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers: versions, devices, kernel backends, optional packages."""
+    from aepo_fast.cli.doctor import report
+
+    print(report())
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def bench(context: typer.Context) -> None:
+    """Run a benchmark of the source repository: `bench kernels --quick`, `bench --help`."""
+    from aepo_fast.cli.bench import run_bench
+
+    raise SystemExit(run_bench(context.args))

@@ -1,0 +1,72 @@
+"""`aepo-fast doctor`: what this machine offers and why the rest does not work."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import get_args
+
+import torch
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.resolve import choose_device
+from aepo_fast.config.sections import Attention, ModelConfig
+from aepo_fast.model.load import choose_attention
+from aepo_fast.model.packages import PACKAGES, PREFIX, cache_root, converted_folder
+from aepo_fast.rollout.load import vllm_version
+from aepo_kernels import __version__, backend_status, multiplies_bfloat16, row_kernels
+
+_ATTENTION: tuple[Attention, ...] = get_args(Attention)
+_REQUIRED = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")
+_OPTIONAL = ("triton", "flash-attn", "liger-kernel", "vllm", "tensorboard")
+
+
+def report() -> str:
+    """The whole report as text."""
+    lines = [f"aepo-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines += ["", "devices"]
+    lines += [
+        f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+            lines.append(f"  cuda:{index}: {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
+    else:
+        lines.append("  cuda: torch sees no device")
+    lines += ["", "kernel backends"]
+    for name, reason in backend_status().items():
+        lines.append(f"  {name}: {'works' if reason is None else reason}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines.append(f"  rows of chunked: {row_kernels(device)}")
+    fast = multiplies_bfloat16(device)
+    lines.append(f"  bfloat16 GEMMs: {'works' if fast else 'as float32, for want of instructions'}")
+    lines += ["", "attention"]
+    lines += [f"  {name}: {_attention_status(name)}" for name in _ATTENTION]
+    lines += ["", "packages"]
+    lines += [f"  {name}: {_version(name) or 'not installed'}" for name in _REQUIRED]
+    lines += [f"  {name}: {_version(name) or 'not installed (optional)'}" for name in _OPTIONAL]
+    lines += ["", f"models from packages, converted in {cache_root()}"]
+    for name in PACKAGES:
+        ready = (converted_folder(PREFIX + name) / "config.json").is_file()
+        lines.append(f"  {PREFIX}{name}: {'ready' if ready else 'fetched when first used'}")
+    return "\n".join(lines)
+
+
+def _attention_status(name: Attention) -> str:
+    device = choose_device("auto")
+    cfg = ModelConfig(path="any", attention=name, compute_dtype="bfloat16")
+    try:
+        chosen = choose_attention(cfg, device, "llama")
+    except ConfigError as error:
+        return error.reason
+    return f"is {chosen} here" if name == "auto" else "works"
+
+
+def _version(name: str) -> str | None:
+    if name == "vllm":  # whose CPU build has another name
+        return vllm_version() or None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,107 @@
+"""`aepo-fast eval`: evaluate a run's last checkpoint or any model on held-out prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from reasoning_gym.factory import DATASETS
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.resolve import choose_dtypes
+from aepo_fast.config.sections import Config, DataConfig, EvalConfig, ModelConfig, SourceConfig
+from aepo_fast.config.toml import load_config, with_overrides
+from aepo_fast.data.prompts import load_prompts
+from aepo_fast.model.load import load_tokenizer, resolve
+from aepo_fast.rewards.reward import build_reward
+from aepo_fast.rollout.load import check_rollout_backend, load_engine
+from aepo_fast.training.checkpoint import complete_checkpoints
+from aepo_fast.training.evaluate import EvalResult, evaluate
+
+
+def evaluate_model(
+    model: str,
+    *,
+    config: str | None,
+    task: str | None,
+    samples: int,
+    prompts: int,
+    overrides: Sequence[str],
+) -> EvalResult:
+    """Evaluate `model`, a run's folder or anything `model.path` may be.
+
+    A run brings its configuration with it; otherwise `config` names one, or `task` the data alone.
+    `overrides` change it. The engine is that of its rollout section; vLLM alone then loads the
+    model. The prompts are the held-out ones; a source given as `task` is held out whole.
+
+    Raises ConfigError, where it can before a model loads, and RewardError and RolloutError as
+    `evaluate` does.
+    """
+    cfg, path = _configuration(model, config, task, overrides)
+    cfg = choose_dtypes(cfg)
+    check_rollout_backend(cfg)
+    folder = resolve(path)
+    tokenizer = load_tokenizer(folder)
+    reward = build_reward(cfg.reward, cfg.data)
+    found = load_prompts(
+        cfg.data,
+        tokenizer,
+        max_prompt_tokens=cfg.rollout.max_prompt_tokens,
+        required_columns=reward.required_columns,
+    )
+    chosen = (found.train if task else found.heldout)[:prompts]
+    if not chosen:
+        reason = "holds out no prompt to evaluate on"
+        raise ConfigError("data.holdout_fraction", cfg.data.holdout_fraction, reason, "Raise it")
+    with closing(load_engine(cfg, folder, tokenizer)) as engine:
+        return evaluate(
+            engine,
+            reward,
+            chosen,
+            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            samples=samples,
+            max_new_tokens=cfg.rollout.max_new_tokens,
+            seed=cfg.eval.seed,
+            overlap=cfg.reward.overlap,
+        )
+
+
+def _configuration(
+    model: str, config: str | None, task: str | None, overrides: Sequence[str]
+) -> tuple[Config, str]:
+    """The configuration to evaluate under, and the path of the weights."""
+    run = Path(model)
+    path = model
+    if (run / "checkpoints").is_dir():
+        found = complete_checkpoints(run / "checkpoints")
+        if not found:
+            reason = "has no complete checkpoint"
+            raise ConfigError("MODEL", model, reason, "Train it first, or name a model")
+        path = str(found[-1])
+        config = config or str(run / "config.toml")
+    if config is not None:
+        cfg = load_config(config, overrides)
+    elif task is not None:
+        model_section = ModelConfig(path=path)
+        plain = Config(model=model_section, data=DataConfig(sources=(_source(task),)))
+        cfg = with_overrides(plain, overrides)
+    else:
+        reason = "is no run, so it is not known what to evaluate on"
+        raise ConfigError("MODEL", model, reason, "Add --config NAME or --task NAME")
+    if task is not None:
+        source = _source(task)
+        # What has nothing to do here goes: a seed draws a task's questions and holds none out, and
+        # a run's evaluations are of what it holds out.
+        seed = cfg.data.seed if source.kind == "reasoning_gym" else DataConfig.seed
+        data = dataclasses.replace(cfg.data, sources=(source,), holdout_fraction=0.0, seed=seed)
+        cfg = dataclasses.replace(cfg, data=data, eval=EvalConfig(seed=cfg.eval.seed))
+    return cfg, path
+
+
+def _source(task: str) -> SourceConfig:
+    if task in DATASETS:
+        return SourceConfig("reasoning_gym", task)
+    is_file = Path(task).suffix in (".json", ".jsonl", ".parquet")
+    return SourceConfig("file" if is_file else "hub", task)

@@ -1,0 +1,295 @@
+"""The settings of the method itself: the policy loss with its rivals' options, and AEPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from aepo_fast.config.conditions import (
+    Needs,
+    above_zero,
+    one_of,
+    refuse_what_does_nothing,
+    setting,
+    settle_defaults,
+)
+from aepo_fast.config.errors import require, require_not_negative, require_positive
+
+PolicyLoss = Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo"]
+Advantage = Literal["group_norm", "group_mean"]
+Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
+EntropyMethod = Literal[
+    "none",
+    "bonus",
+    "adaptive_bonus",
+    "entropy_advantage",
+    "top_entropy",
+    "clip_cov",
+    "kl_cov",
+    "entropic",
+    "repo_r",
+    "era",
+    "ucpo",
+    "ds_grpo",
+]
+# Those that leave the tokens of a row alike, as gspo needs it.
+SEQUENCE_ENTROPY_METHODS = ("none", "bonus", "adaptive_bonus", "ucpo", "ds_grpo")
+
+Controller = Literal["observer", "pi", "published", "switch"]
+Form = Literal["split", "rescue", "expected", "one_pass", "dcpo", "resample"]
+Correction = Literal["off", "token_truncate", "sequence_mask", "icepop"]
+
+# What each policy loss uses unless the run says otherwise:
+# advantage, aggregation, clip_low, clip_high.
+POLICY_DEFAULTS: dict[str, tuple[Advantage, Aggregation, float, float]] = {
+    "grpo": ("group_norm", "sequence_mean", 0.2, 0.2),
+    "dr_grpo": ("group_mean", "constant_length", 0.2, 0.2),
+    "dapo": ("group_norm", "token_mean", 0.2, 0.28),
+    "cispo": ("group_norm", "token_mean", 0.2, 0.28),
+    "gspo": ("group_norm", "sequence_mean", 3e-4, 4e-4),
+}
+# What each controller uses unless the run says otherwise. Those of published are the paper's (v7).
+CONTROLLER_DEFAULTS: dict[Controller, dict[str, Any]] = {
+    "observer": {
+        "form": "expected",
+        "alpha": 1.0,
+        "temperature_min": 0.9,
+        "temperature_max": 2.0,
+    },
+    "pi": {
+        "form": "expected",
+        "alpha": 1.0,
+        "gain": 1.0,
+        "integral_gain": 0.05,
+        "temperature_min": 1.0,
+        "temperature_max": 2.0,
+    },
+    "published": {
+        "form": "resample",
+        "alpha": 1 / 64,
+        "gain": 1.0,
+        "temperature_min": 0.8,
+        "temperature_max": 1.2,
+    },
+    "switch": {
+        "form": "resample",
+        "alpha": 1 / 64,
+        "temperature_min": 0.8,
+        "temperature_max": 1.2,
+    },
+}
+# correction_low, correction_high, unless the run says otherwise.
+CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
+    "off": (0.0, 1.0),
+    "token_truncate": (0.0, 2.0),
+    "sequence_mask": (0.0, 3.0),
+    "icepop": (0.5, 5.0),
+}
+
+_method = partial(one_of, "entropy_method")
+
+
+def _by_policy(index: int) -> Any:
+    return setting(None, chosen=lambda loss: POLICY_DEFAULTS[loss.policy][index])
+
+
+def _by_correction(index: int, *corrections: Correction) -> Any:
+    def chosen(loss: LossConfig) -> float | None:  # nothing until the correction is decided
+        return loss.correction and CORRECTION_DEFAULTS[loss.correction][index]
+
+    return setting(None, needs=one_of("correction", *corrections), chosen=chosen)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The policy loss; None means the default of `policy` (POLICY_DEFAULTS)."""
+
+    policy: PolicyLoss = "grpo"
+    advantage: Advantage | None = _by_policy(0)
+    aggregation: Aggregation | None = _by_policy(1)
+    clip_low: float | None = _by_policy(2)
+    clip_high: float | None = _by_policy(3)
+    # 0 is off
+    dual_clip: float = setting(3.0, needs=one_of("policy", "grpo", "dr_grpo", "dapo"))
+    kl_coef: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", needs=above_zero("kl_coef"))
+    entropy_method: EntropyMethod = "none"
+    # The bonus's coefficient, of adaptive_bonus the starting value.
+    entropy_coef: float = setting(1e-3, needs=_method("bonus", "adaptive_bonus"))
+    # H0, nats
+    adaptive_target: float = setting(0.2, needs=_method("adaptive_bonus", "entropic", "repo_r"))
+    # Change of the coefficient a step.
+    adaptive_delta: float = setting(1e-4, needs=_method("adaptive_bonus"))
+    advantage_entropy_coef: float = setting(0.4, needs=_method("entropy_advantage"))
+    advantage_entropy_kappa: float = setting(2.0, needs=_method("entropy_advantage"))
+    top_entropy_fraction: float = setting(0.2, needs=_method("top_entropy"))
+    cov_fraction: float = setting(2e-4, needs=_method("clip_cov", "kl_cov"))
+    # The covariance range from which clip_cov draws.
+    clip_cov_low: float = setting(1.0, needs=_method("clip_cov"))
+    clip_cov_high: float = setting(5.0, needs=_method("clip_cov"))
+    kl_cov_coef: float = setting(1.0, needs=_method("kl_cov"))
+    # Rivals of entropy_rivals.py, with the defaults of their papers; ds_grpo_gamma is ours.
+    entropic_kp: float = setting(1.0, needs=_method("entropic"))  # per nat
+    entropic_ki: float = setting(0.01, needs=_method("entropic"))  # per nat and step
+    # Tokens likelier than this are acted on.
+    entropic_min_prob: float = setting(0.95, needs=_method("entropic"))
+    repo_r_zeta: float = setting(1e-3, needs=_method("repo_r"))  # starting value
+    repo_r_zeta_min: float = setting(1e-4, needs=_method("repo_r"))
+    repo_r_zeta_max: float = setting(0.05, needs=_method("repo_r"))
+    era_scale: float = setting(2.0, needs=_method("era"))  # k, of the logits
+    era_entropy_low: float = setting(0.45, needs=_method("era"))  # nats, mean of a row's top 20%
+    ucpo_tau: float = setting(0.2, needs=_method("ucpo"))
+    ds_grpo_gamma: float = setting(0.01, needs=_method("ds_grpo"))  # per nat
+    # Weight of main rows for pi_trainer / pi_sampler, see `correction`; never of auxiliary rows.
+    correction: Correction | None = None  # None: token_truncate with vllm, else off
+    correction_low: float | None = _by_correction(0, "sequence_mask", "icepop")
+    correction_high: float | None = _by_correction(1, "token_truncate", "sequence_mask", "icepop")
+
+    def __post_init__(self) -> None:
+        settle_defaults(self)
+        self._check_correction()
+        assert self.clip_low is not None
+        require_positive("loss", self, "clip_low", "clip_high")
+        require_not_negative("loss", self, "dual_clip", "kl_coef")
+        require(
+            self.clip_low < 1,
+            "loss.clip_low",
+            self.clip_low,
+            "would allow a ratio of 0 or less",
+            "Set a value below 1, e.g. 0.2",
+        )
+        require(
+            self.dual_clip == 0 or self.dual_clip > 1,
+            "loss.dual_clip",
+            self.dual_clip,
+            "bounds the ratio of negative advantages from above, so it must exceed 1",
+            "Use 3.0, or 0 to switch it off",
+        )
+        for name in ("top_entropy_fraction", "cov_fraction"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"loss.{name}", value, "is a share of tokens", "Use (0, 1]")
+        require(
+            self.policy != "gspo" or self.entropy_method in SEQUENCE_ENTROPY_METHODS,
+            "loss.entropy_method",
+            self.entropy_method,
+            "acts on single tokens, and gspo weighs whole sequences",
+            f"Use one of {', '.join(SEQUENCE_ENTROPY_METHODS)} with gspo",
+        )
+        self._check_rivals()
+        refuse_what_does_nothing("loss", self)
+
+    def _check_rivals(self) -> None:
+        require_not_negative("loss", self, "entropic_kp", "entropic_ki")
+        require_positive("loss", self, "repo_r_zeta_min", "era_entropy_low", "ds_grpo_gamma")
+        require(
+            0 < self.entropic_min_prob < 1,
+            "loss.entropic_min_prob",
+            self.entropic_min_prob,
+            "is the probability above which tokens are reweighted",
+            "Use (0, 1), e.g. 0.95",
+        )
+        require(
+            self.repo_r_zeta_min <= self.repo_r_zeta <= self.repo_r_zeta_max,
+            "loss.repo_r_zeta",
+            self.repo_r_zeta,
+            "starts outside loss.repo_r_zeta_min and loss.repo_r_zeta_max, between which it moves",
+            "Use e.g. 0.001 between 0.0001 and 0.05",
+        )
+        require(
+            self.era_scale > 1,
+            "loss.era_scale",
+            self.era_scale,
+            "must sharpen the law that positive rows are scored with",
+            "Set a factor above 1, e.g. 2.0",
+        )
+        require(
+            0 < self.ucpo_tau <= 1,
+            "loss.ucpo_tau",
+            self.ucpo_tau,
+            "is the share of the advantage that goes by 1/q",
+            "Use (0, 1], e.g. 0.2",
+        )
+
+    def _check_correction(self) -> None:
+        low, high = self.correction_low, self.correction_high
+        if low is not None and high is not None:
+            require(
+                0 <= low <= 1 <= high,
+                "loss.correction_low/high",
+                (low, high),
+                "the bounds of a probability ratio must contain 1, the ratio of equal laws",
+                "Leave them out for the defaults of loss.correction",
+            )
+        require(
+            self.policy != "gspo" or self.correction in (None, "off", "sequence_mask"),
+            "loss.correction",
+            self.correction,
+            "weighs single tokens, and gspo weighs whole sequences",
+            'Use "sequence_mask" or "off" with gspo',
+        )
+
+
+def _by_controller(name: str, *needs: Needs) -> Any:
+    defaults = CONTROLLER_DEFAULTS
+    return setting(None, needs=needs, chosen=lambda aepo: defaults[aepo.controller].get(name))
+
+
+@dataclass(frozen=True)
+class AepoConfig:
+    """AEPO: a term that raises or lowers the policy's entropy, and the controller that holds it.
+
+    What is left out is the default of `controller` (CONTROLLER_DEFAULTS).
+    """
+
+    enabled: bool = True
+    # Chooses T each step: "observer" and "pi" (ours), "published" (arXiv 2510.08141 v7) and
+    # "switch" (v1 to v6).
+    controller: Controller = "observer"
+    form: Form = _by_controller("form")  # what the term is made of
+    entropy_target: float = 0.5  # H0, nats per token
+    # Weight of the term. DCPO's share of the advantage is its own.
+    alpha: float = _by_controller(
+        "alpha", one_of("form", "split", "rescue", "expected", "one_pass", "resample")
+    )
+    # T - 1 per nat of error
+    gain: float | None = _by_controller("gain", one_of("controller", "published", "pi"))
+    # Per nat and step.
+    integral_gain: float | None = _by_controller("integral_gain", one_of("controller", "pi"))
+    temperature_min: float = _by_controller("temperature_min")  # also T_low of the switch
+    temperature_max: float = _by_controller("temperature_max")  # also T_high of the switch
+    reward_threshold: float = 1.0  # R_plus: a sample with this reward or more counts as correct
+    # What divides the sum over auxiliary samples.
+    normalizer: Literal["draws", "positives"] = setting("draws", needs=one_of("form", "resample"))
+    rho_clip: float = setting(3.0, needs=one_of("form", "one_pass", "dcpo"))  # c
+    baseline: bool = setting(False, needs=one_of("form", "one_pass"))  # weight rho - 1, not rho
+
+    def __post_init__(self) -> None:
+        settle_defaults(self)
+        require(
+            self.entropy_target > 0,
+            "aepo.entropy_target",
+            self.entropy_target,
+            "an entropy of 0 or less cannot be held",
+            "Set a target in nats, e.g. 0.5",
+        )
+        require(
+            0 < self.temperature_min <= 1 <= self.temperature_max,
+            "aepo.temperature_min/max",
+            (self.temperature_min, self.temperature_max),
+            "the range must contain 1, the temperature that leaves entropy alone",
+            "Use e.g. temperature_min = 1.0, temperature_max = 2.0",
+        )
+        require_positive("aepo", self, "alpha")
+        require(
+            self.rho_clip >= 1,
+            "aepo.rho_clip",
+            self.rho_clip,
+            "bounds rho to [1/c, c]",
+            "Set 1 or more, e.g. 3.0",
+        )
+        for name in ("gain", "integral_gain"):
+            value = getattr(self, name)
+            reason = "must not be negative"
+            require(value is None or value >= 0, f"aepo.{name}", value, reason, "Set 0 or more")
+        refuse_what_does_nothing("aepo", self)

@@ -1,0 +1,357 @@
+"""The run configuration: one frozen dataclass per TOML section, validated once when built.
+
+Defaults follow the AEPO papers where they state one. A setting that acts only beside others says
+what it `needs`, and is refused where it would do nothing (`config_conditions`). `config_io` reads
+TOML onto these classes and writes the resolved configuration back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from aepo_fast.config.conditions import (
+    Needs,
+    above_zero,
+    one_of,
+    refuse_across_sections,
+    refuse_what_does_nothing,
+    setting,
+)
+from aepo_fast.config.errors import ConfigError, require, require_not_negative, require_positive
+from aepo_fast.config.method import AepoConfig, LossConfig
+
+__all__ = [
+    "AepoConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "LoggingConfig",
+    "LossConfig",
+    "ModelConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "SourceConfig",
+    "TrainerConfig",
+]
+
+
+# "auto" is bfloat16 where the device has instructions for its GEMMs, else float32.
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "eager"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights to train and how they are held."""
+
+    path: str = ""  # local folder, hub id, or package:NAME (see `aepo-fast doctor`)
+    # Of the trained weights; the optimizer holds float32 copies of bfloat16 ones.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: ComputeDtype = "auto"  # of GEMMs, by autocast where the weights have another
+    attention: Attention = "auto"
+    gradient_checkpointing: bool = True
+    liger: bool = False  # Liger-Kernel for the layers other than the head
+    head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.path),
+            "model.path",
+            self.path,
+            "no model is named",
+            "Set a folder, a hub id, or package:smollm2-135m-instruct",
+        )
+
+
+_SEVERAL_SOURCES = Needs(
+    ("data.sources",),
+    lambda sources: len(sources) > 1,
+    "add another one to {}",
+    "a single source in {}",
+)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of prompts: a reasoning-gym task, a JSONL or parquet file, or a hub dataset."""
+
+    kind: Literal["reasoning_gym", "file", "hub"] = "file"
+    name: str = ""  # task name, file path, or hub id
+    # Of the reasoning-gym task.
+    params: dict[str, Any] = setting(default_factory=dict, needs=one_of("kind", "reasoning_gym"))
+    # Questions drawn from the task before duplicates are dropped.
+    size: int = setting(512, needs=one_of("kind", "reasoning_gym"))
+    split: str = setting("train", needs=one_of("kind", "hub"))
+    subset: str = setting("", needs=one_of("kind", "hub"))
+    prompt_column: str = setting("prompt", needs=one_of("kind", "file", "hub"))
+    weight: float = setting(1.0, needs=_SEVERAL_SOURCES)  # share of the prompts drawn from it
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name),
+            "data.sources.name",
+            self.name,
+            "the source has no name",
+            "Name a reasoning-gym task, a file or a hub dataset",
+        )
+        require_positive("data.sources", self, "size", "weight")
+        refuse_what_does_nothing("data.sources", self)
+
+
+_DRAWN_OR_HELD_OUT = Needs(
+    ("sources", "holdout_fraction"),
+    lambda sources, held: held > 0 or any(one.kind == "reasoning_gym" for one in sources),
+    "set {1} above 0",
+    "{1} = 0.0 and no source of kind 'reasoning_gym' in {0}",
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts come from and how they are rendered."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    system_prompt: str = ""  # empty: the chat template's own default
+    instruction: str = ""  # appended to each question after a space
+    holdout_fraction: float = 0.2  # of distinct questions, kept from training for evaluation
+    seed: int = setting(0, needs=_DRAWN_OR_HELD_OUT)  # of task generation and of the hold-out
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.sources) > 0,
+            "data.sources",
+            self.sources,
+            "there is nothing to train on",
+            "Add a [[data.sources]] table",
+        )
+        require(
+            0 <= self.holdout_fraction < 1,
+            "data.holdout_fraction",
+            self.holdout_fraction,
+            "must lie in [0, 1)",
+            "Set the share of questions to hold out, e.g. 0.2",
+        )
+        refuse_what_does_nothing("data", self)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How a completion is scored."""
+
+    # "task": the source's own verifier; "math_verify": boxed or last answer against the `answer`
+    # column; otherwise "module:function" with TRL's signature.
+    function: str = "task"
+    timeout_s: float = 30.0
+    on_error: Literal["stop", "count"] = "stop"  # "count" drops the sample and counts it
+    # Groups are scored while others are still being sampled; false: all of a step in one call.
+    overlap: bool = True
+    soft_overlong_tokens: int = 0  # DAPO's penalty zone before max_new_tokens; 0 is off
+
+    def __post_init__(self) -> None:
+        require_positive("reward", self, "timeout_s")
+        require_not_negative("reward", self, "soft_overlong_tokens")
+        require(
+            self.function in ("task", "math_verify") or self.function.count(":") == 1,
+            "reward.function",
+            self.function,
+            "is neither a built-in nor module:function",
+            'Use "task", "math_verify" or "my_module:my_reward"',
+        )
+
+
+_VLLM = one_of("backend", "vllm")
+_IN_TURN = one_of("steps_ahead", 0)  # sampling and training; else vLLM holds weights of its own
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled; main rows are always sampled at temperature 1, top_p 1."""
+
+    backend: Literal["hf", "vllm"] = "hf"
+    max_new_tokens: int = 256
+    max_prompt_tokens: int = 1024
+    dtype: ComputeDtype = "auto"
+    batch_rows: int = setting(256, needs=one_of("backend", "hf"))  # decoded together
+    # Of the whole GPU, for weights and cache.
+    gpu_memory_utilization: float = setting(0.3, needs=_VLLM)
+    cpu_kv_cache_gib: float = setting(1.0, needs=_VLLM)  # without a GPU
+    enforce_eager: bool = setting(False, needs=_VLLM)  # without compilation and CUDA graphs
+    # On a GPU: trained weights of rollout.dtype live in vLLM's storage, so a sync copies nothing.
+    share_weights: bool = setting(True, needs=(_VLLM, _IN_TURN))
+    # On a GPU: vLLM's cache is freed while the policy trains.
+    sleep: bool = setting(True, needs=(_VLLM, _IN_TURN))
+    allow_untested_vllm: bool = setting(False, needs=_VLLM)
+    # 1: the next step's samples are drawn, with the weights before this step's updates, while it
+    # trains. Main rows are corrected for it.
+    steps_ahead: Literal[0, 1] = 0
+
+    def __post_init__(self) -> None:
+        require_positive("rollout", self, "max_new_tokens", "max_prompt_tokens", "batch_rows")
+        require_positive("rollout", self, "gpu_memory_utilization", "cpu_kv_cache_gib")
+        require(
+            self.gpu_memory_utilization <= 1,
+            "rollout.gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "is a share of the GPU's memory, at most 1",
+            "Try 0.3; the trainer needs the rest",
+        )
+        refuse_what_does_nothing("rollout", self)
+
+
+# Of the step after the warm-up the rate is still lr, in every schedule.
+_LATER_STEPS = Needs(
+    ("steps", "warmup_steps"),
+    lambda steps, warmup_steps: steps > warmup_steps + 1,
+    "set {0} above {1} + 1",
+)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Steps, batch shape and optimizer."""
+
+    steps: int = 100
+    prompts_per_step: int = 64
+    group_size: int = 8  # samples per prompt
+    minibatches: int = 1  # optimizer steps per pass over a rollout
+    epochs: int = 1  # passes over a rollout
+    tokens_per_microbatch: int = 16384
+    # How rows are laid out for the model: "packed" end to end (varlen attention), "shared" with
+    # one copy of the prompt for all its samples (sdpa), "padded" one row per sample.
+    layout: Literal["auto", "packed", "shared", "padded"] = "auto"
+    lr: float = 1e-6
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", needs=_LATER_STEPS)
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        names = "steps prompts_per_step group_size minibatches epochs tokens_per_microbatch lr"
+        require_positive(
+            "trainer", self, *names.split(), "max_grad_norm", "max_skipped_steps", "eps"
+        )
+        require_not_negative("trainer", self, "warmup_steps", "weight_decay")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            reason = "is the share of its past that AdamW's average keeps"
+            require(0 <= value < 1, f"trainer.{name}", value, reason, "Use [0, 1), e.g. 0.9")
+        require(
+            self.minibatches <= self.prompts_per_step,
+            "trainer.minibatches",
+            self.minibatches,
+            f"more minibatches than the {self.prompts_per_step} prompts of a step",
+            "Lower minibatches or raise prompts_per_step",
+        )
+        refuse_what_does_nothing("trainer", self)
+
+
+_HELD_OUT = above_zero("data.holdout_fraction")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out prompts at temperature 1."""
+
+    # Steps; 0: only before and after training.
+    every: int = setting(0, needs=(above_zero("prompts"), _HELD_OUT))
+    prompts: int = setting(64, needs=_HELD_OUT)
+    samples: int = setting(4, needs=(above_zero("prompts"), _HELD_OUT))  # per prompt
+    seed: int = 1234  # also of `aepo-fast eval`
+
+    def __post_init__(self) -> None:
+        require_not_negative("eval", self, "every", "prompts")
+        require_positive("eval", self, "samples")
+        refuse_what_does_nothing("eval", self)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every: int = 50  # steps; 0: only at the end and on a signal
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require_not_negative("checkpoint", self, "every")
+        require_positive("checkpoint", self, "keep")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    rollouts_per_step: int = 4  # rows of rollouts.jsonl a step; -1: all
+    plot: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    output_dir: str = "runs/aepo"
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    aepo: AepoConfig = field(default_factory=AepoConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        if self.loss.correction is None:
+            needed = self.rollout.backend == "vllm" or self.rollout.steps_ahead
+            chosen = "token_truncate" if needed and self.loss.policy != "gspo" else "off"
+            object.__setattr__(self, "loss", replace(self.loss, correction=chosen))
+        require(
+            self.rollout.steps_ahead == 0 or self.loss.correction != "off",
+            "rollout.steps_ahead",
+            self.rollout.steps_ahead,
+            "samples of older weights need an importance correction, and loss.correction is off",
+            'Set loss.correction = "token_truncate", or "sequence_mask" with gspo',
+        )
+        require(
+            self.trainer.group_size > 1,
+            "trainer.group_size",
+            self.trainer.group_size,
+            f"advantage {self.loss.advantage!r} compares the samples of a group with each other",
+            "Set group_size to 2 or more, e.g. 8",
+        )
+        require(
+            self.loss.policy != "gspo"
+            or not self.aepo.enabled
+            or self.aepo.form not in ("one_pass", "dcpo"),
+            "aepo.form",
+            self.aepo.form,
+            "weighs the loss of single tokens, and gspo has one of whole sequences",
+            'Use form = "split", "expected" or "resample" with gspo',
+        )
+        require(
+            self.loss.entropy_method != "era"
+            or not self.aepo.enabled
+            or self.aepo.form in ("split", "rescue", "resample"),
+            "loss.entropy_method",
+            self.loss.entropy_method,
+            f"needs the second temperature that aepo.form = {self.aepo.form!r} takes",
+            'Set aepo.enabled = false, or form = "split" or "resample"',
+        )
+        require(
+            self.reward.soft_overlong_tokens < self.rollout.max_new_tokens,
+            "reward.soft_overlong_tokens",
+            self.reward.soft_overlong_tokens,
+            f"must be below rollout.max_new_tokens = {self.rollout.max_new_tokens}",
+            "Lower it",
+        )
+        refuse_across_sections(self)

@@ -1,0 +1,174 @@
+"""Reads TOML onto the dataclasses of `config`, applies overrides and writes the result back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import Config
+
+SHIPPED = Path(__file__).parent / "presets"
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of the configs that come with the package."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
+
+
+def config_path(name_or_path: str) -> Path:
+    """The file of a shipped config's name or a path; raises ConfigError if there is none."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    reason = "is neither a file nor a shipped config"
+    raise ConfigError("CONFIG", name_or_path, reason, _suggest(name_or_path, shipped))
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
+    """The validated configuration of a file or shipped name, with `section.key=value` overrides.
+
+    Values of overrides are TOML; what is no TOML is taken as a string. Raises ConfigError for
+    unknown keys (with the nearest name), wrong types and values that cannot run.
+    """
+    path = config_path(name_or_path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("CONFIG", str(path), f"is not TOML: {error}", "Correct it") from error
+    return _overridden(data, overrides)
+
+
+def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with `section.key=value` overrides, as `load_config` takes them."""
+    return _overridden(_plain(dataclasses.asdict(cfg)), overrides)
+
+
+def _overridden(data: dict[str, Any], overrides: Sequence[str]) -> Config:
+    for override in overrides:
+        _apply(data, override)
+    return _build(Config, data, "")
+
+
+def dump_config(cfg: Config) -> str:
+    """The configuration as TOML that `load_config` reads back to an equal one."""
+    return tomli_w.dumps(_plain(dataclasses.asdict(cfg)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        reason = "is not of the form section.key=value"
+        raise ConfigError("--set", override, reason, "Write e.g. --set trainer.lr=1e-6")
+    node: Any = data
+    for part in parts[:-1]:
+        if isinstance(node, list):
+            node = _item(node, part, override)
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            reason = f"{part!r} is a value, not a section"
+            raise ConfigError("--set", override, reason, "Name a key of a section")
+    if isinstance(node, list):
+        reason = "names an item of a list, not one of its keys"
+        raise ConfigError("--set", override, reason, "Write e.g. data.sources.0.size=64")
+    node[parts[-1]] = _value(text.strip())
+
+
+def _item(items: list[Any], part: str, override: str) -> Any:
+    if not part.isdigit() or int(part) >= len(items):
+        reason = f"{part!r} is no index into a list of {len(items)}"
+        raise ConfigError("--set", override, reason, "Count from 0")
+    return items[int(part)]
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(cls: type[Any], data: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key, value in data.items():
+        if key not in hints:
+            where = f"[{prefix.rstrip('.')}]" if prefix else "the configuration"
+            reason = f"{where} has no such key"
+            fix = _other_section(key, hints) or _suggest(key, hints)
+            raise ConfigError(prefix + key, value, reason, fix)
+    for field in dataclasses.fields(cls):
+        missing = (dataclasses.MISSING, dataclasses.MISSING)
+        if field.name not in data and (field.default, field.default_factory) == missing:
+            # A section without defaults: built empty, it says itself what it needs.
+            data = {**data, field.name: {}}
+    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in data.items()})
+
+
+def _other_section(key: str, hints: dict[str, Any]) -> str | None:
+    """The advice for a key that stands in the wrong section, unless a near name is in this one."""
+    if difflib.get_close_matches(key, hints, n=1):
+        return None
+    for section, cls in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(cls) and key in typing.get_type_hints(cls):
+            return f"Did you mean {section}.{key}"
+    return None
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the type `hint`; integers are accepted where floats are meant, nothing else."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(key, value, "is a section, not a value", f"Write [{key}]")
+        return _build(typing.cast(type[Any], hint), value, key + ".")
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(key, value, "must be a list of tables", f"Write [[{key}]]")
+        return tuple(
+            _convert(item, arguments[0], f"{key}.{index}") for index, item in enumerate(value)
+        )
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            raise ConfigError(key, value, "is not one of its values", _suggest(value, arguments))
+        return value
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(value, inner, key)
+    if origin is dict:
+        hint = dict
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(key, value, "is not a number", "Give it a number")
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        reason = f"is of type {type(value).__name__}"
+        raise ConfigError(key, value, reason, f"Give it a value of type {hint.__name__}")
+    return value
+
+
+def _suggest(name: object, known: typing.Iterable[str]) -> str:
+    names = [str(item) for item in known]
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}" if near else f"Known: {', '.join(sorted(names))}"

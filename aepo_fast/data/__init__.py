@@ -1,0 +1,1 @@
+"""From a source to rendered prompts, and the order in which a run draws them."""

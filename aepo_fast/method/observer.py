@@ -1,0 +1,152 @@
+"""The observer: an entropy controller that learns from the run how its policy responds to T.
+
+With u = T - 1 and Adam's momentum b, the entropy H moves in a step as
+
+    v' = b v + (1 - b) (a u + d),    H' = H + v'
+
+v is its speed, d the drift that GRPO causes, and a the response to u, all in nats a step. None of
+them is known, and each step measures H with an error. An extended Kalman filter follows
+(H, v, d, log a): every step corrects them by how far the measured entropy lay from the predicted
+one, each as much as it is in doubt.
+
+Phi = H + b / (1 - b) v is where H comes to rest without further push, and moves by exactly
+a u + d. So Phi is controlled: a law that waited for H itself would act late.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from aepo_fast.config.method import AepoConfig
+from aepo_fast.method.entropy_control import Measurement
+
+# The share of the distance to the target that a step is to cover.
+_PACE = 0.25
+# Before it is learned: a response of 0.2 nats a step at T = 2, known to a factor of e^1.5 = 4.5.
+# The small tasks at lr 6e-4 had 0.1 to 0.6, SmolLM2 at 2e-5 had 1.2; it grows with lr and alpha.
+_FIRST_RESPONSE, _FIRST_DOUBT = 0.2, 1.5
+# A step changes log a by at most so much, and a stays within e^2.5 = 12 times its first value:
+# while T is near 1 its effect is small beside the noise, which would pass for a strong response.
+_MOST_LEARNED, _MOST_LOG = 0.3, 2.5
+# Of a measurement whose standard error cannot be told, nats.
+_UNKNOWN_ERROR = 0.1
+# H has arrived where its estimate is at most so many times the target.
+_ARRIVED = 1.1
+# T changes by at most so much a step: the response is seen before it can throw the policy off. It
+# does so up and down, since a limit on one side would turn the estimate's noise into a bias.
+_MOST_CHANGE = 0.05
+# Where H will come to rest at more than so many times the target, T falls at once.
+_FAR_ABOVE = 1.4
+# Standard deviations by which a step changes what is followed: speed and drift in nats a step, as
+# a floor and as a share of the present speed and of the drift, and log a.
+_DRIFT_SHARE = 0.03
+_SPEED_FLOOR, _DRIFT_FLOOR, _SHARE, _LOG_RESPONSE = 0.003, 0.002, 0.1, 0.03
+# The response counts as known where its standard error is below this share of it.
+KNOWN_WITHIN = 0.5
+
+
+class Observer:
+    """Chooses T from what it has learned of the policy's response, see the module.
+
+    momentum: b, the share of its past that Adam's first moment keeps from step to step.
+    """
+
+    def __init__(self, cfg: AepoConfig, *, momentum: float) -> None:
+        self.cfg, self.momentum = cfg, momentum
+        self.entropy: float | None = None
+        self.last = 1.0  # T of the last step
+        self.arrived = False  # whether H has been at the target
+        # (H, v, d, log a) and its covariance; H unknown until measured.
+        self.state = np.array([0.0, 0.0, 0.0, math.log(_FIRST_RESPONSE)])
+        self.covariance = np.diag([1.0, 0.1**2, 0.1**2, _FIRST_DOUBT**2])
+
+    def temperature(self) -> float:
+        """T for the coming step."""
+        cfg = self.cfg
+        if self.entropy is None:
+            return 1.0
+        entropy, speed, drift, log_response = self.state
+        rest = entropy + self.momentum / (1 - self.momentum) * speed
+        # On the way down GRPO does the cooling: a policy pushed as well would arrive with speed.
+        least = cfg.temperature_min if self.arrived else 1.0
+        push = (_PACE * (cfg.entropy_target - rest) - drift) / math.exp(log_response)
+        if rest < _FAR_ABOVE * cfg.entropy_target:
+            least = max(least, self.last - _MOST_CHANGE)
+        most = min(cfg.temperature_max, self.last + _MOST_CHANGE)
+        return float(max(min(1 + push, most), least))
+
+    def _doubt(self) -> float:
+        return math.sqrt(self.covariance[3, 3])
+
+    def update(self, step: Measurement) -> None:
+        """Take in a step: correct by its measurement, predict what its updates did."""
+        self.last = step.temperature
+        if math.isfinite(step.entropy):
+            self._correct(step.entropy, step.stderr)
+            self.arrived |= bool(self.state[0] <= _ARRIVED * self.cfg.entropy_target)
+        if step.updates and self.entropy is not None:
+            self._predict(step.temperature - 1)
+
+    def _correct(self, entropy: float, stderr: float) -> None:
+        stderr = stderr if math.isfinite(stderr) else _UNKNOWN_ERROR  # of a single prompt
+        if self.entropy is None:
+            self.state[0] = entropy
+            self.covariance[0, 0] = stderr**2
+            self.entropy = entropy
+            return
+        self.entropy = entropy
+        variance = self.covariance[0, 0] + stderr**2
+        gain = self.covariance[:, 0] / max(variance, 1e-12)
+        change = gain * (entropy - self.state[0])
+        change[3] = np.clip(change[3], -_MOST_LEARNED, _MOST_LEARNED)
+        self.state = self.state + change
+        first = math.log(_FIRST_RESPONSE)
+        self.state[3] = np.clip(self.state[3], first - _MOST_LOG, first + _MOST_LOG)
+        self.covariance = self.covariance - np.outer(gain, self.covariance[0])
+
+    def _predict(self, push: float) -> None:
+        b = self.momentum
+        entropy, speed, drift, log_response = self.state
+        effect = math.exp(log_response) * push
+        later = b * speed + (1 - b) * (effect + drift)
+        self.state = np.array([entropy + later, later, drift, log_response])
+        row = [b, 1 - b, (1 - b) * effect]
+        change = np.array([[1, *row], [0, *row], [0, 0, 1, 0], [0, 0, 0, 1]])
+        pace = _SHARE * abs(later)
+        drifting = _DRIFT_FLOOR + max(pace, _DRIFT_SHARE * abs(drift))
+        noise = np.diag([0.0, 0.0, drifting**2, _LOG_RESPONSE**2])
+        noise[:2, :2] = (_SPEED_FLOOR + pace) ** 2  # an unforeseen speed moves H as well
+        self.covariance = change @ self.covariance @ change.T + noise
+
+    def metrics(self) -> dict[str, float]:
+        """The response in nats a step, NaN while it is not known well enough, and its doubt."""
+        doubt = self._doubt()
+        known = doubt < KNOWN_WITHIN
+        return {
+            "aepo/response": math.exp(self.state[3]) if known else math.nan,
+            "aepo/response_error": doubt,
+            "aepo/drift": float(self.state[2]),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {
+            "entropy": self.entropy,
+            "last": self.last,
+            "arrived": self.arrived,
+            "state": self.state.tolist(),
+            "covariance": self.covariance.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state, or from that of another controller with its last entropy."""
+        if "state" in state:
+            self.entropy, self.last = state["entropy"], state["last"]
+            self.arrived = state["arrived"]
+            self.state = np.array(state["state"])
+            self.covariance = np.array(state["covariance"])
+        elif state["entropy"] is not None:
+            self._correct(state["entropy"], 0.0)

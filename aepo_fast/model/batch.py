@@ -1,0 +1,201 @@
+"""From sampled rows to the tensors of a forward pass: packed, prompt-sharing or padded.
+
+All three layouts give each completion token the same context and position, so they give the same
+log-probs up to rounding; they differ in how many other tokens the model has to process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from aepo_fast.samples import Row
+
+Layout = Literal["packed", "shared", "padded"]
+# What a micro-batch costs beside its tokens, in tokens: all weights are read once more, and their
+# gradients added up. A GPU also waits for thousands of kernels to be launched.
+BATCH_TOKENS, GPU_BATCH_TOKENS = 128, 2048
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass needs, and where its completion tokens are.
+
+    input_ids, position_ids: [B, L]. attention_mask: None (packed: position_ids restart),
+    bool [B, 1, L, L] (shared) or int [B, L] (padded). select: [N], flat positions in [B * L] whose
+    output predicts a completion token. targets: [N], those tokens. row_of_token: [N], indices into
+    `rows`; tokens of a row are consecutive and in order. rows: indices into the step's rows.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    select: torch.Tensor
+    targets: torch.Tensor
+    row_of_token: torch.Tensor
+    rows: tuple[int, ...]
+
+
+@dataclass
+class _Element:
+    """One line of the batch: a prompt and the completions that follow it."""
+
+    prompt: tuple[int, ...]
+    rows: list[int]
+    length: int
+
+
+def make_microbatches(
+    rows: Sequence[Row],
+    indices: Sequence[int],
+    *,
+    layout: Layout,
+    max_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[MicroBatch]:
+    """Split rows[indices] into micro-batches of at most `max_tokens` model tokens each.
+
+    A single row longer than `max_tokens` gets a micro-batch of its own. Rows without completion
+    tokens are left out. Tensors are on the CPU. batch_tokens: padding that one micro-batch fewer is
+    worth.
+    """
+    elements = _elements(rows, indices, shared=layout == "shared", max_tokens=max_tokens)
+    elements.sort(key=lambda element: -element.length)
+    if layout == "packed":
+        return [_packed(rows, batch) for batch in _fill(elements, max_tokens)]
+    return [_lines(rows, batch) for batch in _split(elements, max_tokens, batch_tokens)]
+
+
+def _fill(elements: list[_Element], max_tokens: int) -> list[list[_Element]]:
+    batches: list[list[_Element]] = []
+    used = 0
+    for element in elements:
+        if not batches or used + element.length > max_tokens:
+            batches.append([])
+            used = 0
+        batches[-1].append(element)
+        used += element.length
+    return batches
+
+
+def _split(elements: list[_Element], max_tokens: int, batch_tokens: int) -> list[list[_Element]]:
+    """Split elements, longest first, so that lines padded to their batch's first cost the least."""
+    costs, starts = [0], [0]  # of the best split of the elements before each; its last batch
+    for stop in range(1, len(elements) + 1):
+        found: list[tuple[int, int]] = []
+        for start in range(stop - 1, -1, -1):
+            tokens = elements[start].length * (stop - start)
+            if found and tokens > max_tokens:
+                break
+            found.append((costs[start] + tokens + batch_tokens, start))
+        cost, start = min(found)
+        costs.append(cost)
+        starts.append(start)
+    batches, stop = [], len(elements)
+    while stop:
+        batches.append(elements[starts[stop] : stop])
+        stop = starts[stop]
+    return batches[::-1]
+
+
+def _elements(
+    rows: Sequence[Row], indices: Sequence[int], *, shared: bool, max_tokens: int
+) -> list[_Element]:
+    elements: list[_Element] = []
+    open_for: dict[tuple[int, ...], _Element] = {}
+    for index in indices:
+        completion = rows[index].completion
+        if not completion.completion_ids:
+            continue
+        # The last token predicts nothing, so the model never sees it.
+        extra = len(completion.completion_ids) - 1
+        element = open_for.get(completion.prompt_ids)
+        if not shared or element is None or element.length + extra > max_tokens:
+            element = _Element(completion.prompt_ids, [], len(completion.prompt_ids))
+            elements.append(element)
+            open_for[completion.prompt_ids] = element
+        element.rows.append(index)
+        element.length += extra
+    return elements
+
+
+class _Tokens:
+    """Collects the completion tokens of a micro-batch and where they are predicted."""
+
+    def __init__(self) -> None:
+        self.select: list[torch.Tensor] = []
+        self.targets: list[torch.Tensor] = []
+        self.row_of_token: list[torch.Tensor] = []
+        self.rows: list[int] = []
+
+    def add(self, row: int, ids: tuple[int, ...], prompt_end: int, start: int) -> None:
+        """Add a completion predicted first at `prompt_end`, then from `start` on."""
+        positions = torch.arange(start - 1, start + len(ids) - 1)
+        positions[0] = prompt_end
+        self.select.append(positions)
+        self.targets.append(torch.tensor(ids))
+        self.row_of_token.append(torch.full((len(ids),), len(self.rows)))
+        self.rows.append(row)
+
+    def finish(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+    ) -> MicroBatch:
+        return MicroBatch(
+            ids,
+            positions,
+            mask,
+            torch.cat(self.select),
+            torch.cat(self.targets),
+            torch.cat(self.row_of_token),
+            tuple(self.rows),
+        )
+
+
+def _lines(rows: Sequence[Row], batch: list[_Element]) -> MicroBatch:
+    width = batch[0].length
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    positions = torch.zeros(len(batch), width, dtype=torch.long)
+    # 0: prompt, k: k-th completion of the line, -1: padding
+    segments = torch.full((len(batch), width), -1)
+    tokens = _Tokens()
+    for line, element in enumerate(batch):
+        end = len(element.prompt)
+        ids[line, :end] = torch.tensor(element.prompt)
+        positions[line, :end] = torch.arange(end)
+        segments[line, :end] = 0
+        cursor = end
+        for number, row in enumerate(element.rows, start=1):
+            completion = rows[row].completion.completion_ids
+            stop = cursor + len(completion) - 1
+            ids[line, cursor:stop] = torch.tensor(completion[:-1], dtype=torch.long)
+            positions[line, cursor:stop] = torch.arange(end, end + stop - cursor)
+            segments[line, cursor:stop] = number
+            base = line * width
+            tokens.add(row, completion, base + end - 1, base + cursor)
+            cursor = stop
+    if all(len(element.rows) == 1 for element in batch):
+        return tokens.finish(ids, positions, (segments >= 0).long())
+    visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    # Padding sees itself: a row of attention with nothing to see would be NaN.
+    mask = (visible & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
+    return tokens.finish(ids, positions, mask)
+
+
+def _packed(rows: Sequence[Row], batch: list[_Element]) -> MicroBatch:
+    width = sum(element.length for element in batch)
+    ids = torch.zeros(1, width, dtype=torch.long)
+    positions = torch.zeros(1, width, dtype=torch.long)
+    tokens = _Tokens()
+    cursor = 0
+    for element in batch:
+        (row,) = element.rows
+        completion = rows[row].completion.completion_ids
+        end = cursor + len(element.prompt)
+        ids[0, cursor : cursor + element.length] = torch.tensor(element.prompt + completion[:-1])
+        positions[0, cursor : cursor + element.length] = torch.arange(element.length)
+        tokens.add(row, completion, end - 1, end)
+        cursor += element.length
+    return tokens.finish(ids, positions, None)

@@ -1,0 +1,168 @@
+"""The policy as the losses see it: hidden states of completion tokens, and the head over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import ModelConfig, TrainerConfig
+from aepo_fast.model.batch import (
+    BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    Layout,
+    MicroBatch,
+    make_microbatches,
+)
+from aepo_fast.model.load import backbone_of, head_of, recurrent_layers, takes_positions
+from aepo_fast.samples import Row, Scores, token_index, token_offsets
+from aepo_kernels import LogprobOutput, linear_logprob, row_kernels
+
+
+def choose_layout(model: PreTrainedModel, requested: str) -> Layout:
+    """Resolve trainer.layout for a model; raises ConfigError where the request cannot be met.
+
+    "auto" packs where the attention takes variable lengths, shares prompts under plain sdpa, eager
+    or grouped attention, and pads where the model has sliding windows, which a dense mask would
+    undo, layers whose state would run on from row to row, or positions of its own.
+    """
+    alone = recurrent_layers(model.config) or not takes_positions(model.config)
+    if alone and requested in ("packed", "shared"):
+        reason = "needs attention with rotary embeddings in every layer"
+        raise ConfigError("trainer.layout", requested, reason, 'Use "auto"')
+    if alone:
+        return "padded"
+    attention = model.config._attn_implementation
+    varlen = attention in ("flash_attention_2", "varlen")
+    windowed = has_windows(model.config)
+    if requested == "auto":
+        return "packed" if varlen else "padded" if windowed else "shared"
+    if requested == "shared" and (varlen or windowed):
+        reason = "needs sdpa, eager or grouped attention on every layer without a sliding window"
+        raise ConfigError("trainer.layout", requested, reason, 'Use "auto"')
+    assert requested in ("packed", "shared", "padded")
+    return requested  # type: ignore[return-value]
+
+
+def has_windows(config: PretrainedConfig) -> bool:
+    """Whether some layer sees less than all tokens before its own."""
+    config = config.get_text_config()
+    layers = getattr(config, "layer_types", None)
+    if layers:
+        return any(kind != "full_attention" for kind in layers)
+    # Mistral, Mixtral, Phi-3 and others have one window for all layers.
+    window = getattr(config, "sliding_window", None)
+    return window is not None and getattr(config, "use_sliding_window", None) is not False
+
+
+class Policy:
+    """A model with its head taken apart, so that logits are never materialised.
+
+    Works under autocast to `compute_dtype`; the head's GEMMs run in that dtype and its statistics
+    in fp32.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cfg: ModelConfig,
+        trainer: TrainerConfig,
+        backend: str = "auto",
+    ) -> None:
+        self.model = model
+        self.backbone = backbone_of(model)
+        self.head = head_of(model)
+        self.device = model.device
+        embedding = model.get_input_embeddings()
+        tied = isinstance(embedding, torch.nn.Embedding) and embedding.weight is self.head.weight
+        if tied and self.device.type == "cpu":
+            # The rows of the batch's tokens are added to the head's gradient, instead of V x H
+            # numbers that are mostly zero.
+            embedding.sparse = True  # type: ignore[union-attr]
+        self.dtype = getattr(torch, cfg.compute_dtype)
+        self.layout: Layout = choose_layout(model, trainer.layout)
+        self.max_tokens = trainer.tokens_per_microbatch
+        self.backend = backend
+
+    @property
+    def row_kernels(self) -> str:
+        """Which row operations the head runs."""
+        return row_kernels(self.device.type, self.dtype, self.backend)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextmanager
+    def same_weights(self) -> Iterator[None]:
+        """While the weights stay the same: they are cast once for all micro-batches."""
+        # Autocast forgets its casts at the end of the outermost context.
+        with self._autocast(), torch.autocast(self.device.type, enabled=False):
+            yield
+
+    def microbatches(self, rows: Sequence[Row], indices: Sequence[int]) -> list[MicroBatch]:
+        """Lay rows[indices] out for the model."""
+        cost = BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+        return make_microbatches(
+            rows, indices, layout=self.layout, max_tokens=self.max_tokens, batch_tokens=cost
+        )
+
+    def hidden(self, batch: MicroBatch) -> torch.Tensor:
+        """Final hidden states that predict the completion tokens: [N, H] in compute dtype."""
+        mask = batch.attention_mask
+        added = self.model.config._attn_implementation in ("eager", "grouped")
+        if added and mask is not None and mask.ndim == 4:
+            # Eager attention adds its mask to the scores.
+            low = torch.finfo(self.dtype).min
+            mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill(~mask, low)
+        with self._autocast():
+            output = self.backbone(
+                input_ids=batch.input_ids.to(self.device),
+                position_ids=batch.position_ids.to(self.device),
+                attention_mask=None if mask is None else mask.to(self.device),
+                use_cache=False,
+            )
+        states = output.last_hidden_state.flatten(0, 1)
+        # index_select: its backward is deterministic on the CPU where plain indexing's is not.
+        return states.index_select(0, batch.select.to(self.device)).to(self.dtype)
+
+    def logprobs(
+        self, batch: MicroBatch, *, second_temperature: float | None = None
+    ) -> LogprobOutput:
+        """Log-probs and entropies at temperature 1 of a micro-batch's completion tokens."""
+        return linear_logprob(
+            self.hidden(batch),
+            self.head.weight,
+            batch.targets.to(self.device),
+            second_temperature=second_temperature,
+            bias=self.head.bias,
+            softcap=self.head.softcap,
+            logit_scale=self.head.logit_scale,
+            ignore_index=None,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def score(
+        self,
+        rows: Sequence[Row],
+        indices: Sequence[int],
+        *,
+        second_temperature: float | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Scores:
+        """Score rows[indices] without gradients, the others as 0; `check` runs in between."""
+        offsets = token_offsets(rows)
+        columns = [torch.zeros(int(offsets[-1])) for _ in range(3)]
+        with self.same_weights():
+            for batch in self.microbatches(rows, indices):
+                check()
+                output = self.logprobs(batch, second_temperature=second_temperature)
+                index = token_index(offsets, batch.rows)
+                columns[0][index] = output.logprob.cpu()
+                columns[1][index] = output.entropy.cpu()
+                if output.second_logprob is not None:
+                    columns[2][index] = output.second_logprob.cpu()
+        return Scores(columns[0], columns[1], columns[2] if second_temperature else None)

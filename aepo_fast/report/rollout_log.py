@@ -1,0 +1,45 @@
+"""Sample completions of each step, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aepo_fast.report.logger import drop_lines_after
+from aepo_fast.samples import Rollout
+
+
+class RolloutLog:
+    """Appends sampled completions of each step to rollouts.jsonl."""
+
+    def __init__(self, folder: Path, rows_per_step: int) -> None:
+        self.path = folder / "rollouts.jsonl"
+        self.rows_per_step = rows_per_step
+
+    def write(self, step: int, rollout: Rollout, advantages: torch.Tensor) -> None:
+        """Write evenly spaced rows of a step; -1 rows a step writes all."""
+        count = len(rollout.rows)
+        wanted = count if self.rows_per_step < 0 else min(self.rows_per_step, count)
+        with self.path.open("a", encoding="utf-8") as file:
+            for position in range(wanted):
+                index = position * count // wanted
+                row = rollout.rows[index]
+                record: dict[str, Any] = {
+                    "step": step,
+                    "prompt": rollout.prompts[row.group].messages[-1]["content"],
+                    "completion": rollout.texts[index],
+                    "completion_ids": list(row.completion.completion_ids),
+                    "reward": row.reward,
+                    "advantage": None if row.is_aux else round(float(advantages[index]), 6),
+                    "temperature": row.completion.temperature,
+                    "finish_reason": row.completion.finish_reason,
+                    "weights_version": row.completion.weights_version,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Forget the rollouts of later steps, which a resumed run will make again."""
+        drop_lines_after(self.path, step)

@@ -1,0 +1,85 @@
+"""Proof that rollouts come from the weights just trained: a canary's log-probs, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from aepo_fast.model.policy import Policy
+from aepo_fast.rollout.engine import RolloutEngine
+from aepo_fast.samples import Request, Row
+
+# What differs between two engines with the same weights varies from sample to sample; stale
+# weights differ by more than half as much again.
+_SLACK = 1.5
+_ROUNDING = 1e-4  # nats, where both compute in float32
+_DRAWS = 4  # one draw of some hundred tokens is a sixth off now and then
+_TOKENS = 8  # of a sample, at most
+
+
+class StaleWeightsError(RuntimeError):
+    """The rollout engine does not sample with the trainer's weights."""
+
+
+class Canary:
+    """Compares log-probs of the rollout engine with the trainer's on a few short samples.
+
+    prompts: token ids. Comparisons before anything was trained or transferred say by how much the
+    engines differ by themselves; a later one must stay within 1.5 times that. Where one does not,
+    more samples decide.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        policy: Policy,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        samples: int = 4,
+        max_new_tokens: int = _TOKENS,
+    ) -> None:
+        self.engine, self.policy = engine, policy
+        self.max_new_tokens = min(max_new_tokens, _TOKENS)
+        self.prompts, self.samples = list(prompts), samples
+        self.fresh = self._mean_difference()
+
+    @property
+    def limit(self) -> float:
+        """The largest mean difference that passes, nats."""
+        return _SLACK * self.fresh + _ROUNDING
+
+    def _mean_difference(self) -> float:
+        return sum(self.difference(draw) for draw in range(_DRAWS)) / _DRAWS
+
+    def difference(self, draw: int = 0) -> float:
+        """Mean of |sampler's log-prob - trainer's| over the tokens of one draw, nats."""
+        requests = [
+            Request(prompt, self.samples, 1.0, draw * len(self.prompts) + index)
+            for index, prompt in enumerate(self.prompts)
+        ]
+        groups = self.engine.generate(requests, max_new_tokens=self.max_new_tokens)
+        rows = [
+            Row(completion, group, False, None)
+            for group, completions in enumerate(groups)
+            for completion in completions
+        ]
+        scores = self.policy.score(rows, range(len(rows)))
+        sampled = torch.tensor([x for row in rows for x in row.completion.logprobs])
+        return (scores.logprob - sampled).abs().mean().item()
+
+    def check(self) -> float:
+        """The difference now; raises StaleWeightsError where it is beyond the limit."""
+        found = self.difference()
+        if not found <= self.limit:
+            found = self._mean_difference()
+        if not found <= self.limit:
+            raise StaleWeightsError(
+                f"rollouts of weights version {self.engine.weights_version}: their log-probs "
+                f"differ from the trainer's by {found:.4f} nats on average, where "
+                f"{self.fresh:.4f} was measured before training and {self.limit:.4f} is allowed. "
+                "The engine samples with other weights. The last checkpoint is sound: go on with "
+                "--resume; if it happens again, with rollout.share_weights = false or "
+                'rollout.backend = "hf"'
+            )
+        return found

@@ -1,0 +1,1 @@
+"""A run: its parts put together, the step, the update, checkpoints and evaluation."""

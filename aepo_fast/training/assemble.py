@@ -1,0 +1,174 @@
+"""Builds the parts of a run, cheapest checks first: bad input fails before any model loads."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.resolve import choose_backend, choose_device
+from aepo_fast.config.sections import Config
+from aepo_fast.config.toml import dump_config
+from aepo_fast.data.prompts import PromptSet, load_prompts
+from aepo_fast.model.load import load_model, load_tokenizer, resolve
+from aepo_fast.model.policy import Policy
+from aepo_fast.report.logger import check_tensorboard
+from aepo_fast.rewards.reward import Reward, build_reward
+from aepo_fast.rollout.engine import RolloutEngine
+from aepo_fast.rollout.load import check_rollout_backend, load_engine
+from aepo_fast.training.checkpoint import check_same_model, complete_checkpoints, load_state
+
+_OF_A_RUN = (
+    "config.toml",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "plot.png",
+    "checkpoints",
+    "tensorboard",
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What can be checked without a model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    reward: Reward
+    model_folder: str
+    checkpoint: Path | None  # to go on from
+    state: dict[str, Any] | None  # saved in it
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion, without its end marker."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy, its reference where the loss needs one, and the rollout engine."""
+
+    model: PreTrainedModel
+    policy: Policy
+    reference: Policy | None
+    engine: RolloutEngine
+
+
+def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
+    """Everything that can fail before the model loads; leaves an earlier run as it is."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        reason = "more than one process is not supported yet"
+        raise ConfigError("WORLD_SIZE", world_size, reason, "Start a single process")
+    if resume and overwrite:
+        reason = "--resume goes on from what it deletes"
+        raise ConfigError("--overwrite", True, reason, "Give one of the two")
+    if cfg.logging.tensorboard:
+        check_tensorboard()
+    folder = Path(cfg.output_dir)
+    choose_backend(cfg)
+    check_rollout_backend(cfg)
+    _check_samples_ahead(cfg)
+    found = complete_checkpoints(folder / "checkpoints")
+    used = found or (folder / "metrics.jsonl").exists()
+    if used and not (resume or overwrite):
+        raise ConfigError(
+            "output_dir",
+            cfg.output_dir,
+            "holds an earlier run",
+            "Add --resume to go on, --overwrite to start anew, or name another folder",
+        )
+    checkpoint = found[-1] if found and resume else None
+    state = None
+    if checkpoint is not None:
+        state = load_state(checkpoint)
+        check_same_model(state, cfg.model.path, checkpoint)
+    model_folder = resolve(cfg.model.path)
+    tokenizer = load_tokenizer(model_folder)
+    reward = build_reward(cfg.reward, cfg.data)
+    prompts = load_prompts(
+        cfg.data,
+        tokenizer,
+        max_prompt_tokens=cfg.rollout.max_prompt_tokens,
+        required_columns=reward.required_columns,
+    )
+    _check_lengths(cfg, prompts, model_folder)
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    return Inputs(tokenizer, prompts, reward, str(model_folder), checkpoint, state)
+
+
+def _check_samples_ahead(cfg: Config) -> None:
+    rollout = cfg.rollout
+    if rollout.steps_ahead and rollout.backend == "hf" and rollout.dtype == cfg.model.dtype:
+        raise ConfigError(
+            "rollout.steps_ahead",
+            rollout.steps_ahead,
+            f"with rollout.dtype = model.dtype = {cfg.model.dtype!r} the samples come from the "
+            "very weights that are being trained",
+            'Set rollout.dtype to another dtype, or rollout.backend = "vllm"',
+        )
+
+
+def _check_lengths(cfg: Config, prompts: PromptSet, model_folder: Path | str) -> None:
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True).get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    longest = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.heldout])
+    new = cfg.rollout.max_new_tokens
+    if most and longest + new > most:
+        reason = f"with prompts of up to {longest} tokens that is more than the model's {most}"
+        fix = f"Set it to {most - longest} or less" if longest < most else "Drop the long prompts"
+        raise ConfigError("rollout.max_new_tokens", new, reason, fix)
+
+
+def prepare_folder(cfg: Config, *, overwrite: bool) -> None:
+    """Write the run's configuration to its folder.
+
+    overwrite: an earlier run's files go first, and nothing else that is there.
+    """
+    folder = Path(cfg.output_dir)
+    with _writing_to(folder):
+        for name in _OF_A_RUN if overwrite else ():
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        (folder / "config.toml").write_text(dump_config(cfg), encoding="utf-8")
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fix = "Make it writable, or name another folder"
+        raise ConfigError("output_dir", str(folder), str(error), fix) from error
+
+
+def load_models(cfg: Config, inputs: Inputs) -> Models:
+    """Load the policy (from the checkpoint where there is one) and what goes with it."""
+    device = choose_device(cfg.trainer.device)
+    source = inputs.model_folder if inputs.checkpoint is None else str(inputs.checkpoint)
+    model = load_model(cfg.model, source, device)
+    backend = choose_backend(cfg)
+    policy = Policy(model, cfg.model, cfg.trainer, backend)
+    reference = None
+    if cfg.loss.kl_coef > 0:
+        if inputs.checkpoint is None:
+            frozen = copy.deepcopy(model)
+        else:
+            frozen = load_model(cfg.model, inputs.model_folder, device)
+        reference = Policy(frozen.requires_grad_(False).eval(), cfg.model, cfg.trainer, backend)
+    engine = load_engine(cfg, source, inputs.tokenizer, model=model)
+    return Models(model, policy, reference, engine)

@@ -1,0 +1,176 @@
+"""Checkpoints: written whole or not at all, with everything a run needs to go on.
+
+A checkpoint is a folder step_N: the model in Hugging Face format, `optimizer.pt`, and `state.pt`
+with the state of every other part. It is written under a temporary name, flushed to disk and then
+renamed, so a folder named step_N is always complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aepo_fast.config.errors import ConfigError
+
+_COMPLETE = re.compile(r"step_(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; older checkpoints are untouched."""
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of Python's, numpy's and torch's global random streams."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.array(keys)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` returned."""
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy(), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    # A run may go on where there are fewer GPUs, or none.
+    for device, one in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(one, device)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("step_*")
+        if (match := _COMPLETE.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write step_N under `folder`, then delete all but the newest `keep` checkpoints.
+
+    Raises CheckpointError if the disk is full or refuses; what stood there before still does.
+    """
+    final = folder / f"step_{step}"
+    partial = folder / f"step_{step}.tmp"
+    try:
+        for unfinished in folder.glob("step_*.tmp"):  # a killed run's
+            shutil.rmtree(unfinished)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        _make_portable(partial)
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        torch.save(state, partial / "state.pt")
+        _flush(partial)
+        if final.exists():  # a run that starts anew in an old folder
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(folder)  # before what stood there is deleted
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(folder).free / 2**30 if folder.exists() else 0.0
+        older = complete_checkpoints(folder)
+        kept = f"the last complete one is {older[-1]}" if older else "there is no older one"
+        raise CheckpointError(
+            f"cannot write checkpoint {final}: {error} ({free:.2f} GiB free); {kept}. "
+            "Free some space and go on with --resume, or lower checkpoint.keep"
+        ) from error
+    for old in complete_checkpoints(folder)[:-keep]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            print(f"cannot delete the old checkpoint {old}: {error}", file=sys.stderr)
+    return final
+
+
+def _make_portable(folder: Path) -> None:
+    """Add to the saved files what readers other than transformers 5 look for."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # without it they assume 10000, without a word
+        config.setdefault("rope_theta", rope["rope_theta"])
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The `state` given to `save_checkpoint`."""
+    return torch.load(checkpoint / "state.pt", weights_only=True)
+
+
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the state of the optimizer saved in a checkpoint; its settings stay as built.
+
+    Raises ConfigError if the checkpoint's weights were held in another dtype.
+    """
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+    built = optimizer.state_dict()
+    before, now = ("bfloat16" if "masters" in part else "float32" for part in (saved, built))
+    if before != now:
+        raise ConfigError(
+            "model.dtype",
+            now,
+            f"the weights of the checkpoint {checkpoint} were trained as {before!r}",
+            "Resume with that dtype, or choose another output_dir",
+        )
+    # Left to torch, weight decay, betas and eps would be those of the run that saved.
+    for group, own in zip(saved["param_groups"], built["param_groups"], strict=True):
+        group |= {**own, "params": group["params"]}
+    optimizer.load_state_dict(saved)
+
+
+def check_same_model(state: dict[str, Any], model_path: str, checkpoint: Path) -> None:
+    """Refuse a checkpoint that was made from another model."""
+    if state["model_path"] != model_path:
+        raise ConfigError(
+            "model.path",
+            model_path,
+            f"the checkpoint {checkpoint} was made from {state['model_path']!r}",
+            "Resume with that model, or choose another output_dir",
+        )

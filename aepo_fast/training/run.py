@@ -1,0 +1,183 @@
+"""A whole run: set-up, the step loop with evaluation, logs and checkpoints, and its end."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aepo_fast.config.resolve import choose_device, choose_dtypes, describe_dtypes
+from aepo_fast.config.sections import Config
+from aepo_fast.model.cpu_layers import fused_kinds
+from aepo_fast.report.logger import MetricsLogger
+from aepo_fast.report.plot import plot_run
+from aepo_fast.report.rollout_log import RolloutLog
+from aepo_fast.rewards.reward import RewardError
+from aepo_fast.rollout.engine import BrokenWeightsError, RolloutError
+from aepo_fast.training.assemble import load_inputs, prepare_folder
+from aepo_fast.training.checkpoint import complete_checkpoints, save_checkpoint
+from aepo_fast.training.evaluate import EvalResult, evaluate
+from aepo_fast.training.interrupt import Interrupted, InterruptGuard
+from aepo_fast.training.memory import keep_freed_memory
+from aepo_fast.training.trainer import Trainer, TrainingError
+from aepo_kernels.gemm import whole_sums
+
+
+def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
+    """Train as `cfg` says; returns the exit code: 0, or 130/143 after Ctrl-C/SIGTERM.
+
+    Raises ConfigError before any model loads, and TrainingError, RewardError or CheckpointError
+    where the run cannot go on.
+    """
+    cfg = choose_dtypes(cfg)
+    # Beside the kernels, which switch cuBLAS's sums, the sampler's must not differ by chance.
+    sums = whole_sums if cfg.rollout.steps_ahead else nullcontext()
+    with InterruptGuard() as guard, sums:
+        inputs = load_inputs(cfg, resume=resume, overwrite=overwrite)
+        print(inputs.prompts.preview(), flush=True)
+        if resume:
+            print(f"goes on from {inputs.checkpoint or 'the start: there is no checkpoint'}")
+        if choose_device(cfg.trainer.device).type == "cpu":
+            keep_freed_memory()
+        trainer = Trainer(cfg, inputs, guard)
+        policy = trainer.policy
+        layers = ", ".join(fused_kinds(policy.model)) or "none"
+        attention = policy.model.config._attn_implementation
+        head = f"head: {policy.backend}, rows {policy.row_kernels}; attention: {attention}"
+        print(f"{head}; fused layers: {layers}\n{describe_dtypes(cfg)}", flush=True)
+        try:
+            # Only now: whatever the model's settings had to say, an earlier run is still there.
+            prepare_folder(cfg, overwrite=overwrite)
+            logger = MetricsLogger(
+                Path(cfg.output_dir),
+                tensorboard=cfg.logging.tensorboard,
+                total_steps=cfg.trainer.steps,
+            )
+            return _Run(cfg, trainer, logger).run()
+        finally:
+            trainer.close()
+
+
+class _Run:
+    def __init__(self, cfg: Config, trainer: Trainer, logger: MetricsLogger) -> None:
+        self.cfg, self.trainer, self.logger = cfg, trainer, logger
+        self.folder = Path(cfg.output_dir)
+        self.rollouts = RolloutLog(self.folder, cfg.logging.rollouts_per_step)
+
+    def run(self) -> int:
+        done, total = self.trainer.steps_done, self.cfg.trainer.steps
+        self.logger.truncate_after(done if done else -1)
+        self.rollouts.truncate_after(done)
+        try:
+            if done == 0 and self._heldout():
+                self.logger.log({"step": 0, **self._evaluate().metrics()})
+            while self.trainer.steps_done < total:
+                self._step()
+        except Interrupted as stop:
+            path = self._save()
+            print(f"{stop}: saved {path}; go on with --resume", file=sys.stderr)
+            return stop.exit_code
+        except BrokenWeightsError as error:
+            raise RolloutError(self._after_broken_weights(error)) from error
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            fix = "lower trainer.tokens_per_microbatch or rollout.batch_rows"
+            raise TrainingError(self._after_saving(f"{reason}: {fix}")) from error
+        except (RolloutError, RewardError) as error:
+            raise type(error)(self._after_saving(str(error))) from error
+        self._finish(ran=done < total)
+        return 0
+
+    def _after_saving(self, reason: str) -> str:
+        """The message of a run that stops, saved if it has weights of its own that are whole."""
+        if self.trainer.unchanged and self.trainer.steps_done:
+            return f"{reason}. Saved {self._save()}; go on with --resume"
+        last = self._last_checkpoint()
+        return f"{reason}. {f'Go on from {last} with --resume' if last else 'Nothing is saved'}"
+
+    def _after_broken_weights(self, error: BrokenWeightsError) -> str:
+        last = self._last_checkpoint()
+        if last is None:
+            return f"{error}: lower trainer.lr and start anew; there is no checkpoint"
+        return (
+            f"{error}, and nothing was saved: lower trainer.lr and go on from {last} with "
+            "--resume; delete that one if its weights are the same"
+        )
+
+    def _step(self) -> None:
+        cfg = self.cfg
+        number = self.trainer.steps_done + 1
+        with self.logger.progress(f"step {number}") as advance:
+            result = self.trainer.step(advance)
+        last = number == cfg.trainer.steps
+        metrics: dict[str, Any] = {"step": number, **result.metrics}
+        metrics["kernel/backend"] = self.trainer.policy.backend
+        metrics["kernel/rows"] = self.trainer.policy.row_kernels
+        try:
+            if self._heldout() and (last or (cfg.eval.every and number % cfg.eval.every == 0)):
+                metrics |= self._evaluate().metrics()
+        finally:  # the step is done and counted, however its evaluation ends
+            self.logger.log(metrics)
+            self.rollouts.write(number, result.rollout, result.advantages)
+        if last or (cfg.checkpoint.every and number % cfg.checkpoint.every == 0):
+            self._save()
+
+    def _heldout(self) -> int:
+        return min(self.cfg.eval.prompts, len(self.trainer.inputs.prompts.heldout))
+
+    def _evaluate(self) -> EvalResult:
+        cfg, prompts = self.cfg, self.trainer.inputs.prompts.heldout[: self._heldout()]
+        with self.logger.progress("held-out evaluation") as advance:
+
+            def count(tokens: int) -> None:
+                self.trainer.guard.check()
+                advance(tokens)
+
+            result = evaluate(
+                self.trainer.engine,
+                self.trainer.inputs.reward,
+                prompts,
+                self.trainer.inputs.decode,
+                samples=cfg.eval.samples,
+                max_new_tokens=cfg.rollout.max_new_tokens,
+                seed=cfg.eval.seed,
+                overlap=cfg.reward.overlap,
+                on_tokens=count,
+            )
+        print(f"held-out accuracy at T = 1: {result}", flush=True)
+        return result
+
+    def _last_checkpoint(self) -> Path | None:
+        return next(reversed(complete_checkpoints(self.folder / "checkpoints")), None)
+
+    def _save(self) -> Path:
+        trainer, last = self.trainer, self._last_checkpoint()
+        step = trainer.resume_state["steps_done"]
+        if last is not None and last.name == f"step_{step}":
+            return last
+        return save_checkpoint(
+            self.folder / "checkpoints",
+            step,
+            model=trainer.model,
+            tokenizer=trainer.inputs.tokenizer,
+            optimizer=trainer.optimizer,
+            state=trainer.resume_state,
+            keep=self.cfg.checkpoint.keep,
+        )
+
+    def _finish(self, *, ran: bool) -> None:
+        self.logger.close()
+        if not ran:
+            print(f"already trained for {self.cfg.trainer.steps} steps: {self.folder}")
+        evals = [line for line in self.logger.lines() if "eval/avg@k" in line]
+        if evals:
+            first, last = evals[0], evals[-1]
+            print(
+                f"held-out accuracy at T = 1: {first['eval/avg@k']:.3f} at step {first['step']}, "
+                f"{last['eval/avg@k']:.3f} at step {last['step']}"
+            )
+        if self.cfg.logging.plot:
+            print(f"plot: {plot_run(self.folder)}")

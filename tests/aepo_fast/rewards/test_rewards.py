@@ -1,0 +1,253 @@
+import asyncio
+import math
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import DataConfig, RewardConfig, SourceConfig
+from aepo_fast.data.tasks import load_task
+from aepo_fast.rewards.math_worker import MathWorker, MathWorkerError
+from aepo_fast.rewards.reward import RewardError, build_reward, gold_answer
+from aepo_fast.rewards.user_function import columns_of, run_with_timeout
+from aepo_fast.samples import Prompt
+
+FILE = SourceConfig(name="x.jsonl")
+GYM = SourceConfig(
+    kind="reasoning_gym", name="products", size=4, params={"min_digits": 1, "max_digits": 1}
+)
+IDS = [(1, 2), (3,), (4,)]
+
+
+def prompt(source: int = 0, **columns: Any) -> Prompt:
+    columns = {"prompt": "question", **columns}
+    text = columns["prompt"]
+    messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    return Prompt("key", tuple(messages), columns, source, (1,))
+
+
+def reward_of(function: str, *sources: SourceConfig, **settings):
+    data = DataConfig(sources=sources or (FILE,))
+    return build_reward(RewardConfig(function=function, **settings), data)
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """Writes a module that rewards can be imported from; returns the writer."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = iter(f"user_reward_{index}_{time.monotonic_ns()}" for index in range(100))
+
+    def write(body: str) -> str:
+        name = next(names)
+        (tmp_path / f"{name}.py").write_text(body)
+        return f"{name}:reward"
+
+    return write
+
+
+def test_task_reward_uses_the_verifier_of_each_source():
+    other = SourceConfig(kind="reasoning_gym", name="spell_backward", size=2)
+    reward = reward_of("task", GYM, other, FILE)
+    rows = load_task(GYM, 0)[:2]
+    word = load_task(other, 0)[0]
+    prompts = [prompt(0, **rows[0]), prompt(0, **rows[1]), prompt(1, **word)]
+    prompts += [prompt(2, answer="\\frac{1}{2}"), prompt(2, answer="#### 1,042")]
+    right = [f"= {rows[0]['answer']}", rows[1]["answer"], word["answer"], "so $0.5$", "it is 1042"]
+    assert reward.score(prompts, right, [()] * 5).rewards == [1.0] * 5
+    wrong = ["nothing", "1 2 3 997", word["answer"][::-1], "$\\frac{1}{3}$", "1043"]
+    assert reward.score(prompts, wrong, [()] * 5).rewards == [0.0] * 5
+    assert reward.required_columns == ("answer",)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        (42, "The answer is \\boxed{42}", "42, no: \\boxed{43}"),
+        (145.0, "we get 145.", "we get 14.5"),
+        ("\\frac{3}{4}", "\\boxed{\\frac{6}{8}}", "\\boxed{\\frac{4}{3}}"),
+        ("$\\frac{3}{4}$", "it is 0.75", "it is 0.7"),
+        ("(3, \\frac{\\pi}{2})", "$(3, \\pi/2)$", "$(3, \\pi/3)$"),
+        ("x^2+1", "\\boxed{1 + x^2}", "\\boxed{1 - x^2}"),
+        ("\\text{Evelyn}", "\\boxed{\\text{Evelyn}}", "\\boxed{\\text{Carla}}"),
+        ("She has 3 + 4 = <<3+4=7>>7\n#### 1,007", "\\boxed{1007}", "\\boxed{7}"),
+        ("-4", "= -4", "= 4"),
+    ],
+)
+def test_math_verify(answer, right, wrong):
+    columns = {"answer": answer}
+    result = reward_of("math_verify").score([prompt(**columns)] * 3, [right, wrong, ""], IDS)
+    assert result.rewards == [1.0, 0.0, 0.0] and result.errors == 0
+
+
+def test_math_verify_survives_an_expression_that_never_returns():
+    worker = MathWorker(timeout_s=2.0)
+    assert worker.verify("42", "42")
+    process = worker._process
+    with pytest.raises(MathWorkerError, match="no result within reward.timeout_s = 2.0"):
+        worker.verify("42", "$9^{9^{9^{9}}}$")
+    assert process is not None and process.returncode is not None
+    assert worker.verify("42", "42")
+
+
+def test_math_verify_starts_anew_when_its_process_was_killed():
+    worker = MathWorker(timeout_s=5.0)
+    assert worker.verify("42", "42")
+    assert worker._process is not None
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(MathWorkerError, match="ended with status -9"):
+        worker.verify("42", "42")
+    assert worker.verify("42", "42")
+
+
+def test_unparsable_right_answer_is_an_error_not_a_zero():
+    reward = reward_of("math_verify", on_error="count")
+    with pytest.warns(RuntimeWarning, match="cannot parse the right answer"):
+        result = reward.score([prompt(answer=""), prompt(answer=1)], ["1", "1"], IDS[:2])
+    assert result.rewards == [None, 1.0] and result.errors == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [(7, "7"), (7.0, "7"), (0.5, "0.5"), ("a\n#### 42 ", "42"), (" \\pi ", "\\pi")],
+)
+def test_gold_answer(answer, text):
+    assert gold_answer(answer) == text
+
+
+def test_user_function_gets_trl_arguments(user_module):
+    name = user_module(
+        "seen = {}\n"
+        "def reward(prompts, completions, completion_ids, level, extra=None, **columns):\n"
+        "    seen.update(locals())\n"
+        "    return [1, 0.5, None]\n"
+    )
+    reward = reward_of(name)
+    assert reward.required_columns == ("level",)
+    chat = [{"role": "user", "content": "hello"}]
+    prompts = [prompt(level=1, kind="a"), prompt(level=2), prompt(prompt=chat, level=3)]
+    result = reward.score(prompts, ["x", "y", "z"], IDS)
+    assert result.rewards == [1.0, 0.5, None] and result.errors == 0
+    seen = vars(__import__(name.split(":")[0]))["seen"]
+    assert seen["prompts"] == ["question", "question", chat]
+    assert seen["completions"] == ["x", "y", [{"role": "assistant", "content": "z"}]]
+    assert seen["completion_ids"] == [[1, 2], [3], [4]]
+    assert seen["level"] == [1, 2, 3] and seen["extra"] is None
+    assert seen["columns"] == {"kind": ["a", None, None]}
+
+
+def test_user_function_that_takes_few_arguments(user_module):
+    name = user_module("def reward(completions):\n    return [len(c) for c in completions]\n")
+    result = reward_of(name).score([prompt()] * 3, ["a", "bb", ""], IDS)
+    assert result.rewards == [1.0, 2.0, 0.0]
+
+
+def test_async_user_function(user_module):
+    name = user_module(
+        "import asyncio\n"
+        "async def one(text):\n"
+        "    await asyncio.sleep(0.01)\n"
+        "    return len(text)\n"
+        "async def reward(completions, **columns):\n"
+        "    return await asyncio.gather(*map(one, completions))\n"
+    )
+    assert reward_of(name).score([prompt()] * 3, ["a", "bb", "ccc"], IDS).rewards == [1, 2, 3]
+
+
+BROKEN = {
+    "raise ValueError('boom')": "ValueError: boom",
+    "return [1.0]": "returned 1 rewards for 3 completions",
+    "return 1.0": "TypeError",
+    "raise SystemExit(3)": "SystemExit: 3",
+    "import time; time.sleep(5)": "no result within reward.timeout_s = 0.2",
+}
+
+
+@pytest.mark.parametrize("body", list(BROKEN))
+def test_failing_user_function_stops_or_is_counted(user_module, body):
+    name = user_module(f"def reward(completions, **columns):\n    {body}\n")
+    texts = ["alpha", "beta", "gamma"]
+    with pytest.raises(RewardError) as caught:
+        reward_of(name, timeout_s=0.2).score([prompt()] * 3, texts, IDS)
+    for part in (name, "sample 0 of 3", BROKEN[body], "alpha", "question"):
+        assert part in str(caught.value)
+    counting = reward_of(name, timeout_s=0.2, on_error="count")
+    with pytest.warns(RuntimeWarning, match="sample 0 of 3"):
+        result = counting.score([prompt()] * 3, texts, IDS)
+    assert result.rewards == [None] * 3 and result.errors == 3
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "'good'", "[1]"])
+def test_value_that_is_no_number_is_no_zero(user_module, value):
+    name = user_module(f"def reward(completions, **columns):\n    return [1, {value}, 0]\n")
+    with pytest.raises(RewardError, match="sample 1 of 3: returned"):
+        reward_of(name).score([prompt()] * 3, ["a", "b", "c"], IDS)
+    counting = reward_of(name, on_error="count")
+    with pytest.warns(RuntimeWarning):
+        result = counting.score([prompt()] * 3, ["a", "b", "c"], IDS)
+    assert result.rewards == [1.0, None, 0.0] and result.errors == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module_here:reward", "importing 'no_such_module_here' failed"),
+        ("math:no_such_function", "has no function 'no_such_function'"),
+        ("math:pi", "has no function 'pi'"),
+    ],
+)
+def test_bad_function_names(name, message):
+    with pytest.raises(ConfigError, match=message):
+        reward_of(name)
+
+
+def test_module_that_fails_on_import(user_module):
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        reward_of(user_module("1 / 0\n"))
+
+
+def test_columns_of_are_the_arguments_without_default():
+    def function(prompts, completions, answer, *, level, weight=1.0, **columns): ...
+
+    assert columns_of(function) == ("answer", "level")
+
+
+def test_timeout_returns_in_time_and_results_pass():
+    release = threading.Event()
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        run_with_timeout(release.wait, 0.1)
+    assert time.monotonic() - started < 2
+    release.set()
+    assert run_with_timeout(lambda: math.pi, 5.0) == math.pi
+    with pytest.raises(KeyError, match="why"):
+        run_with_timeout(lambda: {}["why"], 5.0)
+
+
+def test_nothing_to_score():
+    assert reward_of("task").score([], [], []).rewards == []
+
+
+def test_scoring_works_inside_a_running_event_loop(user_module):
+    name = user_module("async def reward(completions):\n    return [1.0 for _ in completions]\n")
+    reward = reward_of(name)
+
+    async def main():
+        return reward.score([prompt()], ["a"], [(1,)])
+
+    assert asyncio.run(main()).rewards == [1.0]
+
+
+def test_a_value_whose_conversion_fails_is_an_error_of_its_sample(user_module):
+    function = user_module(
+        "class Value:\n"
+        "    def __float__(self):\n"
+        "        return 1 / 0\n"
+        "def reward(completions, **columns):\n"
+        "    return [Value() for _ in completions]\n"
+    )
+    with pytest.raises(RewardError, match="sample 0 of 1.*which is no number"):
+        reward_of(function).score([prompt()], ["x"], [[1]])

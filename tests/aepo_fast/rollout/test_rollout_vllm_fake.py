@@ -1,0 +1,154 @@
+"""What the vLLM engine does on a GPU and when vLLM fails, with a stand-in of vLLM's interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import RolloutConfig
+from aepo_fast.rollout.engine import RolloutError
+from aepo_fast.samples import Request
+from tests.aepo_fast.rollout import fake_vllm
+
+REQUESTS = [Request((1, 2), 2, 1.0, 0), Request((3,), 3, 1.3, 1)]
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> fake_vllm.Allocator:
+    return fake_vllm.install(monkeypatch)
+
+
+def build(**settings: Any) -> Any:
+    from aepo_fast.rollout.vllm import VllmRollout
+
+    cfg = RolloutConfig("vllm", max_prompt_tokens=8, max_new_tokens=4, **settings)
+    return VllmRollout("folder", cfg, eos_ids=[2], seed=0)
+
+
+class Trained(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        values = torch.arange(18, dtype=dtype).view(6, 3)
+        self.q, self.k = nn.Parameter(values[:4].clone()), nn.Parameter(values[4:].clone())
+
+
+def test_the_cache_sleeps_while_training_and_the_weights_stay(
+    allocator: fake_vllm.Allocator,
+) -> None:
+    engine = build(gpu_memory_utilization=0.4)
+    assert engine.llm.arguments["enable_sleep_mode"]
+    assert engine.llm.arguments["gpu_memory_utilization"] == 0.4
+    assert not engine.llm.arguments["enforce_eager"]
+    engine.generate(REQUESTS, max_new_tokens=4)
+    engine.sleep()
+    engine.sleep()
+    assert allocator.events == [("discard", "kv_cache")]
+    assert engine.metrics["memory/rollout_awake_gib"] == 16
+    assert engine.metrics["memory/rollout_asleep_gib"] == 8
+    assert "reset" in engine.llm.events  # what was cached is gone
+    engine.sync_weights(Trained(torch.bfloat16), 1)  # does not need the cache
+    assert len(allocator.events) == 1
+    engine.generate(REQUESTS, max_new_tokens=4)
+    assert allocator.events[1:] == [("wake", ["kv_cache"])]
+
+
+@pytest.mark.parametrize("settings", [{"sleep": False}, {"steps_ahead": 1}])
+def test_it_stays_awake_where_asked_or_while_it_samples_ahead(
+    allocator: fake_vllm.Allocator, settings: dict[str, Any]
+) -> None:
+    engine = build(**settings)
+    engine.sleep()
+    assert not engine.llm.arguments["enable_sleep_mode"] and allocator.events == []
+
+
+def test_weights_are_shared_and_a_sync_copies_nothing(allocator: fake_vllm.Allocator) -> None:
+    engine, model = build(), Trained(torch.bfloat16)
+    engine.sync_weights(model, 1)
+    assert engine.metrics["sync/bytes_copied"] == 0 and engine.weights_version == 1
+    with torch.no_grad():
+        model.k += 100
+    assert torch.equal(engine.llm.model.qk[4:], model.k)
+    assert engine.llm.events == ["reset"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"share_weights": False}),
+        (torch.bfloat16, {"steps_ahead": 1}),
+    ],
+)
+def test_weights_that_cannot_or_must_not_be_shared_are_copied(
+    allocator: fake_vllm.Allocator, dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    engine, model = build(**settings), Trained(dtype)
+    engine.sync_weights(model, 0)
+    with torch.no_grad():
+        model.q += 100
+    assert not torch.equal(engine.llm.model.qk[:4].to(dtype), model.q)
+    engine.sync_weights(model, 1)
+    assert torch.equal(engine.llm.model.qk[:4].to(dtype), model.q)
+    assert engine.metrics["sync/bytes_copied"] == 18 * 2
+
+
+def test_samples_come_back_in_the_order_asked_for(allocator: fake_vllm.Allocator) -> None:
+    engine, seen, counted = build(), [], []
+    groups = engine.generate(
+        REQUESTS,
+        max_new_tokens=4,
+        on_tokens=counted.append,
+        on_group=lambda index, group: seen.append((index, len(group))),
+    )
+    assert seen == [(1, 3), (0, 2)] and counted == [12, 8]
+    assert [[one.prompt_ids for one in group] for group in groups] == [[(1, 2)] * 2, [(3,)] * 3]
+    assert {one.temperature for one in groups[1]} == {1.3}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no cache blocks"), ValueError("no cache blocks")])
+def test_an_engine_that_does_not_start(
+    allocator: fake_vllm.Allocator, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(fake_vllm.LLM, "failure", error)
+    with pytest.raises(
+        ConfigError, match="rollout.backend = 'vllm'.*no cache blocks.*gpu_memory_utilization"
+    ):
+        build()
+
+
+def test_an_engine_that_dies_while_sampling(allocator: fake_vllm.Allocator) -> None:
+    engine = build()
+    engine.llm.llm_engine.failure = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RolloutError, match="OutOfMemoryError: CUDA out of memory.*lower rollout"):
+        engine.generate(REQUESTS, max_new_tokens=4)
+    assert engine.llm.events == ["abort"]
+    engine.llm.llm_engine.failure = None
+    assert len(engine.generate(REQUESTS, max_new_tokens=4)) == 2
+
+
+def test_requests_that_are_aborted_or_lost(
+    allocator: fake_vllm.Allocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build()
+    engine.llm.llm_engine.finish_reason = "abort"
+    with pytest.raises(RolloutError, match="ended a request with 'abort'"):
+        engine.generate(REQUESTS, max_new_tokens=4)
+    monkeypatch.setattr(engine.llm.llm_engine, "add_request", lambda *_: None)
+    with pytest.raises(RolloutError, match="answered 0 of 2"):
+        engine.generate(REQUESTS, max_new_tokens=4)
+
+
+def test_a_prompt_beyond_the_models_length(allocator: fake_vllm.Allocator) -> None:
+    with pytest.raises(RolloutError, match="prompt of 9 tokens and 4 new ones.*limit of 12"):
+        build().generate([Request((1,) * 9, 1, 1.0, 0)], max_new_tokens=4)
+
+
+def test_a_prefix_cache_that_stays_is_an_error(allocator: fake_vllm.Allocator) -> None:
+    engine = build()
+    engine.llm.cache_resets = False
+    with pytest.raises(RolloutError, match="kept its prefix cache"):
+        engine.sync_weights(Trained(torch.bfloat16), 1)
