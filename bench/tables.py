@@ -100,8 +100,8 @@ def entropy() -> str:
     for size in SIZES:
         for folder in report.folders(size, RESULTS):
             parts = report.load(folder)
-            for task in report.grouped(parts, lambda part: part["task"]):
-                title = f"**{size}, {task[0]['task']}**: {report.note(task)}"
+            for name, task in report.grouped(parts, lambda part: part["task"]).items():
+                title = f"**{size}, {name}**: {report.note(task)}"
                 first = [part for part in task if part["setting"] in _ENTROPY_ROWS]
                 link = f"[all settings]({_link(folder / 'tables.md')})"
                 blocks.append(f"{title} ({link}).\n\n{report.table(first)}\n")

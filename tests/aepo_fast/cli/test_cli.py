@@ -71,7 +71,7 @@ def test_configs_are_listed_and_printed() -> None:
     runner = CliRunner()
     assert "first-light" in runner.invoke(app, ["configs"]).output
     printed = runner.invoke(app, ["configs", "first-light"]).output
-    assert printed == (ROOT / "aepo_fast" / "configs" / "first-light.toml").read_text()
+    assert printed == (ROOT / "aepo_fast" / "config" / "presets" / "first-light.toml").read_text()
 
 
 def test_doctor_reports_backends_and_packages() -> None:

@@ -204,7 +204,7 @@ def test_unreachable_hub_dataset(monkeypatch):
     def offline(*args, **options):
         raise OSError("no connection")
 
-    monkeypatch.setattr("aepo_fast.data.prompts.load_dataset", offline)
+    monkeypatch.setattr("aepo_fast.data.sources.load_dataset", offline)
     with pytest.raises(ConfigError, match="the hub did not give this dataset: no connection"):
         load(SourceConfig(kind="hub", name="someone/something"))
 
@@ -216,7 +216,7 @@ def test_hub_rows_come_as_given(monkeypatch):
         calls.append((name, subset, split))
         return questions(3)
 
-    monkeypatch.setattr("aepo_fast.data.prompts.load_dataset", load_dataset)
+    monkeypatch.setattr("aepo_fast.data.sources.load_dataset", load_dataset)
     source = SourceConfig(kind="hub", name="a/b", subset="main", split="test")
     found = load(source, holdout_fraction=0, columns=("answer",))
     assert calls == [("a/b", "main", "test")]

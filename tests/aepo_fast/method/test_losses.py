@@ -146,13 +146,6 @@ def test_kl_estimators_have_the_expectation_of_the_kl() -> None:
     assert far.isfinite().all()
 
 
-def test_soft_overlong_penalty() -> None:
-    expected = {80: 0.0, 90: 0.0, 95: -0.5, 100: -1.0}
-    for length, value in expected.items():
-        assert policy_losses.soft_overlong_penalty(length, 100, 10) == pytest.approx(value)
-    assert policy_losses.soft_overlong_penalty(100, 100, 0) == 0.0
-
-
 def test_resampling_term_is_reinforce_at_ratio_one_and_is_clipped_above() -> None:
     logprob = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
     at_one = aepo_terms.resample_token_loss(logprob, logprob.detach(), 0.2, 0.2)

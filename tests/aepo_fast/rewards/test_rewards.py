@@ -10,7 +10,12 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import DataConfig, RewardConfig, SourceConfig
 from aepo_fast.data.tasks import load_task
 from aepo_fast.rewards.math_worker import MathWorker, MathWorkerError
-from aepo_fast.rewards.reward import RewardError, build_reward, gold_answer
+from aepo_fast.rewards.reward import (
+    RewardError,
+    build_reward,
+    gold_answer,
+    soft_overlong_penalty,
+)
 from aepo_fast.rewards.user_function import columns_of, run_with_timeout
 from aepo_fast.samples import Prompt
 
@@ -251,3 +256,10 @@ def test_a_value_whose_conversion_fails_is_an_error_of_its_sample(user_module):
     )
     with pytest.raises(RewardError, match="sample 0 of 1.*which is no number"):
         reward_of(function).score([prompt()], ["x"], [[1]])
+
+
+def test_soft_overlong_penalty() -> None:
+    expected = {80: 0.0, 90: 0.0, 95: -0.5, 100: -1.0}
+    for length, value in expected.items():
+        assert soft_overlong_penalty(length, 100, 10) == pytest.approx(value)
+    assert soft_overlong_penalty(100, 100, 0) == 0.0
