@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from typing import get_args
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from aepo_fast.config import Attention, ConfigError, ModelConfig
 from aepo_fast.models import choose_attention
 from aepo_fast.packages import PACKAGES, PREFIX, cache_root, converted_folder
-from aepo_fast.setup import choose_device, vllm_version
+from aepo_fast.setup import choose_device, installed_version, vllm_version
 from aepo_kernels import __version__, backend_status
 from aepo_kernels.backends import multiplies_bfloat16, row_kernels
 
@@ -65,7 +64,4 @@ def _attention_status(name: Attention) -> str:
 def _version(name: str) -> str | None:
     if name == "vllm":  # whose CPU build has another name
         return vllm_version() or None
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return installed_version(name)
