@@ -7,7 +7,6 @@ misses its matrix instructions.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.environment import RESULTS
+from bench.environment import RESULTS, write_result
 
 # Chips of sm_80, 90, 100 and 120, with the most shared memory of a program, in bytes.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -87,10 +86,8 @@ def main(arguments: argparse.Namespace) -> None:
             )
     failures = [failure for row in rows if (failure := failure_of(row))]
     if not arguments.check:
-        folder = RESULTS / "compiled"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"triton-{triton.__version__}.json"
-        path.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
+        path = RESULTS / "compiled" / f"triton-{triton.__version__}.json"
+        write_result(path, {"triton": triton.__version__, "kernels": rows})
         print(f"result: {path}")
     if failures:
         raise SystemExit("\n".join(failures))

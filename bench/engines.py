@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from aepo_kernels import multiplies_bfloat16
-from bench.environment import RESULTS, command_line, describe, device_name
+from bench.environment import RESULTS, command_line, describe, result_path, write_result
 
 ENGINES = ("hf", "vllm")
 # Shapes of real models for random weights: hidden, intermediate, layers, heads, key-value heads,
@@ -113,10 +111,8 @@ def write(name: str, arguments: argparse.Namespace, found: dict[str, Any]) -> No
         "settings": settings,
         **found,
     }
-    folder = arguments.results / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps(record, indent=1))
+    path = result_path(arguments.results, name)
+    write_result(path, record)
     print(f"result: {path}")
 
 

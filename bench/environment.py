@@ -1,16 +1,19 @@
-"""What a result depends on besides the code: machine, versions, commit."""
+"""What a result depends on besides the code: machine, versions, commit; and its file."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,12 +29,28 @@ def device_name() -> str:
     return "cpu"
 
 
-def installed_version(package: str) -> str:
-    """An installed distribution's version, or that there is none."""
+def installed_version(package: str) -> str | None:
+    """An installed distribution's version, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return None
+
+
+def version_text(package: str) -> str:
+    """An installed distribution's version, or that there is none."""
+    return installed_version(package) or "not installed"
+
+
+def result_path(results: Path, benchmark: str) -> Path:
+    """Where a result of now belongs, among those of this device."""
+    return results / device_name() / f"{benchmark}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+
+
+def write_result(path: Path, record: dict[str, Any]) -> None:
+    """Write a benchmark's record as JSON; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1))
 
 
 def command_line() -> str:
@@ -62,7 +81,7 @@ def describe() -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": installed_version("transformers"),
+        "transformers": version_text("transformers"),
         "commit": os.environ.get("AEPO_COMMIT") or _commit(),
     }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,14 @@ import torch
 
 from aepo_kernels import multiplies_bfloat16, row_kernels
 from bench import kernel_gate as gate
-from bench.environment import RESULTS, command_line, describe, device_name, installed_version
+from bench.environment import (
+    RESULTS,
+    command_line,
+    describe,
+    result_path,
+    version_text,
+    write_result,
+)
 from bench.kernel_inputs import (
     SECOND_TEMPERATURE,
     TEMPERATURE,
@@ -109,7 +115,7 @@ def main(arguments: argparse.Namespace) -> None:
         "benchmark": "kernels",
         "environment": describe()
         | {
-            "triton": installed_version("triton"),
+            "triton": version_text("triton"),
             "row_kernels": row_kernels("cuda" if torch.cuda.is_available() else "cpu"),
         },
         "clocks": clocks(device),
@@ -119,9 +125,8 @@ def main(arguments: argparse.Namespace) -> None:
         "unavailable": {name: reason for name, reason in reasons.items() if reason is not None},
         "cases": [],
     }
-    folder = arguments.results / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"kernels-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path = result_path(arguments.results, "kernels")
+    path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the work
     print(unavailable_list(record), flush=True)
     for num_tokens, (hidden_size, vocab) in itertools.product(tokens, shapes):
         if record["cases"] and time.monotonic() > setup.deadline:
@@ -131,7 +136,7 @@ def main(arguments: argparse.Namespace) -> None:
         record["cases"].append(case)
         # After every mode, so that a run that is killed or whose GPU dies loses one at most.
         for _ in run_case(case, setup):
-            path.write_text(json.dumps(record, indent=1))
+            write_result(path, record)
         print(case_table(case), flush=True)
     print(f"result: {path}\nfigure: {_draw(record, path.with_suffix('.png'))}")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,14 @@ import torch
 from aepo_kernels.gpu import launch
 from aepo_kernels.gpu.launch import FusedLaunch, RowLaunch
 from aepo_kernels.rows.interface import LogitMap, RowCoefs
-from bench.environment import RESULTS, command_line, describe, device_name, installed_version
+from bench.environment import (
+    RESULTS,
+    command_line,
+    describe,
+    result_path,
+    version_text,
+    write_result,
+)
 from bench.timing import clocks, describe_error
 
 # What a thread may hold of a row: fewer numbers are fewer bytes on their way to it.
@@ -63,14 +68,13 @@ def main(arguments: argparse.Namespace) -> None:
         report(name, rows)
     record = {
         "benchmark": "launches",
-        "environment": describe() | {"triton": installed_version("triton")},
+        "environment": describe() | {"triton": version_text("triton")},
         "clocks": clocks(device),
         "command": command_line(),
         "kernels": found,
     }
-    path = arguments.results / device_name() / f"launches-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1))
+    path = result_path(arguments.results, "launches")
+    write_result(path, record)
     print(f"result: {path}")
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from bench.engines import SHAPES, model_folder, write
-from bench.environment import RESULTS
-from bench.peers.peer import package_version
+from bench.environment import RESULTS, installed_version
 from bench.timing import (
     Stopwatch,
     clocks,
@@ -95,7 +94,7 @@ def time_steps(arguments: argparse.Namespace) -> None:
             "clocks": clocks(device),
             "threads": torch.get_num_threads(),
             "row_kernels": problem.ours.row_kernels,
-            "trl": package_version("trl"),
+            "trl": installed_version("trl"),
             "learning_rate": problem.cfg.trainer.lr,
             "completion_tokens": problem.num_tokens,
             "gate": {"limit": step_gate.LIMIT, "epsilon": step_gate.EPSILON, "errors": reference},

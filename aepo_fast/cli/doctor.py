@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from typing import get_args
 
 import torch
@@ -13,7 +12,7 @@ from aepo_fast.config.resolve import choose_device
 from aepo_fast.config.sections import Attention, ModelConfig
 from aepo_fast.model.load import choose_attention
 from aepo_fast.model.packages import PACKAGES, PREFIX, cache_root, converted_folder
-from aepo_fast.rollout.load import vllm_version
+from aepo_fast.rollout.load import installed_version, vllm_version
 from aepo_kernels import __version__, backend_status, multiplies_bfloat16, row_kernels
 
 _ATTENTION: tuple[Attention, ...] = get_args(Attention)
@@ -66,7 +65,4 @@ def _attention_status(name: Attention) -> str:
 def _version(name: str) -> str | None:
     if name == "vllm":  # whose CPU build has another name
         return vllm_version() or None
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return installed_version(name)

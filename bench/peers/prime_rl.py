@@ -6,13 +6,13 @@ import importlib
 
 import torch
 
+from bench.environment import installed_version
 from bench.peers.peer import (
     Inputs,
     Mode,
     Outputs,
     Peer,
     import_problem,
-    package_version,
     shared_loss,
 )
 
@@ -22,7 +22,7 @@ CHUNK_TOKENS = 8192
 
 def peers() -> list[Peer]:
     """The function behind its fused output layer."""
-    return [Peer(PACKAGE, run, unavailable_reason, lambda: package_version(PACKAGE))]
+    return [Peer(PACKAGE, run, unavailable_reason, lambda: installed_version(PACKAGE))]
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:

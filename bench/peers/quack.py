@@ -6,7 +6,8 @@ import importlib
 
 import torch
 
-from bench.peers.peer import Inputs, Mode, Outputs, Peer, import_problem, package_version
+from bench.environment import installed_version
+from bench.peers.peer import Inputs, Mode, Outputs, Peer, import_problem
 
 PACKAGE, MODULE = "quack-kernels", "quack.linear_cross_entropy"
 
@@ -17,7 +18,7 @@ def peers() -> list[Peer]:
         "QuACK",
         run,
         unavailable_reason,
-        lambda: package_version(PACKAGE),
+        lambda: installed_version(PACKAGE),
         losses=("ce",),
         temperatures=0,
         has_entropy=False,

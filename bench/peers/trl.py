@@ -7,13 +7,13 @@ import importlib
 import torch
 from torch import Tensor
 
+from bench.environment import installed_version
 from bench.peers.peer import (
     Inputs,
     Mode,
     Outputs,
     Peer,
     import_problem,
-    package_version,
     shared_loss,
 )
 
@@ -26,7 +26,7 @@ CHUNK_VOCAB = 32768
 
 def peers() -> list[Peer]:
     """TRL's function."""
-    return [Peer("TRL chunked", run, unavailable_reason, lambda: package_version(PACKAGE))]
+    return [Peer("TRL chunked", run, unavailable_reason, lambda: installed_version(PACKAGE))]
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -9,13 +9,13 @@ import types
 
 import torch
 
+from bench.environment import installed_version
 from bench.peers.peer import (
     Inputs,
     Mode,
     Outputs,
     Peer,
     import_problem,
-    package_version,
     shared_loss,
 )
 
@@ -25,13 +25,13 @@ KERNELS = "verl.utils.kernel.kernels"
 
 def peers() -> list[Peer]:
     """verl's kernel in its default backward."""
-    return [Peer("verl Triton", run, unavailable_reason, lambda: package_version(PACKAGE))]
+    return [Peer("verl Triton", run, unavailable_reason, lambda: installed_version(PACKAGE))]
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why it cannot run here, or None."""
     problem = import_problem(PACKAGE, MODULE, KERNELS)
-    if problem is not None and package_version(PACKAGE) is not None:
+    if problem is not None and installed_version(PACKAGE) is not None:
         _skip_package_imports()
         problem = import_problem(PACKAGE, MODULE, KERNELS)
     return problem or (None if device.type == "cuda" else "needs CUDA")
