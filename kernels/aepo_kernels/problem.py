@@ -84,14 +84,14 @@ class Problem:
     hidden: Tensor
     weight: Tensor
     targets: Tensor
-    temperature: float | Tensor
-    second_temperature: float | Tensor | None
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
-    ignore_index: int | None
-    chunk_tokens: int | None
-    backend: str
+    temperature: float | Tensor = 1.0
+    second_temperature: float | Tensor | None = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    ignore_index: int | None = -100
+    chunk_tokens: int | None = None
+    backend: str = "chunked"
     logits_dtype: torch.dtype | None = None
     active: Tensor | None = None
     lora_a: Tensor | None = None

@@ -26,8 +26,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from aepo_kernels import RowSampling, backends, linear_logprob, linear_token_loss
-from aepo_kernels.head import block_pass, plan
+from aepo_kernels import RowSampling, backends
+from aepo_kernels.head.plan import Budget
+from tests.kernels.budgets import logprob_within, token_loss_within
 from tests.kernels.oracle import IGNORED
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -91,19 +92,20 @@ def draw(seed: int) -> Draw:
     return Draw(rng, tensors, targets, coefs, options)
 
 
-def shrink(rng: random.Random, vocab: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_budget(rng: random.Random, vocab: int, size: int) -> Budget:
     """Budgets of memory that make several chunks, slices and blocks of a small call."""
+    names = {}
     for name, values in (
-        ("_CPU_CHUNK_BYTES", [32 * vocab, 96 * vocab, 2**23 + 128 * vocab]),
-        ("_CPU_SLICE_BYTES", [2**12, 2**16, 2**20]),
-        ("_CPU_WAITING_BYTES", [0, 40 * vocab, 2**25]),
-        ("_CPU_SUM_BYTES", [0, 200 * size, 2**25, 2**25]),
-        ("_CPU_SCORING_COLUMNS", [2048, 4096, 16384]),
-        ("_CPU_SCORING_TOKENS", [16, 64, 256]),
+        ("chunk_bytes", [32 * vocab, 96 * vocab, 2**23 + 128 * vocab]),
+        ("slice_bytes", [2**12, 2**16, 2**20]),
+        ("stash_bytes", [0, 40 * vocab, 2**25]),
+        ("sum_bytes", [0, 200 * size, 2**25, 2**25]),
+        ("stats_columns", [2048, 4096, 16384]),
+        ("stats_tokens", [16, 64, 256]),
     ):
-        monkeypatch.setattr(plan, name, rng.choice(values))
-    monkeypatch.setattr(block_pass, "_SUM_BYTES", rng.choice([256 * size, 2**24]))
-    monkeypatch.setattr(block_pass, "_BLOCK_TOKENS", rng.choice([64, 1024]))
+        names[name] = rng.choice(values)
+    names["block_sum_bytes"] = rng.choice([256 * size, 2**24])
+    return Budget(**names, block_tokens=rng.choice([64, 1024]))
 
 
 def laid(rng: random.Random, matrix: Tensor) -> Tensor:
@@ -190,14 +192,21 @@ def weighted(coefs: list[Tensor], outputs: list[Tensor | None]) -> Tensor:
     return sum(((a * x).sum() for a, x in pairs if x is not None), torch.zeros(()))
 
 
-def run(case: Draw, leaves: list[Tensor | None], *, grad: Tensor | None, factor: float) -> list:
+def run(
+    case: Draw,
+    leaves: list[Tensor | None],
+    budget: Budget,
+    *,
+    grad: Tensor | None,
+    factor: float,
+) -> list:
     """The call and its backward pass; returns the three outputs."""
     options = {**case.options, "bias": leaves[2], "lora_a": leaves[3], "lora_b": leaves[4]}
     given = leaves[0], leaves[1], case.targets
     if grad is not None:
         options["weight_grad"] = grad
     if case.rng.random() < 0.3:
-        output = linear_logprob(*given, **options)
+        output = logprob_within(budget, *given, **options)
         outputs = [output.logprob, output.entropy, output.second_logprob]
         loss = weighted(case.coefs, outputs)
     else:
@@ -206,7 +215,8 @@ def run(case: Draw, leaves: list[Tensor | None], *, grad: Tensor | None, factor:
             options["active"] = active[torch.randperm(len(active))]
         if case.rng.random() < 0.2 and "weight_slice" not in options:
             options["row_sampling"] = RowSampling(1e-12)  # keeps every row
-        output = linear_token_loss(
+        output = token_loss_within(
+            budget,
             *given,
             lambda *rest: weighted(list(rest[3:]), list(rest[:3])),
             *case.coefs,
@@ -234,12 +244,12 @@ def within(
 
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("start", range(0, 120, 10))
-def test_against_float64(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_float64(start: int) -> None:
     for seed in range(start, start + 10):
         case = draw(seed)
         rng, (hidden, weight, *others) = case.rng, case.tensors
         assert hidden is not None and weight is not None
-        shrink(rng, *weight.shape, monkeypatch)
+        budget = small_budget(rng, *weight.shape)
         wants = [rng.random() < 0.85 for _ in case.tensors]
         leaves = [laid(rng, hidden), laid(rng, weight), *others]
         for leaf, wanted in zip(leaves, wants, strict=True):
@@ -249,7 +259,7 @@ def test_against_float64(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
         into_buffer = wants[1] and "weight_slice" not in case.options and rng.random() < 0.2
         buffer = torch.zeros(weight.shape) if into_buffer else None
         factor = 1.0 if into_buffer else rng.choice([1.0, -2.5])
-        outputs = run(case, leaves, grad=buffer, factor=factor)
+        outputs = run(case, leaves, budget, grad=buffer, factor=factor)
         exact, exact_leaves = truth(case)
         moved, moved_leaves = zip(*(truth(case, noise) for noise in range(2)), strict=True)
         for some in exact, *moved:

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from aepo_kernels.cpu.huge_pages import advise
 from aepo_kernels.gemm import add_product, matmul, product
+from aepo_kernels.head.plan import Plan
 from aepo_kernels.problem import Problem
 from aepo_kernels.ranges import part_of, slices
 
-# Rows of hidden's gradient that are rounded at a time, on their way to where they belong.
+# Rows of hidden's gradient that are rounded at a time, on their way to where they belong. Not
+# measured.
 _COPIED_ROWS = 512
 
 
@@ -20,13 +22,14 @@ class Gradients:
 
     Those of all but hidden are kept in fp32 (float64 for float64 hidden) however many chunks there
     are; where the weight's is written once, the GEMM writes it as it is wanted. What is not
-    needed is neither allocated nor computed.
+    needed is neither allocated nor computed. rows: how many took part in GEMMs. variance: what
+    sampling those rows added.
     """
 
-    def __init__(self, problem: Problem, needs: tuple[bool, ...], *, written_once: bool) -> None:
+    def __init__(self, problem: Problem, plan: Plan, needs: tuple[bool, ...]) -> None:
         hidden, weight, bias, lora_a, lora_b = problem.inputs
         assert hidden is not None and weight is not None
-        self.wide = wide = problem.stats_dtype
+        self.wide = wide = plan.stats_dtype
         self.dtypes = tuple(None if x is None else x.dtype for x in problem.inputs)
         self.weight_shape, self.device = weight.shape, weight.device
         self.shard, self.lora_scale, self.needs_weight = problem.shard, problem.lora_scale, needs[1]
@@ -36,8 +39,10 @@ class Gradients:
         self.in_place = problem.weight_grad is not None
         self.weight = problem.weight_grad  # or else made by the first chunk, which need not add
         self.weight_dtype = wide
-        if written_once and weight.dtype == hidden.dtype and self.weight is None:
+        if plan.written_once and weight.dtype == hidden.dtype and self.weight is None:
             self.weight_dtype = hidden.dtype
+        self.reuses_memory, self.rows = plan.reuses_memory, 0
+        self.variance = torch.zeros((), dtype=wide, device=self.device)
         self.bias, self.lora_a, self.lora_b = (
             _zeros(value, wide) if need and value is not None else None
             for value, need in zip((bias, lora_a, lora_b), needs[2:], strict=True)
@@ -46,7 +51,7 @@ class Gradients:
     def add(
         self,
         dlogits: Tensor,
-        by_rows: Tensor,
+        row_major: Tensor,
         weight: Tensor,
         lora: tuple[Tensor, Tensor] | None,
         inputs: Tensor,
@@ -54,15 +59,15 @@ class Gradients:
     ) -> None:
         """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora: (A, B).
 
-        by_rows: dlogits once more where they lie by columns, which suits GEMM 3 but not GEMM 2.
+        row_major: dlogits once more where they are column-major, which suits GEMM 3 but not GEMM 2.
         """
-        through = self._add_lora_a(by_rows, lora, inputs)
+        through = self._add_lora_a(row_major, lora, inputs)
         if self.hidden is not None:
-            self._add_hidden(by_rows, weight, None if lora is None else lora[0], through, at)
+            self._add_hidden(row_major, weight, None if lora is None else lora[0], through, at)
         if self.weight is not None:
             add_product(self.weight, dlogits.T, inputs)
         elif self.needs_weight:
-            out = None if dlogits.is_cuda else self.make_weight(self.weight_dtype)
+            out = self.make_weight(self.weight_dtype) if self.reuses_memory else None
             self.weight = product(dlogits.T, inputs, self.weight_dtype, out=out)
         if self.lora_b is not None and lora is not None:
             add_product(self.lora_b, dlogits.T, matmul(inputs, lora[0].T).mul_(self.lora_scale))
@@ -99,7 +104,7 @@ class Gradients:
     def add_slice(
         self,
         dlogits: Tensor,
-        by_rows: Tensor,
+        row_major: Tensor,
         weight: Tensor,
         lora: tuple[Tensor, Tensor] | None,
         inputs: Tensor,
@@ -112,8 +117,8 @@ class Gradients:
         to `hidden`.
         """
         if hidden is not None:
-            add_product(hidden, by_rows, weight)
-        through = self._add_lora_a(by_rows, lora, inputs)
+            add_product(hidden, row_major, weight)
+        through = self._add_lora_a(row_major, lora, inputs)
         if lora is None or through is None:
             return
         if hidden is not None:

@@ -1,9 +1,9 @@
 """Gradients of so many tokens that a float32 sum of hidden's would be large, on a CPU.
 
-Logits are made by blocks: some tokens by some rows of the vocabulary. What of hidden's sum is more
-than a budget lies in the gradient of the weight's last rows and is rounded before those are
-written: the logits of those rows alone are made once more. Memory beside the gradients has a bound
-at any N and V.
+Logits are made by blocks: some tokens by some rows of the vocabulary. Hidden's sum has memory of
+its own up to a budget. The rest lies in the gradient of the weight's last rows, and is rounded
+before those are written. The logits of those rows alone are made once more. So memory beside the
+gradients has a bound at any N and V.
 """
 
 from __future__ import annotations
@@ -15,50 +15,75 @@ from torch import Tensor
 
 from aepo_kernels.gemm import add_product
 from aepo_kernels.head.accumulators import Gradients
+from aepo_kernels.head.parts import Part, join_parts
+from aepo_kernels.head.plan import Plan
 from aepo_kernels.head.projection import Head
+from aepo_kernels.head.row_sampling import rows_with_gradient
 from aepo_kernels.head.tokens import Tokens
-from aepo_kernels.ranges import part_of, slices, take
+from aepo_kernels.ranges import part_of, slices, slices_of_runs, take
 from aepo_kernels.rows.interface import RowCoefs, RowStats
 
-# Bytes of a block's logits, of its hidden states, and of a slice of the weight's gradient.
-_LOGITS_BYTES, _HIDDEN_BYTES, _WEIGHT_BYTES = 2**24, 2**23, 2**23
-_BLOCK_TOKENS = 1024
-# Bytes of the sum of hidden's gradient that nobody lends.
-_SUM_BYTES = 20 * 2**20
+
+class BlockPass:
+    """Keeps rows without logits, and adds their gradients to `total` by blocks in `finish`."""
+
+    def __init__(self, plan: Plan, head: Head, total: Gradients) -> None:
+        self.plan, self.head, self.total = plan, head, total
+        self.parts: list[Part] = []
+        self.stats_workspace: Tensor | None = None
+
+    def chunks(self, num_active: int, num_tokens: int) -> list[slice]:
+        """Chunks of tokens in order, those with a gradient first."""
+        size, passive = self.plan.stats_tokens, num_tokens - num_active
+        self.stats_workspace = self.head.stats_workspace(min(size, max(num_active, passive)))
+        return list(slices_of_runs([(num_active, size), (passive, size)]))
+
+    def forward(self, chunk: Tokens, keep: bool) -> RowStats:
+        """Statistics [C]; no logits are kept."""
+        return self.head.stats_alone(chunk, self.stats_workspace)
+
+    def backward(self, chunk: Tokens, stats: RowStats, coefs: RowCoefs) -> None:
+        """Keep the rows with a coefficient for `finish`."""
+        active = rows_with_gradient(coefs, look=self.plan.drops_inactive)
+        if active is None:
+            return
+        if isinstance(active, Tensor):
+            chunk, stats, coefs = chunk.at(active), stats.select(active), coefs.select(active)
+        self.total.rows += len(chunk.targets)
+        self.parts.append(Part(chunk, stats, coefs))
+
+    def finish(self) -> Gradients:
+        """The gradients, once all rows are in."""
+        self.stats_workspace = None
+        if self.parts:
+            Blocks(self.plan, self.head, self.total, join_parts(self.parts)).add()
+        self.total.finish()
+        return self.total
 
 
-class GradientBlocks:
-    """Adds to `total` what tokens with these statistics and coefficients give.
+class Blocks:
+    """Adds the gradients of some rows to `total`."""
 
-    most_rows: of the weight at a time; None is what the memory budget holds.
-    """
-
-    def __init__(
-        self,
-        total: Gradients,
-        head: Head,
-        tokens: Tokens,
-        stats: RowStats,
-        coefs: RowCoefs,
-        most_rows: int | None,
-    ) -> None:
-        self.total, self.head = total, head
-        self.tokens, self.stats, self.coefs = tokens, stats, coefs
-        count, width = len(tokens.targets), head.hidden.shape[1]
-        held = _HIDDEN_BYTES // (width * head.hidden.element_size())
-        self.block = min(count, max(64, min(held, _BLOCK_TOKENS)))
-        held = _LOGITS_BYTES // (self.block * head.logits_dtype.itemsize)
-        held = max(64, min(held, _WEIGHT_BYTES // (width * head.dtype.itemsize)) // 64 * 64)
-        self.slice = min(len(head.weight), held, most_rows or held)
+    def __init__(self, plan: Plan, head: Head, total: Gradients, part: Part) -> None:
+        self.total, self.head, self.dtype = total, head, plan.stats_dtype
+        self.tokens, self.stats, self.coefs = part.tokens, part.stats, part.coefs
+        self.budget = budget = plan.budget
+        count, width = len(self.tokens.targets), head.hidden.shape[1]
+        held = budget.block_hidden_bytes // (width * head.hidden.element_size())
+        self.block = min(count, max(64, min(held, budget.block_tokens)))
+        held = budget.block_logits_bytes // (self.block * plan.logits_dtype.itemsize)
+        most = budget.block_weight_bytes // (width * self.dtype.itemsize)
+        held = max(64, min(held, most) // 64 * 64)
+        self.slice = min(len(head.weight), held, plan.most_slice_rows or held)
         first = head.at(slice(self.slice))
-        self.space = first.space(self.block)
-        self.by_rows = first.by_rows_space(self.block)
-        self.weight_sum = head.hidden.new_empty(self.slice, width, dtype=head.dtype)
+        self.workspace = first.workspace(self.block)
+        self.row_major = first.row_major_workspace(self.block)
+        self.weight_sum = head.hidden.new_empty(self.slice, width, dtype=self.dtype)  # [S, H]
 
     def add(self) -> None:
         """Add all of them."""
         count, num_rows = len(self.tokens.targets), len(self.head.weight)
-        in_place = self.total.hidden_sum(self.tokens.positions, self.head.dtype)
+        in_place = self.total.hidden_sum(self.tokens.positions, self.dtype)
         sums, first_lent = ([in_place], num_rows) if in_place is not None else self._borrow()
         for some in slices(count, sum(map(len, sums)) or count):
             for piece in sums:
@@ -77,11 +102,11 @@ class GradientBlocks:
         All pieces but the last are for whole blocks of tokens.
         """
         count, width = len(self.tokens.targets), self.head.hidden.shape[1]
-        num_rows, dtype = len(self.head.weight), self.head.dtype
+        num_rows, dtype = len(self.head.weight), self.dtype
         if self.total.hidden is None:
             return [], num_rows
         token_bytes = width * dtype.itemsize
-        held = max(1, _SUM_BYTES // (token_bytes * self.block)) * self.block
+        held = max(1, self.budget.block_sum_bytes // (token_bytes * self.block)) * self.block
         own = self.weight_sum.new_empty(min(held, count), width)
         weight = self.total.make_weight().view(-1).view(torch.uint8)
         lent = min(count - len(own), len(weight) // token_bytes)
@@ -99,10 +124,10 @@ class GradientBlocks:
         for part in slices(some.stop - some.start, self.block):
             index = slice(some.start + part.start, some.start + part.stop)
             given = self._dlogits(head, rows, index, weight_alone=sums is None)
-            dlogits, by_rows, inputs = given
+            dlogits, row_major, inputs = given
             if sums is not None:
                 hidden = _at(sums, part)
-                total.add_slice(dlogits, by_rows, head.weight, head.lora, inputs, hidden, rows)
+                total.add_slice(dlogits, row_major, head.weight, head.lora, inputs, hidden, rows)
             if weight_sum is not None:
                 add_product(weight_sum, dlogits.T, inputs)
         if weight_sum is not None:
@@ -111,25 +136,25 @@ class GradientBlocks:
     def _dlogits(
         self, head: Head, rows: slice, index: slice, *, weight_alone: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's gradient by the logits, the same by rows, and its hidden states.
+        """A block's gradient by the logits [C, S], a row-major one, its hidden states [C, H].
 
-        weight_alone: neither adds to bias's gradient nor lays the logits' out by rows.
+        weight_alone: bias's gradient is not added to, and no row-major copy is made.
         """
         tokens = self.tokens.at(index).within(rows)
-        inputs = take(head.hidden, tokens.positions)
+        inputs = take(head.hidden, tokens.positions)  # [C, H]
         tokens = replace(tokens, positions=slice(0, len(inputs)))
         head = replace(head, hidden=inputs)
-        assert self.space is not None
-        out = head.logits_in(self.space, len(inputs))
-        by_rows, bias_grad = (None, None) if weight_alone else (self.by_rows, self.total.bias)
-        if by_rows is not None:
-            by_rows = by_rows[: len(inputs), : len(head.weight)]
+        assert self.workspace is not None
+        out = head.logits_in(self.workspace, len(inputs))
+        row_major, bias_grad = (None, None) if weight_alone else (self.row_major, self.total.bias)
+        if row_major is not None:
+            row_major = row_major[: len(inputs), : len(head.weight)]
         if bias_grad is not None:
             bias_grad = bias_grad[rows]
-        products = head.products(tokens, out)
+        raw_logits = head.raw_logits(tokens, out)  # [C, S]
         stats, coefs = self.stats.select(index), self.coefs.select(index)
-        dlogits = head.dlogits(tokens, products, stats, coefs, bias_grad, by_rows=by_rows)
-        return dlogits, dlogits if by_rows is None else by_rows, inputs
+        dlogits = head.dlogits(tokens, raw_logits, stats, coefs, bias_grad, row_major=row_major)
+        return dlogits, dlogits if row_major is None else row_major, inputs
 
     def _round(self, sums: list[Tensor], some: slice) -> None:
         start = some.start

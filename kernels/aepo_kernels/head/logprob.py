@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aepo_kernels.gemm import computing_on
-from aepo_kernels.head.gradient_pass import GradientPass
-from aepo_kernels.head.plan import scoring_chunk_size
+from aepo_kernels.head.passes import pass_of
+from aepo_kernels.head.plan import DEFAULT_BUDGET, Budget, make_plan
 from aepo_kernels.head.projection import Head, head_of
 from aepo_kernels.head.tokens import Tokens, tokens_of
 from aepo_kernels.problem import LogprobOutput, Problem
@@ -19,19 +19,20 @@ from aepo_kernels.ranges import slices, take
 from aepo_kernels.rows.interface import RowCoefs, RowStats
 
 
-def logprob(problem: Problem) -> LogprobOutput:
+def logprob(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> LogprobOutput:
     """`linear_logprob`, recomputing logits in backward."""
-    rows = _Logprob.apply(problem, *problem.inputs)
+    rows = _Logprob.apply(problem, budget, *problem.inputs)
     return LogprobOutput(*rows, problem.backend, problem.row_kernels)  # type: ignore[misc]
 
 
-def forward(problem: Problem) -> tuple[Tokens, RowStats]:
+def forward(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> tuple[Tokens, RowStats]:
     """The tokens that count and the statistics of their rows."""
     with computing_on(problem.hidden.device):
-        head, tokens = head_of(problem), tokens_of(problem)
-        count, size = len(tokens.targets), scoring_chunk_size(problem)
-        space = head.scoring_space(min(count, size))
-        parts = [head.score(tokens.at(index), space) for index in slices(count, size)]
+        plan = make_plan(problem, budget=budget)
+        head, tokens = head_of(problem, plan), tokens_of(problem)
+        count, size = len(tokens.targets), plan.stats_tokens
+        workspace = head.stats_workspace(min(count, size))
+        parts = [head.stats_alone(tokens.at(index), workspace) for index in slices(count, size)]
         return tokens, join_stats(parts, head, tokens)
 
 
@@ -41,12 +42,15 @@ def backward(
     stats: RowStats,
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
+    budget: Budget = DEFAULT_BUDGET,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the problem's inputs from those of the four outputs, [N] each."""
     with computing_on(problem.hidden.device):
-        gradients = GradientPass(problem, head_of(problem), tuple(needs), len(tokens.targets))
-        kept = [None if grad is None else take(grad, tokens.positions) for grad in grads]
-        gradients.add(tokens, None, stats, RowCoefs(*kept))
+        count = len(tokens.targets)
+        plan = make_plan(problem, needs_weight=needs[1], rows=count, budget=budget)
+        gradients = pass_of(problem, plan, head_of(problem, plan), tuple(needs))
+        coefs = [None if grad is None else take(grad, tokens.positions) for grad in grads]  # [M]
+        gradients.backward(tokens, stats, RowCoefs(*coefs))
         return gradients.finish().results()
 
 
@@ -63,7 +67,7 @@ def join_stats(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:
         columns = zip(*parts, strict=True)
         joined = [None if column[0] is None else torch.cat(column) for column in columns]
         return RowStats(*joined)  # type: ignore[arg-type]
-    empty = torch.zeros(0, dtype=head.dtype, device=head.hidden.device)
+    empty = torch.zeros(0, dtype=head.plan.stats_dtype, device=head.hidden.device)
     second = None if tokens.second_inv_temperature is None else empty
     squares = empty if head.squares else None
     return RowStats(empty, empty, empty, empty, second, second, squares)
@@ -73,9 +77,12 @@ class _Logprob(torch.autograd.Function):
     """Forward keeps [N] statistics; backward recomputes the logits of the rows that need it."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, problem: Problem, budget: Budget, *inputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.tokens, ctx.stats = forward(problem)
+        ctx.budget = budget
+        ctx.tokens, ctx.stats = forward(problem, budget)
         # The inputs go through save_for_backward alone, so that saved-tensor hooks and the check
         # against in-place changes see them.
         ctx.save_for_backward(*inputs)
@@ -95,4 +102,5 @@ class _Logprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.problem.with_inputs(ctx.saved_tensors)
-        return None, *backward(problem, ctx.tokens, ctx.stats, grads[:4], ctx.needs_input_grad[1:])
+        needs, known = ctx.needs_input_grad[2:], (ctx.tokens, ctx.stats)
+        return None, None, *backward(problem, *known, grads[:4], needs, ctx.budget)

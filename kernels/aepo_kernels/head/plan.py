@@ -1,6 +1,14 @@
-"""How many tokens, and how much of the vocabulary, are in memory at once."""
+"""How one call goes: how many tokens and columns are in memory at once, and which pass takes them.
+
+`Budget` holds the tuned numbers. `make_plan` reads the problem's device, dtypes and backend once.
+It hands over a `Plan` of decisions, so that no later code asks for those again.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
 
 import torch
 
@@ -9,162 +17,290 @@ from aepo_kernels.cpu import rows as cpu_rows
 from aepo_kernels.gemm import GEMM_BYTES, in_cpp, is_widened
 from aepo_kernels.problem import Problem
 
-# Bytes of a chunk's logits, and its most tokens; larger chunks update the weight's fp32 gradient
-# less often.
-_CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 5 * 2**23, 1024
-# Where no gradient follows: tokens, and with C++ rows columns, whose logits stay cached.
-_CPU_SCORING_TOKENS, _CPU_SCORING_COLUMNS = 256, 16384
-# In float32 more tokens by fewer columns: every call of its GEMMs lays the weight out anew.
-_FLOAT32_SCORING = 4
-_CPU_SLICE_BYTES, _ROW_BLOCK = 2**24, 2048
-_CPU_SLICE_COLUMNS = 16384  # where they are rows of a GEMM's first operand
-_CPU_SUM_BYTES = 28 * 2**20  # of hidden's gradient, added up beside what slices need
-_CPU_WAITING_BYTES = 2**25  # of float16 logits that wait beside the weight's gradient
-_GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 3 * 2**29, 8192
-# "fused" is for small memory: its forward needs some 20 KB a token, and logits of few tokens exist
-# in its backward.
-_FUSED_FORWARD_TOKENS, _FUSED_CHUNK_BYTES = 4096, 2**28
+# The C++ rows are added up in blocks of so many columns. Slices that are multiples of a block give
+# the same bits as whole rows.
+_ROW_BLOCK = 2048
 
 
-def logits_dtype(problem: Problem) -> torch.dtype:
-    """The dtype of the first GEMM's output: hidden's, or that of widened GEMMs."""
-    if is_widened(problem.hidden):
-        return torch.float32
-    return problem.logits_dtype or problem.hidden.dtype
+@dataclass(frozen=True)
+class Budget:
+    """Bytes, tokens and columns that a call may have in memory at once.
 
-
-def logits_bytes(problem: Problem) -> int:
-    """Bytes of a logit in a chunk, with its gradient where that is beside it."""
-    width, hidden = logits_dtype(problem).itemsize, problem.hidden
-    beside = hidden.device.type != "cpu" and width != hidden.element_size()
-    return width + hidden.element_size() if beside else width
-
-
-def chunk_size(problem: Problem) -> int:
-    """Tokens whose logits exist at once: the caller's number, or what the memory budget holds."""
-    if problem.chunk_tokens is not None:
-        return problem.chunk_tokens
-    hidden, width = problem.hidden, logits_bytes(problem)
-    budget, most = _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS
-    if problem.backend == "chunked" and backends.gemms_want_columns(hidden):
-        budget //= 2  # their gradient is written twice
-    elif is_widened(hidden) or in_cpp(hidden):
-        budget -= GEMM_BYTES
-    if hidden.device.type != "cpu":
-        budget, most = _GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS
-    if problem.backend == "fused":
-        budget = _FUSED_CHUNK_BYTES
-    size = budget // (problem.chunk_vocab * width)
-    step = 16 if hidden.device.type == "cpu" else 64
-    return min(max(size // step * step, step), most)
-
-
-def gradient_chunk_size(problem: Problem, needs_weight: bool, rows: int) -> int:
-    """Tokens whose gradients are made at once, of so many.
-
-    On a GPU chunks are equal, and one where its logits need no more memory than those of a chunk
-    and the float32 sum of the weight's gradients, which it does without.
+    "Not measured" says that no raw file under bench/results/ compares the number with others.
     """
-    size = chunk_size(problem)
-    if problem.hidden.device.type == "cpu" or problem.chunk_tokens is not None or rows <= size:
-        return size
-    weight = problem.weight
-    plain = (problem.weight_grad, problem.row_sampling) == (None, None)
-    at_once = problem.backend != "fused" or rows <= _FUSED_FORWARD_TOKENS
-    if needs_weight and plain and at_once and weight.dtype == problem.hidden.dtype:
-        spared = problem.stats_dtype.itemsize * weight.shape[1]  # bytes per row of weight
-        if rows <= size + spared // logits_bytes(problem):
-            return rows
-    count = -(-rows // size)
-    return -(-rows // (64 * count)) * 64
+
+    # Logits of a chunk on a CPU, and its most tokens. Larger chunks update the weight's float32
+    # gradient less often. Not measured: chosen for at most 64 MiB beside inputs and gradients.
+    chunk_bytes: int = 5 * 2**23
+    chunk_tokens: int = 1024
+    # Tokens and columns whose logits stay cached where no gradient follows. The tokens came with
+    # bench/results/cpu/kernels-20261123-190016.json. The columns: not measured.
+    stats_tokens: int = 256
+    stats_columns: int = 16384
+    # In float32, so many times the tokens by as many times fewer columns: float32 GEMMs repack the
+    # weight on every call. Not measured.
+    float32_stats_factor: int = 4
+    # Logits of a slice of the vocabulary, for all tokens. Not measured.
+    slice_bytes: int = 2**24
+    # Columns of a slice where they are rows of a GEMM's first operand. Not measured.
+    slice_columns: int = 16384
+    # The sum of hidden's gradient beside what slices need; with more, blocks take over. Not
+    # measured: chosen for at most 64 MiB.
+    sum_bytes: int = 28 * 2**20
+    # Stashed float16 logits beside the weight's gradient. Not measured: chosen for at most 64 MiB.
+    stash_bytes: int = 2**25
+    # Logits of a chunk on a GPU, and its most tokens. Not measured against others;
+    # bench/results/h200/kernels-20261126-104727.json timed the calls with these.
+    gpu_chunk_bytes: int = 3 * 2**29
+    gpu_chunk_tokens: int = 8192
+    # "fused" is for small memory. Its forward pass needs some 20 KB a token, and logits of few
+    # tokens exist in its backward pass. Not measured against others; that file timed these, too.
+    fused_forward_tokens: int = 4096
+    fused_chunk_bytes: int = 2**28
+    # Blocks of some tokens by some rows of the vocabulary: a block's logits, its hidden states, a
+    # slice of the weight's gradient, its most tokens, and the part of hidden's sum that lies in
+    # memory of its own. Not measured: chosen for at most 64 MiB.
+    block_logits_bytes: int = 2**24
+    block_hidden_bytes: int = 2**23
+    block_weight_bytes: int = 2**23
+    block_tokens: int = 1024
+    block_sum_bytes: int = 20 * 2**20
 
 
-def slice_size(problem: Problem, needs_weight: bool, rows: int) -> int | None:
-    """Rows of weight whose gradient is made at once, or None where chunks of tokens add it up.
+DEFAULT_BUDGET = Budget()
 
-    Slices are the caller's choice, or on a CPU that of GEMMs which take more than one chunk: to add
-    up the weight's gradient would take more time, in half precision memory too. In float32 they pay
-    where rows come by slices as well, so that few logits are made twice.
+
+class Strategy(Enum):
+    """Which pass adds up gradients: over chunks of tokens, slices of the vocabulary, or both."""
+
+    CHUNKS = "chunks"
+    SLICES = "slices"
+    BLOCKS = "blocks"
+
+
+@dataclass(frozen=True)
+class Stash:
+    """Where raw logits wait for slices: in the weight's gradient, [V, H], and in memory beside it.
+
+    dtype: the raw logits' own; or float16, less a base per row. beside: tokens in [V, beside].
     """
-    if problem.weight_slice is not None:
-        return problem.weight_slice
-    weight, hidden = problem.weight, problem.hidden
-    plain = (problem.weight_grad, problem.row_sampling, problem.chunk_tokens) == (None, None, None)
-    pays = hidden.dtype != problem.stats_dtype or backends.row_operations(hidden) is cpu_rows
-    pays = pays and weight.dtype in (hidden.dtype, torch.float32)
-    if not (needs_weight and plain and pays and hidden.device.type == "cpu"):
-        return None
-    if problem.backend != "chunked" or rows <= chunk_size(problem):
-        return None
-    most = _CPU_SLICE_COLUMNS if backends.gemms_want_columns(hidden) else len(weight)
-    size = max(_CPU_SLICE_BYTES // (logits_dtype(problem).itemsize * rows) // 64 * 64, 64)
-    size = min(size, most)
-    # Multiples of the blocks in which rows are added up give the same bits as whole rows.
-    return size if size < _ROW_BLOCK else size // _ROW_BLOCK * _ROW_BLOCK
+
+    dtype: torch.dtype
+    beside: int = 0
 
 
-def waiting_as_float16(problem: Problem, rows: int) -> tuple[int, int]:
-    """Of so many rows, how many wait for slices as float16: in the weight's gradient, and beside.
+@dataclass(frozen=True)
+class Plan:
+    """The decisions of one call.
 
-    Those are widened ones of which too few would fit as they are.
+    row_ops: module with `row_stats` and `row_grad`. fused: the forward pass writes no logits.
+    column_major: logits are the transpose of a contiguous matrix [V, C]. upcast: bfloat16 GEMMs go
+    by float32, and so do logits. sliced_stats: statistics can come from one slice of the columns
+    after the other. reuses_memory: one workspace serves chunk after chunk. A GPU's allocator keeps
+    memory; on a CPU fresh memory costs more than the row operations. drops_inactive: rows without a
+    coefficient are left out of the gradient GEMMs, which on a GPU means waiting.
+
+    forward_tokens: most tokens of a chunk that a gradient follows. gradient_tokens: most tokens
+    whose gradients are made at once. stats_tokens, stats_columns: where no gradient follows.
+    slice_rows: rows of the weight in a slice; most_slice_rows is the caller's. most_picked: most
+    rows of hidden that slices may copy, or None for any. stash: where raw logits wait for slices.
+    keeps_last: slices take the last chunk's logits instead of making them again.
+    written_once: the weight's gradient is written by a single GEMM.
     """
-    hidden, weight = problem.hidden, problem.weight
-    if problem.backend != "chunked" or not is_widened(hidden):
-        return 0, 0
-    if backends.row_operations(hidden) is not cpu_rows:
-        return 0, 0
-    lent, keeps = weight.shape[1] * weight.element_size(), keeps_logits(problem, rows)
-    if rows <= lent // torch.float32.itemsize + (chunk_size(problem) if keeps else 0):
-        return 0, 0
-    inside = min(rows, lent // torch.float16.itemsize)
-    held = _CPU_WAITING_BYTES // (torch.float16.itemsize * problem.chunk_vocab) if keeps else 0
-    return inside, min(rows - inside, held)
+
+    budget: Budget
+    row_ops: ModuleType
+    stats_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    fused: bool
+    column_major: bool
+    upcast: bool
+    sliced_stats: bool
+    reuses_memory: bool
+    drops_inactive: bool
+    forward_tokens: int
+    gradient_tokens: int
+    stats_tokens: int
+    stats_columns: int
+    strategy: Strategy
+    slice_rows: int
+    most_slice_rows: int | None
+    most_picked: int | None
+    stash: Stash | None
+    keeps_last: bool
+    written_once: bool
 
 
-def keeps_logits(problem: Problem, rows: int) -> bool:
-    """Whether slices of so many rows take the last chunk's logits instead of making them again."""
-    return (
-        problem.hidden.device.type == "cpu" and _sum_bytes(problem, rows) <= _CPU_SLICE_BYTES // 4
+def make_plan(
+    problem: Problem,
+    *,
+    needs_weight: bool = False,
+    rows: int = 0,
+    budget: Budget = DEFAULT_BUDGET,
+) -> Plan:
+    """Decide how a call goes.
+
+    needs_weight: the weight needs a gradient. rows: at most so many tokens have a gradient.
+    """
+    facts = _Facts(problem, budget)
+    size = facts.gradient_tokens(needs_weight, rows)
+    slice_rows, stash, keeps_last = facts.slice_rows(needs_weight, rows), None, False
+    strategy = Strategy.CHUNKS
+    if slice_rows is not None:
+        blocks = needs_weight and facts.sum_bytes(rows) > budget.sum_bytes
+        strategy = Strategy.BLOCKS if blocks and facts.on_cpu_in_chunks else Strategy.SLICES
+    if strategy is Strategy.SLICES:
+        stash = facts.stash(rows) if needs_weight and facts.cpp_rows else None
+        # Stashed float16 logits need the workspace that the last chunk's logits would lie in.
+        is_float16 = stash is not None and stash.dtype == torch.float16
+        keeps_last = facts.keeps_last(rows) and not is_float16
+    forward = budget.fused_forward_tokens if facts.fused else size
+    return Plan(
+        budget,
+        facts.row_ops,
+        problem.stats_dtype,
+        facts.logits_dtype,
+        facts.fused,
+        facts.column_major,
+        facts.upcast,
+        facts.cpp_rows,
+        facts.on_cpu,
+        facts.on_cpu or problem.row_sampling is not None,
+        forward,
+        size,
+        facts.stats_tokens(),
+        facts.stats_columns(),
+        strategy,
+        slice_rows or 0,
+        problem.weight_slice,
+        facts.most_picked() if needs_weight else None,
+        stash,
+        keeps_last,
+        slice_rows is not None or rows <= min(size, forward),
     )
 
 
-def goes_by_blocks(problem: Problem, rows: int, *, picked: bool = False) -> bool:
-    """Whether slices take some of so many rows at a time, to keep memory within its bound.
+class _Facts:
+    """What a plan depends on, read from the problem once."""
 
-    picked: slices would have a copy of those rows of hidden.
-    """
-    hidden = problem.hidden
-    if hidden.device.type != "cpu" or problem.backend != "chunked":
-        return False
-    needed, most = _sum_bytes(problem, rows), _CPU_SUM_BYTES
-    if picked:
-        needed += rows * hidden.shape[1] * hidden.element_size()
-        most += 0 if backends.gemms_want_columns(hidden) else _CPU_SLICE_BYTES // 2
-    return needed > most
+    def __init__(self, problem: Problem, budget: Budget) -> None:
+        hidden, chunked = problem.hidden, problem.backend == "chunked"
+        self.problem, self.budget = problem, budget
+        self.on_cpu, self.fused = hidden.device.type == "cpu", problem.backend == "fused"
+        self.on_cpu_in_chunks = self.on_cpu and chunked
+        self.row_ops = backends.row_operations(hidden)
+        # C++ rows need no whole rows: a slice of the columns after the other will do.
+        self.cpp_rows = chunked and self.row_ops is cpu_rows
+        self.column_major = chunked and backends.gemms_want_columns(hidden)
+        self.upcast = is_widened(hidden)
+        self.logits_dtype = problem.logits_dtype or hidden.dtype
+        if self.upcast:
+            self.logits_dtype = torch.float32
 
+    def logits_bytes(self) -> int:
+        """Bytes of a logit in a chunk, with its gradient where that is beside it."""
+        width, own = self.logits_dtype.itemsize, self.problem.hidden.element_size()
+        return width + own if not self.on_cpu and width != own else width
 
-def _sum_bytes(problem: Problem, rows: int) -> int:
-    """Bytes of the sum of hidden's gradient."""
-    return problem.stats_dtype.itemsize * rows * problem.hidden.shape[1]
+    def chunk_tokens(self) -> int:
+        """Tokens whose logits exist at once: the caller's number, or what the budget holds."""
+        if self.problem.chunk_tokens is not None:
+            return self.problem.chunk_tokens
+        budget, most = self.budget.chunk_bytes, self.budget.chunk_tokens
+        if self.column_major:
+            budget //= 2  # their gradient is written twice
+        elif self.upcast or in_cpp(self.problem.hidden):
+            budget -= GEMM_BYTES
+        if not self.on_cpu:
+            budget, most = self.budget.gpu_chunk_bytes, self.budget.gpu_chunk_tokens
+        if self.fused:
+            budget = self.budget.fused_chunk_bytes
+        size = budget // (self.problem.chunk_vocab * self.logits_bytes())
+        step = 16 if self.on_cpu else 64
+        return min(max(size // step * step, step), most)
 
+    def gradient_tokens(self, needs_weight: bool, rows: int) -> int:
+        """Tokens whose gradients are made at once, of so many.
 
-def forward_chunk_size(problem: Problem) -> int:
-    """Tokens that go through the forward pass at once."""
-    return _FUSED_FORWARD_TOKENS if problem.backend == "fused" else chunk_size(problem)
+        On a GPU chunks are equal. There is one chunk where its logits need no more memory than
+        those of a budgeted chunk and the float32 sum of the weight's gradients, which one chunk
+        does without.
+        """
+        problem, size = self.problem, self.chunk_tokens()
+        if self.on_cpu or problem.chunk_tokens is not None or rows <= size:
+            return size
+        weight = problem.weight
+        plain = (problem.weight_grad, problem.row_sampling) == (None, None)
+        at_once = not self.fused or rows <= self.budget.fused_forward_tokens
+        if needs_weight and plain and at_once and weight.dtype == problem.hidden.dtype:
+            spared = problem.stats_dtype.itemsize * weight.shape[1]  # bytes per row of weight
+            if rows <= size + spared // self.logits_bytes():
+                return rows
+        count = -(-rows // size)
+        return -(-rows // (64 * count)) * 64
 
+    def slice_rows(self, needs_weight: bool, rows: int) -> int | None:
+        """Rows of weight whose gradient is made at once, or None for chunks of tokens.
 
-def scoring_chunk_size(problem: Problem) -> int:
-    """The same where no gradient follows: on a CPU few enough for their logits to stay cached."""
-    size = forward_chunk_size(problem)
-    if problem.hidden.device.type != "cpu" or problem.chunk_tokens is not None:
-        return size
-    if backends.row_operations(problem.hidden) is not cpu_rows:
-        return min(size, _CPU_SCORING_TOKENS)
-    # By slices, whose size is no matter of V.
-    is_float32 = logits_dtype(problem) == torch.float32
-    return _CPU_SCORING_TOKENS * (_FLOAT32_SCORING if is_float32 else 1)
+        Slices are the caller's choice, or on a CPU that of GEMMs which take more than one chunk: to
+        add up the weight's gradient would take more time, in half precision memory too. In float32
+        they pay with C++ rows alone, of which few logits are made twice.
+        """
+        problem, hidden, weight = self.problem, self.problem.hidden, self.problem.weight
+        if problem.weight_slice is not None:
+            return problem.weight_slice
+        asked = problem.weight_grad, problem.row_sampling, problem.chunk_tokens
+        pays = hidden.dtype != problem.stats_dtype or self.cpp_rows
+        pays = pays and weight.dtype in (hidden.dtype, torch.float32)
+        if not (needs_weight and asked == (None, None, None) and pays and self.on_cpu_in_chunks):
+            return None
+        if rows <= self.chunk_tokens():
+            return None
+        most = self.budget.slice_columns if self.column_major else len(weight)
+        size = self.budget.slice_bytes // (self.logits_dtype.itemsize * rows) // 64 * 64
+        size = min(max(size, 64), most)
+        return size if size < _ROW_BLOCK else size // _ROW_BLOCK * _ROW_BLOCK
 
+    def stash(self, rows: int) -> Stash | None:
+        """Where raw logits of so many tokens wait; too many upcast ones wait as float16."""
+        weight, budget = self.problem.weight, self.budget
+        lent = weight.shape[1] * weight.element_size()  # bytes of a row of the weight's gradient
+        chunk = self.chunk_tokens() if self.keeps_last(rows) else 0
+        if self.upcast and rows > lent // torch.float32.itemsize + chunk:
+            inside = min(rows, lent // torch.float16.itemsize)
+            held = budget.stash_bytes // (torch.float16.itemsize * self.problem.chunk_vocab)
+            return Stash(torch.float16, min(rows - inside, held if chunk else 0))
+        return None if lent % self.logits_dtype.itemsize else Stash(self.logits_dtype)
 
-def scoring_columns(dtype: torch.dtype) -> int:
-    """Columns of logits of that dtype that a CPU makes at once where no gradient follows."""
-    return _CPU_SCORING_COLUMNS // (_FLOAT32_SCORING if dtype == torch.float32 else 1)
+    def keeps_last(self, rows: int) -> bool:
+        """Whether slices of so many rows take the last chunk's logits instead of new ones."""
+        return self.on_cpu and self.sum_bytes(rows) <= self.budget.slice_bytes // 4
+
+    def sum_bytes(self, rows: int) -> int:
+        """Bytes of the sum of hidden's gradient."""
+        return self.problem.stats_dtype.itemsize * rows * self.problem.hidden.shape[1]
+
+    def most_picked(self) -> int | None:
+        """Rows of hidden that slices may copy, beside a sum of their gradient; None is any."""
+        if not self.on_cpu_in_chunks:
+            return None
+        hidden, most = self.problem.hidden, self.budget.sum_bytes
+        most += 0 if self.column_major else self.budget.slice_bytes // 2
+        return most // max(1, self.sum_bytes(1) + hidden.shape[1] * hidden.element_size())
+
+    def stats_tokens(self) -> int:
+        """Tokens at once where no gradient follows: on a CPU, few enough to stay cached."""
+        size = self.budget.fused_forward_tokens if self.fused else self.chunk_tokens()
+        if not self.on_cpu or self.problem.chunk_tokens is not None:
+            return size
+        if self.row_ops is not cpu_rows:
+            return min(size, self.budget.stats_tokens)
+        # By slices of the columns, whose size does not depend on V.
+        return self.budget.stats_tokens * self._float32_factor()
+
+    def stats_columns(self) -> int:
+        """Columns at once where no gradient follows, in slices that stay cached."""
+        return self.budget.stats_columns // self._float32_factor()
+
+    def _float32_factor(self) -> int:
+        return self.budget.float32_stats_factor if self.logits_dtype == torch.float32 else 1

@@ -1,4 +1,4 @@
-"""Unbiased sampling of rows: fewer rows in the gradient GEMMs, at a variance that is reported."""
+"""Which rows take part in the gradient GEMMs: those with a coefficient, or an unbiased sample."""
 
 from __future__ import annotations
 
@@ -9,7 +9,25 @@ from aepo_kernels.problem import RowSampling
 from aepo_kernels.ranges import slices
 from aepo_kernels.rows.interface import RowCoefs, RowStats
 
+# Rows whose norm a CPU takes at a time: it makes a wide copy of them. Not measured.
 _NORM_ROWS = 16
+
+
+def rows_with_gradient(coefs: RowCoefs, *, look: bool) -> Tensor | slice | None:
+    """Rows with a coefficient that is not zero, [A] or all; None if there are none.
+
+    Without a `look` that is every row: on a GPU finding out waits for the device, so that there the
+    caller says which tokens are active.
+    """
+    known = [coef for coef in coefs if coef is not None]
+    if not known or not len(known[0]):
+        return None
+    if not look:
+        return slice(None)
+    active = torch.stack([coef != 0 for coef in known]).any(0).nonzero().squeeze(1)
+    if not len(active):
+        return None
+    return slice(None) if len(active) == len(known[0]) else active
 
 
 def sample_rows(stats: RowStats, coefs: RowCoefs, how: RowSampling) -> tuple[RowCoefs, Tensor]:
@@ -28,14 +46,14 @@ def sample_rows(stats: RowStats, coefs: RowCoefs, how: RowSampling) -> tuple[Row
     return RowCoefs(*(None if coef is None else coef * factor for coef in coefs)), keep_prob
 
 
-def variance_of(dlogits: Tensor, keep_prob: Tensor) -> Tensor:
+def variance_of(dlogits: Tensor, keep_prob: Tensor, *, few: bool) -> Tensor:
     """Unbiased estimate of the variance that sampling adds to the kept rows' logit gradients.
 
     A row with gradient g, kept with probability q, adds |g|^2 (1/q - 1), of which a kept row
-    estimates (1 - q) |g / q|^2; dlogits holds g / q.
+    estimates (1 - q) |g / q|^2. dlogits: g / q, [A, V]. keep_prob: q, [A]. few: take few rows at a
+    time, as a CPU should.
     """
-    # A CPU would make a wide copy of all that a norm is taken of.
-    size = _NORM_ROWS if dlogits.device.type == "cpu" else len(dlogits)
+    size = _NORM_ROWS if few else len(dlogits)
     norms = [
         torch.linalg.vector_norm(dlogits[rows], dim=1, dtype=keep_prob.dtype)
         for rows in slices(len(dlogits), size)

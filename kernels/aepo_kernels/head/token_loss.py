@@ -15,76 +15,56 @@ from torch.autograd.function import once_differentiable
 
 from aepo_kernels.gemm import computing_on
 from aepo_kernels.head.accumulators import Gradients
-from aepo_kernels.head.gradient_pass import GradientPass
 from aepo_kernels.head.logprob import join_stats, outputs
-from aepo_kernels.head.plan import forward_chunk_size, scoring_chunk_size
+from aepo_kernels.head.passes import pass_of
+from aepo_kernels.head.plan import DEFAULT_BUDGET, Budget, make_plan
 from aepo_kernels.head.projection import head_of
 from aepo_kernels.head.tokens import Tokens, tokens_of
 from aepo_kernels.problem import Problem, TokenLoss, TokenLossOutput, sum_losses
-from aepo_kernels.ranges import slices_of_runs, take
+from aepo_kernels.ranges import take
 from aepo_kernels.rows.interface import RowCoefs, RowStats
 
 _NOTHING = RowCoefs(None, None, None, None)
 
 
 def token_loss(
-    problem: Problem, loss_fn: TokenLoss, token_tensors: tuple[Tensor, ...]
+    problem: Problem,
+    loss_fn: TokenLoss,
+    token_tensors: tuple[Tensor, ...],
+    budget: Budget = DEFAULT_BUDGET,
 ) -> TokenLossOutput:
     """`linear_token_loss`, with gradients computed here and only scaled in backward."""
     inputs = problem.inputs
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     with torch.no_grad(), computing_on(problem.hidden.device):
-        head, tokens = head_of(problem), tokens_of(problem)
-        tokens, num_active = _active_first(problem, tokens)
+        tokens, num_active = _active_first(problem, tokens_of(problem))
         num_active = num_active if any(needs) else 0
-        gradients = GradientPass(problem, head, needs, num_active)
-        loss = torch.zeros((), dtype=head.dtype, device=problem.hidden.device)
+        plan = make_plan(problem, needs_weight=needs[1], rows=num_active, budget=budget)
+        head = head_of(problem, plan)
+        gradients = pass_of(problem, plan, head, needs)
+        loss = torch.zeros((), dtype=plan.stats_dtype, device=problem.hidden.device)
         metrics: dict[str, Tensor] = {}
         parts: list[RowStats] = []
-        num_tokens, rooms = len(tokens.targets), gradients.rooms(num_active)
-        kept = sum(room.tokens for room in rooms)
-        size = forward_chunk_size(problem) if head.fused else gradients.size
-        scoring_size = scoring_chunk_size(problem)
-        used = gradients.first_used(kept, num_active, size)
-        space = head.space(min(size, num_active - used))
-        scored = max(used - kept, num_tokens - num_active)
-        scores = head.scoring_space(min(scoring_size, scored), gradients.scratch)
-        gradients.space = scores if gradients.scratch else None
-        waiting = iter(rooms)
-        runs = [(room.tokens, room.tokens) for room in rooms]
-        runs += (used - kept, scoring_size), (num_active - used, size)
-        runs += [(num_tokens - num_active, scoring_size)]
-        for index in slices_of_runs(runs):
-            chunk = tokens.at(index)
-            wants_grad = index.start < num_active
-            if index.stop <= kept:
-                products = next(waiting)
-                stats = head.forward_into(products, chunk, scores)
-            elif used <= index.start < num_active:
-                products, stats = head.forward(chunk, space)
-            else:
-                products, stats = None, head.score(chunk, scores)
-            columns = [take(tensor, chunk.positions) for tensor in token_tensors]
-            chunk_loss, chunk_metrics, coefs = _evaluate(loss_fn, stats, columns, wants_grad)
+        for index in gradients.chunks(num_active, len(tokens.targets)):
+            chunk, has_grad = tokens.at(index), index.start < num_active
+            stats = gradients.forward(chunk, has_grad)  # each [C]
+            columns = [take(tensor, chunk.positions) for tensor in token_tensors]  # [C, ...]
+            chunk_loss, chunk_metrics, coefs = _evaluate(loss_fn, stats, columns, has_grad)
             loss += chunk_loss
             for name, value in chunk_metrics.items():
                 metrics[name] = metrics[name] + value if name in metrics else value
-            if wants_grad:
-                gradients.add(chunk, products, stats, coefs)
-            elif space is None:  # on a GPU, where the allocator would keep them beside these
-                gradients.forget_logits()
+            if has_grad:
+                gradients.backward(chunk, stats, coefs)  # coefs: each [C]
             parts.append(stats)
-            del products  # or the next chunk's would stand beside them
-        del space, scores
-        if any(needs):
-            gradients.finish()
-            if problem.row_sampling is not None:
-                rows = torch.full_like(loss, gradients.rows)  # new_tensor would wait for a GPU
-                metrics["row_sampling/rows"] = rows
-                metrics["row_sampling/variance"] = gradients.variance
-        first, entropy, _, second = outputs(problem, tokens, join_stats(parts, head, tokens))
+        total = gradients.finish() if any(needs) else gradients.total
+        if any(needs) and problem.row_sampling is not None:
+            # new_tensor would wait for a GPU
+            metrics["row_sampling/rows"] = torch.full_like(loss, total.rows)
+            metrics["row_sampling/variance"] = total.variance
+        joined = join_stats(parts, head, tokens)  # each [M]
+        first, entropy, _, second = outputs(problem, tokens, joined)  # [N]
     if any(needs):
-        loss = _AttachGradients.apply(loss, gradients.total, *inputs)
+        loss = _AttachGradients.apply(loss, total, *inputs)
     return TokenLossOutput(
         loss,  # type: ignore[arg-type]
         metrics,
@@ -93,7 +73,7 @@ def token_loss(
         second,
         problem.backend,
         problem.row_kernels,
-        gradients.rows,
+        total.rows,
     )
 
 

@@ -14,7 +14,8 @@ import torch
 
 from aepo_kernels import backends, linear_logprob
 from aepo_kernels.gpu import launch
-from aepo_kernels.head import plan, projection
+from aepo_kernels.head import projection
+from aepo_kernels.head.plan import Budget
 from aepo_kernels.head.tokens import Tokens
 from tests.kernels.head import test_logprob, test_token_loss
 from tests.kernels.head.test_token_loss import grpo_like, make_columns, policy_gradient
@@ -125,13 +126,13 @@ def test_fused_leaves_out_rows_without_a_coefficient() -> None:
 
 def test_fused_never_has_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    products = projection.Head.products
+    raw_logits = projection.Head.raw_logits
 
     def watched(self: projection.Head, tokens: Tokens, *space: torch.Tensor) -> torch.Tensor:
         sizes.append(len(tokens.targets))
-        return products(self, tokens)
+        return raw_logits(self, tokens)
 
-    monkeypatch.setattr(projection.Head, "products", watched)
+    monkeypatch.setattr(projection.Head, "raw_logits", watched)
     case = make_case(60, 16, 200)
     columns = make_columns(case)
     with torch.no_grad():
@@ -142,16 +143,14 @@ def test_fused_never_has_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatc
     assert sum(sizes) <= 60 and max(sizes) <= 25
 
 
-def test_chunks_of_a_later_part_of_the_forward_pass_are_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_chunks_of_a_later_part_of_the_forward_pass_are_its_own() -> None:
     # In the backward pass, which makes logits again for fewer tokens than went forward at once.
-    monkeypatch.setattr(plan, "_FUSED_FORWARD_TOKENS", 40)
+    budget = Budget(fused_forward_tokens=40)
     case, advantage = make_case(90, 16, 200), torch.randn(90)
     whole, fused = case.fresh(), case.fresh()
     test_token_loss.run(whole, policy_gradient, advantage).loss.backward()
     output = test_token_loss.run(
-        fused, policy_gradient, advantage, backend="fused", chunk_tokens=16
+        fused, policy_gradient, advantage, backend="fused", budget=budget, chunk_tokens=16
     )
     output.loss.backward()
     for one, other in zip(whole.tensors(), fused.tensors(), strict=True):

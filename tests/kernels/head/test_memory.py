@@ -23,17 +23,17 @@ def most_alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many chunks' logits were in memory whenever another one's had just been made."""
     alive: list[weakref.ref] = []
     counts: list[int] = []
-    products = projection.Head.products
+    raw_logits = projection.Head.raw_logits
 
     def watched(
         self: projection.Head, tokens: Tokens, space: torch.Tensor | None = None
     ) -> torch.Tensor:
-        made = products(self, tokens, space)
+        made = raw_logits(self, tokens, space)
         alive.append(weakref.ref(made))
         counts.append(sum(reference() is not None for reference in alive))
         return made
 
-    monkeypatch.setattr(projection.Head, "products", watched)
+    monkeypatch.setattr(projection.Head, "raw_logits", watched)
     return counts
 
 

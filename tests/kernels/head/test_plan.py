@@ -7,24 +7,27 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aepo_kernels import backends
+from aepo_kernels import RowSampling, VocabShard, backends
 from aepo_kernels import problem as problem_module
 from aepo_kernels.cpu import rows as cpu_rows
 from aepo_kernels.head import plan
-from aepo_kernels.head.gradient_pass import GradientPass
-from aepo_kernels.head.plan import chunk_size, gradient_chunk_size, waiting_as_float16
-from aepo_kernels.head.projection import head_of
-from aepo_kernels.problem import Problem, RowSampling, VocabShard
+from aepo_kernels.head.plan import make_plan
+from aepo_kernels.problem import Problem
+
+
+def chunk_size(problem: Problem) -> int:
+    return make_plan(problem).gradient_tokens
+
+
+def gradient_chunk_size(problem: Problem, needs_weight: bool, rows: int) -> int:
+    return make_plan(problem, needs_weight=needs_weight, rows=rows).gradient_tokens
 
 
 def problem(hidden_size: int = 4096, vocab: int = 151_936, **more) -> Problem:
     hidden = torch.empty(64, hidden_size, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(vocab, hidden_size, dtype=torch.bfloat16, device="meta")
-    options = {"temperature": 1.0, "second_temperature": None, "bias": None, "softcap": None}
-    options |= {"logit_scale": 1.0, "ignore_index": None, "chunk_tokens": None}
-    options |= {"backend": "chunked"}
     targets = torch.empty(64, dtype=torch.int64, device="meta")
-    return Problem(hidden, weight, targets, **(options | more))
+    return Problem(hidden, weight, targets, ignore_index=None, **more)
 
 
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
@@ -77,9 +80,8 @@ def test_fused_writes_the_gradient_once_only_where_it_goes_forward_at_once() -> 
 def test_parts_of_the_fused_forward_pass_are_added_up_in_float32(rows: int, more: dict) -> None:
     small = problem(vocab=8_192, backend="fused", **more)
     assert rows <= gradient_chunk_size(small, True, rows)
-    for count, dtype in ((4096, torch.bfloat16), (rows, torch.float32)):
-        total = GradientPass(small, head_of(small), (True, True, *[False] * 3), count).total
-        assert total.weight_dtype == dtype
+    for count, once in ((4096, True), (rows, False)):
+        assert make_plan(small, needs_weight=True, rows=count).written_once == once
 
 
 def test_ranks_agree_on_chunks_where_their_rows_are_uneven(
@@ -94,5 +96,5 @@ def test_ranks_agree_on_chunks_where_their_rows_are_uneven(
         shard = VocabShard(start, 160_000)
         part = problem(512, stop - start, shard=shard)
         part = replace(part, hidden=torch.empty(0, 512, dtype=torch.bfloat16))
-        sizes.append(waiting_as_float16(part, 2000))
-    assert sizes[0] == sizes[1] and min(sizes[0]) > 0
+        sizes.append(make_plan(part, needs_weight=True, rows=2000).stash)
+    assert sizes[0] == sizes[1] and sizes[0].dtype == torch.float16 and sizes[0].beside > 0

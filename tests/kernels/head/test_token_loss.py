@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from aepo_kernels import TokenLossOutput, linear_token_loss
 from aepo_kernels.head import accumulators
+from aepo_kernels.head.plan import Budget
+from tests.kernels.budgets import token_loss_within
 from tests.kernels.oracle import (
     IGNORED,
     Case,
@@ -70,9 +73,17 @@ def make_columns(case: Case, seed: int = 2) -> Columns:
     )
 
 
-def run(case: Case, loss: Any, *columns: Tensor, backend: str = "chunked", **more: Any) -> Any:
+def run(
+    case: Case,
+    loss: Any,
+    *columns: Tensor,
+    backend: str = "chunked",
+    budget: Budget | None = None,
+    **more: Any,
+) -> Any:
     more.setdefault("chunk_tokens", 50)
-    return linear_token_loss(
+    call = linear_token_loss if budget is None else partial(token_loss_within, budget)
+    return call(
         case.hidden,
         case.weight,
         case.targets,

@@ -11,9 +11,10 @@ import torch
 from aepo_kernels import RowSampling, backends, linear_logprob, linear_token_loss
 from aepo_kernels.cpu import library as cpu_library
 from aepo_kernels.gemm import GEMM_BYTES
-from aepo_kernels.head import plan, projection
+from aepo_kernels.head import projection
 from aepo_kernels.head.accumulators import Gradients
-from aepo_kernels.head.stashed_logits import SlicedLogits
+from aepo_kernels.head.plan import Budget
+from aepo_kernels.head.stashed_logits import StashedLogits
 from tests.kernels.head.test_lora import SCALE, factors
 from tests.kernels.head.test_token_loss import (
     by_autograd,
@@ -67,19 +68,18 @@ def test_a_cpu_takes_slices_unasked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # 32 tokens a chunk, some 400 rows of the vocabulary a slice; the last chunk's logits are kept.
-    monkeypatch.setattr(plan, "_CPU_CHUNK_BYTES", 2 * 1000 * 32)
-    monkeypatch.setattr(plan, "_CPU_SLICE_BYTES", 2**16)
+    budget = Budget(chunk_bytes=2 * 1000 * 32, slice_bytes=2**16)
     slices: list[int] = []
     add_slice = Gradients.add_slice
     monkeypatch.setattr(
         Gradients, "add_slice", lambda self, *a: slices.append(1) or add_slice(self, *a)
     )
     case = make_case(127, 64, 1000, dtype=dtype, option=option, seed=3)
-    check_unasked(case, weight_dtype, rows)
+    check_unasked(case, weight_dtype, rows, budget)
     assert len(slices) >= 2
 
 
-def check_unasked(case: Case, weight_dtype: torch.dtype, rows: str) -> None:
+def check_unasked(case: Case, weight_dtype: torch.dtype, rows: str, budget: Budget) -> None:
     """Gradients of a policy gradient that names no sizes; `rows` says which tokens have one."""
     advantage, more = make_columns(case).advantage, {}
     if rows != "all active":
@@ -91,7 +91,7 @@ def check_unasked(case: Case, weight_dtype: torch.dtype, rows: str) -> None:
     _, _, base = by_autograd(case.fresh(), policy_gradient, advantage)
     leaves = case.fresh()
     leaves = replace(leaves, weight=leaves.weight.detach().to(weight_dtype).requires_grad_())
-    output = run(leaves, policy_gradient, advantage, chunk_tokens=None, **more)
+    output = run(leaves, policy_gradient, advantage, budget=budget, chunk_tokens=None, **more)
     grads = torch.autograd.grad(output.loss, leaves.tensors())
     assert grads[1].dtype == weight_dtype
     for index, (ours, theirs, wanted) in enumerate(zip(grads, base, truth, strict=True)):
@@ -110,23 +110,23 @@ def test_on_a_cpu_few_logits_are_made_twice(
     # at most 32 where they are. Half the budget is the gradient's once more, if by columns; widened
     # GEMMs' logits are as wide as a float32 weight. Of more than would fit, twice as many wait
     # there as float16, and 20 beside.
-    monkeypatch.setattr(plan, "_CPU_WAITING_BYTES", 2 * 1000 * 20)
-    budget = 2 * 1000 * 32 * (1 if layout == "rows" else 2)
-    budget += GEMM_BYTES if layout == "widened" else 0
-    monkeypatch.setattr(plan, "_CPU_CHUNK_BYTES", budget)
+    chunk = 2 * 1000 * 32 * (1 if layout == "rows" else 2)
+    chunk += GEMM_BYTES if layout == "widened" else 0
+    budget = Budget(stash_bytes=2 * 1000 * 20, chunk_bytes=chunk)
     made: list[int] = []
-    products = projection.Head.products
+    raw_logits = projection.Head.raw_logits
 
     def counted(self: projection.Head, *arguments: Any) -> torch.Tensor:
-        result = products(self, *arguments)
+        result = raw_logits(self, *arguments)
         made.append(result.numel())
         return result
 
-    monkeypatch.setattr(projection.Head, "products", counted)
+    monkeypatch.setattr(projection.Head, "raw_logits", counted)
     leaves = make_case(tokens, 64, 1000, dtype=torch.bfloat16).fresh()
     if layout == "widened":
         leaves = replace(leaves, weight=leaves.weight.detach().float().requires_grad_())
-    run(leaves, policy_gradient, torch.randn(tokens), chunk_tokens=None).loss.backward()
+    output = run(leaves, policy_gradient, torch.randn(tokens), budget=budget, chunk_tokens=None)
+    output.loss.backward()
     assert sum(made) == (tokens + (widened_again if layout == "widened" else again)) * 1000
 
 
@@ -137,11 +137,11 @@ def test_what_waits_as_float16_keeps_its_accuracy(
     size: int, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(plan, "_CPU_CHUNK_BYTES", GEMM_BYTES + 4 * 3000 * 16)
-    waiting: list[SlicedLogits] = []
-    read = SlicedLogits.read
+    budget = Budget(chunk_bytes=GEMM_BYTES + 4 * 3000 * 16)
+    waiting: list[StashedLogits] = []
+    read = StashedLogits.read
     monkeypatch.setattr(
-        SlicedLogits, "read", lambda self, *a: waiting.append(self) or read(self, *a)
+        StashedLogits, "read", lambda self, *a: waiting.append(self) or read(self, *a)
     )
     case = make_case(200, 64, 3000, dtype=torch.bfloat16, seed=5)
     case = replace(case, weight=size * case.weight)
@@ -150,7 +150,7 @@ def test_what_waits_as_float16_keeps_its_accuracy(
     _, _, truth = by_autograd(case.fresh(torch.float64), policy_gradient, advantage)
     leaves = case.fresh()
     leaves = replace(leaves, weight=leaves.weight.detach().to(weight_dtype).requires_grad_())
-    output = run(leaves, policy_gradient, advantage, chunk_tokens=None)
+    output = run(leaves, policy_gradient, advantage, budget=budget, chunk_tokens=None)
     for grad, wanted in zip(torch.autograd.grad(output.loss, leaves.tensors()), truth, strict=True):
         error = (grad.double() - wanted).norm() / wanted.norm()
         assert error <= (1e-4 if grad.dtype == torch.float32 else 2e-3)  # bfloat16's rounding
