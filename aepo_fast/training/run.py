@@ -23,7 +23,7 @@ from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
 from aepo_fast.training.memory import keep_freed_memory
 from aepo_fast.training.trainer import Trainer, TrainingError
-from aepo_kernels.gemm import whole_sums
+from aepo_kernels import whole_sums
 
 
 def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:

@@ -12,6 +12,7 @@ from aepo_kernels.backends import (
     resolve_backend,
     row_kernels,
 )
+from aepo_kernels.gemm import whole_sums
 from aepo_kernels.problem import LogprobOutput, RowSampling, TokenLossOutput, VocabShard
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "multiplies_bfloat16",
     "resolve_backend",
     "row_kernels",
+    "whole_sums",
 ]
