@@ -1,4 +1,4 @@
-"""Accumulators of the head's gradients over chunks: GEMMs 2 and 3."""
+"""The head's gradients, added up over chunks: GEMMs 2 and 3."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _COPIED_ROWS = 512
 class Gradients:
     """Gradients of a problem's inputs, summed over chunks.
 
-    Those of all but hidden are kept in fp32 (float64 for float64 hidden) however many chunks there
-    are; where the weight's is written once, the GEMM writes it as it is wanted. What is not
+    All but hidden's are sums in float32 (float64 for float64 hidden), whatever the number of
+    chunks. Where the weight's is written once, the GEMM writes it in its own dtype. What is not
     needed is neither allocated nor computed. rows: how many took part in GEMMs. variance: what
     sampling those rows added.
     """
@@ -57,7 +57,7 @@ class Gradients:
         inputs: Tensor,
         at: Tensor | slice,
     ) -> None:
-        """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora: (A, B).
+        """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora (A, B).
 
         row_major: dlogits once more where they are column-major, which suits GEMM 3 but not GEMM 2.
         """
@@ -156,7 +156,7 @@ class Gradients:
         self.hidden[at] = rows
 
     def finish(self) -> None:
-        """Add up the ranks' parts, and stand zeros in for what no chunk has made."""
+        """Add up the ranks' parts. A weight's gradient that no chunk has made becomes zeros."""
         if self.needs_weight and self.weight is None:
             dtype = self.weight_dtype
             self.weight = torch.zeros(self.weight_shape, dtype=dtype, device=self.device)

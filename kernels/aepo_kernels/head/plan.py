@@ -14,7 +14,7 @@ import torch
 
 from aepo_kernels import backends
 from aepo_kernels.cpu import rows as cpu_rows
-from aepo_kernels.gemm import GEMM_BYTES, in_cpp, is_widened
+from aepo_kernels.gemm import GEMM_BYTES, in_cpp, is_upcast
 from aepo_kernels.problem import Problem
 
 # The C++ rows are added up in blocks of so many columns. Slices that are multiples of a block give
@@ -191,8 +191,8 @@ class _Facts:
         self.row_ops = backends.row_operations(hidden)
         # C++ rows need no whole rows: a slice of the columns after the other will do.
         self.cpp_rows = chunked and self.row_ops is cpu_rows
-        self.column_major = chunked and backends.gemms_want_columns(hidden)
-        self.upcast = is_widened(hidden)
+        self.column_major = chunked and backends.gemms_want_column_major(hidden)
+        self.upcast = is_upcast(hidden)
         self.logits_dtype = problem.logits_dtype or hidden.dtype
         if self.upcast:
             self.logits_dtype = torch.float32
