@@ -42,6 +42,7 @@ class Gradients:
         if plan.written_once and weight.dtype == hidden.dtype and self.weight is None:
             self.weight_dtype = hidden.dtype
         self.reuses_memory, self.rows = plan.reuses_memory, 0
+        self.sampled = problem.row_sampling is not None
         self.variance = torch.zeros((), dtype=wide, device=self.device)
         self.bias, self.lora_a, self.lora_b = (
             _zeros(value, wide) if need and value is not None else None
@@ -164,6 +165,13 @@ class Gradients:
             for part in (self.hidden, self.lora_a):  # the others belong to this rank's rows
                 if part is not None:
                     dist.all_reduce(part, group=self.shard.group)
+
+    def sampling_metrics(self) -> dict[str, Tensor]:
+        """The rows that were sampled and the variance that this added, where rows were sampled."""
+        if not self.sampled:
+            return {}
+        rows = torch.full_like(self.variance, self.rows)  # new_tensor would wait for a GPU
+        return {"row_sampling/rows": rows, "row_sampling/variance": self.variance}
 
     def results(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Gradients times `factor`, in their inputs' dtypes; in place where those are equal.

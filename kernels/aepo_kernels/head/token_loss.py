@@ -52,16 +52,14 @@ def token_loss(
             columns = [take(tensor, chunk.positions) for tensor in token_tensors]  # [C, ...]
             chunk_loss, chunk_metrics, coefs = _evaluate(loss_fn, stats, columns, has_grad)
             loss += chunk_loss
-            for name, value in chunk_metrics.items():
-                metrics[name] = metrics[name] + value if name in metrics else value
+            _add_metrics(metrics, chunk_metrics)
             if has_grad:
                 gradients.backward(chunk, stats, coefs)  # coefs: each [C]
             parts.append(stats)
-        total = gradients.finish() if any(needs) else gradients.total
-        if any(needs) and problem.row_sampling is not None:
-            # new_tensor would wait for a GPU
-            metrics["row_sampling/rows"] = torch.full_like(loss, total.rows)
-            metrics["row_sampling/variance"] = total.variance
+        total = gradients.total
+        if any(needs):
+            gradients.finish()
+            metrics |= total.sampling_metrics()
         joined = join_stats(parts, head, tokens)  # each [M]
         first, entropy, _, second = outputs(problem, tokens, joined)  # [N]
     if any(needs):
@@ -124,6 +122,11 @@ def _evaluate(
         found[: len(used)] = torch.autograd.grad(loss, used, allow_unused=True)
     metrics = {name: value.detach() for name, value in metrics.items()}
     return loss.detach(), metrics, RowCoefs(found[0], found[1], None, found[2])
+
+
+def _add_metrics(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    for name, value in part.items():
+        total[name] = total[name] + value if name in total else value
 
 
 def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:

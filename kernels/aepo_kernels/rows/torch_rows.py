@@ -31,9 +31,9 @@ def row_stats(
     columns: list[list[Tensor | None]] = []
     for rows, logits, work in _blocks(raw_logits, dtype, 2):
         _to_logits(raw_logits[rows], logit_map, logits)
-        max_logit = logits.amax(1, keepdim=True)
+        max_logit = logits.amax(1, keepdim=True)  # [B, 1]
         centred = logits.sub_(max_logit)
-        target = _at_targets(centred, targets[rows])  # before the floor: may be -inf
+        target = _at_targets(centred, targets[rows])  # [B, 1], before the floor: may be -inf
         centred.clamp_(min=_FLOOR)
         second: list[Tensor | None] = [None, None]
         if second_inv_temperature is not None:
@@ -43,7 +43,7 @@ def row_stats(
         inverse = _column(inv_temperature, rows)
         tempered = _scale_(centred, inverse)
         weights = torch.exp(tempered, out=work)
-        total = weights.sum(1)
+        total = weights.sum(1)  # [B]
         log_sum = total.log()
         sum_squares = weights.square().sum(1).div_(total.square()) if squares else None
         # H = log_sum - E[tempered]
