@@ -260,5 +260,5 @@ def _type(name: str, case: Case) -> str:
         return _COMMON[name]
     if name in ("num_rows", "num_tiles", "stride") or name in _SHAPE:
         return "i32"
-    in_dtype = ("products", "hidden", "weight") + (("out",) if case.kernel == "row_grad" else ())
+    in_dtype = ("raw_logits", "hidden", "weight") + (("out",) if case.kernel == "row_grad" else ())
     return f"*{case.dtype}" if name in in_dtype else "*fp32"

@@ -63,24 +63,24 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
     return backend
 
 
-def row_operations(products: torch.Tensor) -> ModuleType:
-    """The module with `row_stats` and `row_grad` for these logits.
+def row_operations(hidden: torch.Tensor) -> ModuleType:
+    """The module with `row_stats` and `row_grad` for logits of these hidden states.
 
-    Triton's on a GPU, C++ on a CPU where the package was built with it, else torch's, which also
-    serve float64.
+    It is Triton's on a GPU, and C++ on a CPU where the package was built with it. torch's serves
+    float64 and all others.
     """
-    if products.dtype == torch.float64:
+    if hidden.dtype == torch.float64:
         return torch_rows
-    if products.is_cuda:
+    if hidden.is_cuda:
         return importlib.import_module("aepo_kernels.gpu.rows")
     return torch_rows if cpu_library.unavailable_reason() else cpu_rows
 
 
-def gemms_want_columns(hidden: torch.Tensor) -> bool:
-    """Whether logits of these hidden states should lie by columns: weight @ hidden.T.
+def gemms_want_column_major(hidden: torch.Tensor) -> bool:
+    """Whether logits of these hidden states should be column-major: weight @ hidden.T.
 
-    With AMX, oneDNN's bfloat16 GEMMs take their first operand as it lies in memory and rearrange
-    the second, which should be the small one.
+    With AMX, oneDNN's bfloat16 GEMMs take their first operand as it is laid out in memory. They
+    rearrange the second, which should be the small one.
     """
     narrow = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu"
     return narrow and row_operations(hidden) is cpu_rows and _has_amx()

@@ -1,9 +1,9 @@
 """The GEMMs: operands in the model's dtype, accumulation in fp32.
 
 A CPU without bfloat16 instructions would multiply bfloat16 numbers one by one, at a tenth to a
-hundredth of its float32 speed. There GEMMs in C++ widen the operands as they pack them
-(`cpu.gemm`); without those the operands become float32 some rows at a time, while they are cached.
-The product is rounded once, as elsewhere. float32 operands go by those in C++, too.
+hundredth of its float32 speed. There GEMMs are upcast. Those in C++ (`cpu.gemm`) convert operands
+to float32 as they pack them. Without C++, operands become float32 some rows at a time, while they
+are cached. The product is rounded once, as elsewhere. float32 operands go by GEMMs in C++, too.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from aepo_kernels.cpu import gemm as cpu_gemm
 from aepo_kernels.ranges import slices
 
 # Bytes of a product that is made and added to a wider sum at a time, while it is cached; and of
-# some rows of an operand as float32.
+# some rows of an operand as float32. Not measured.
 _BLOCK_BYTES = 2**21
-# What GEMMs take: widened ones three blocks and a small operand whole, those in C++ the packed
+# What GEMMs take: upcast ones three blocks and a small operand whole, those in C++ the packed
 # blocks of two threads.
 GEMM_BYTES = 2**23
 # torch's switch that lets cuBLAS add the parts of a split reduction in bfloat16.
@@ -34,10 +34,10 @@ def matmul(
 ) -> Tensor:
     """left @ right in `dtype`, or in the operands'; accumulated in fp32 and rounded once.
 
-    Another dtype than the operands' is float32 from bfloat16, which CUDA can do and widened
+    Another dtype than the operands' is float32 from bfloat16, which CUDA can do and upcast
     operands can; elsewhere `out` is of the operands' dtype.
     """
-    if in_cpp(left) or is_widened(left) or is_widened(right):
+    if in_cpp(left) or is_upcast(left) or is_upcast(right):
         if out is None:
             shape = len(left), right.shape[1]
             out = torch.empty(shape, dtype=dtype or left.dtype, device=left.device)
@@ -49,7 +49,7 @@ def matmul(
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right, in place and accumulated in total's dtype."""
-    if in_cpp(left) or is_widened(left) or is_widened(right):
+    if in_cpp(left) or is_upcast(left) or is_upcast(right):
         return _special(total, left, right, add=True)
     if total.dtype == left.dtype:
         return total.addmm_(left, right)
@@ -66,7 +66,7 @@ def product(
     left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
 ) -> Tensor:
     """left @ right in `dtype`; a CPU's bfloat16 GEMMs round it to bfloat16 first."""
-    if dtype == left.dtype or is_widened(left) or is_widened(right):
+    if dtype == left.dtype or is_upcast(left) or is_upcast(right):
         return matmul(left, right, dtype, out=out)
     if left.is_cuda:
         wide = matmul(left, right, dtype)
@@ -83,12 +83,12 @@ def _blocks(left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """left @ right some rows at a time, each until the next: on a CPU no GEMM writes wider."""
     count, width = len(left), right.shape[1]
     size = max(64, _BLOCK_BYTES // max(1, width * left.element_size()) // 64 * 64)
-    space = left.new_empty(min(size, count), width)
+    workspace = left.new_empty(min(size, count), width)
     for rows in slices(count, size):
-        yield rows, torch.mm(left[rows], right, out=space[: rows.stop - rows.start])
+        yield rows, torch.mm(left[rows], right, out=workspace[: rows.stop - rows.start])
 
 
-def is_widened(operand: Tensor) -> bool:
+def is_upcast(operand: Tensor) -> bool:
     """Whether GEMMs of an operand go by float32."""
     return operand.dtype == torch.bfloat16 and not backends.multiplies_bfloat16(operand.device.type)
 
@@ -97,7 +97,7 @@ def in_cpp(operand: Tensor) -> bool:
     """Whether GEMMs of an operand are those of `cpu.gemm`."""
     if operand.device.type != "cpu" or not cpu_gemm.is_available():
         return False
-    return operand.dtype == torch.float32 or is_widened(operand)
+    return operand.dtype == torch.float32 or is_upcast(operand)
 
 
 def _special(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> Tensor:
@@ -109,21 +109,21 @@ def _special(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> 
         return cpu_gemm.multiply(out, left, right, add=add)
     (rows, inner), columns = left.shape, right.shape[1]
     if inner > max(rows, columns):
-        _widen_inner(out, left, right, add)
+        _upcast_inner(out, left, right, add)
     elif columns > rows:
-        _widen_rows(out.T, right.T, left.T, add)
+        _upcast_rows(out.T, right.T, left.T, add)
     else:
-        _widen_rows(out, left, right, add)
+        _upcast_rows(out, left, right, add)
     return out
 
 
-def _widen_rows(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+def _upcast_rows(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
     (rows, inner), columns = left.shape, right.shape[1]
     size = _block_size(rows, max(inner, columns))
-    space, product = _space_like(left, size), _space_like(out, size)
+    workspace, product = _workspace_like(left, size), _workspace_like(out, size)
     right = right.float()
     for block in slices(rows, size):
-        wide = _wide(left[block], space)
+        wide = _wide(left[block], workspace)
         if out.dtype == torch.float32:
             torch.addmm(out[block], wide, right, beta=float(add), out=out[block])
         elif add:
@@ -132,11 +132,11 @@ def _widen_rows(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
             out[block] = torch.mm(wide, right, out=product[: len(wide)])
 
 
-def _widen_inner(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+def _upcast_inner(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
     (rows, inner), columns = left.shape, right.shape[1]
     total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     size = _block_size(inner, max(rows, columns))
-    lefts, rights = _space_like(left.T, size), _space_like(right, size)
+    lefts, rights = _workspace_like(left.T, size), _workspace_like(right, size)
     for block in slices(inner, size):
         some, others = _wide(left.T[block], lefts), _wide(right[block], rights)
         begun = block.start > 0 or (add and total is out)
@@ -149,16 +149,16 @@ def _block_size(count: int, width: int) -> int:
     return min(max(1, count), max(64, _BLOCK_BYTES // (4 * max(1, width)) // 64 * 64))
 
 
-def _space_like(matrix: Tensor, rows: int) -> Tensor:
-    """Float32 room for some rows of a matrix, as they lie in it."""
+def _workspace_like(matrix: Tensor, rows: int) -> Tensor:
+    """Float32 memory for some rows of a matrix, laid out as they are."""
     columns = matrix.shape[1]
     if matrix.stride(0) == 1 and matrix.stride(1) > 1:
         return matrix.new_empty(columns, rows, dtype=torch.float32).T
     return matrix.new_empty(rows, columns, dtype=torch.float32)
 
 
-def _wide(rows: Tensor, space: Tensor) -> Tensor:
-    return rows if rows.dtype == torch.float32 else space[: len(rows)].copy_(rows)
+def _wide(rows: Tensor, workspace: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float32 else workspace[: len(rows)].copy_(rows)
 
 
 class _WholeSums:

@@ -61,7 +61,7 @@ def token_loss(
 
 def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
     dtype = problem.stats_dtype
-    inputs = take(problem.hidden, kept).to(dtype)
+    inputs = take(problem.hidden, kept).to(dtype)  # [M, H]
     logits = inputs @ problem.weight.to(dtype).T  # [M, V]
     if problem.lora_a is not None and problem.lora_b is not None:
         low_rank = inputs @ problem.lora_a.to(dtype).T @ problem.lora_b.to(dtype).T
@@ -71,9 +71,9 @@ def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
     logits = logits * problem.logit_scale
     if problem.softcap is not None:
         logits = problem.softcap * torch.tanh(logits / problem.softcap)
-    targets = take(problem.targets, kept)[:, None]
+    targets = take(problem.targets, kept)[:, None]  # [M, 1]
     tempered = logits / _column(problem.temperature, kept, dtype)
-    logp = torch.log_softmax(tempered, dim=1)
+    logp = torch.log_softmax(tempered, dim=1)  # [M, V]
     # p log p is 0 where p is 0; as a product it would be 0 * -inf.
     finite = logp.masked_fill(logp == -torch.inf, 0.0)
     second = None

@@ -28,11 +28,11 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-@pytest.fixture(params=["rows", "columns", "widened"])
+@pytest.fixture(params=["rows", "columns", "upcast"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way of a CPU's bfloat16 GEMMs and logits, whichever this machine would choose."""
     monkeypatch.setattr(backends, "_has_amx", lambda: request.param == "columns")
-    monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: request.param != "widened")
+    monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: request.param != "upcast")
     return request.param
 
 

@@ -132,10 +132,10 @@ def materialised(case: Case) -> list[Tensor | None]:
         return logits / temperature
 
     first = tempered(case.options.get("temperature", 1.0))
-    law = torch.log_softmax(first, -1)
+    distribution = torch.log_softmax(first, -1)
     outputs: list[Tensor | None] = [
-        law.gather(1, index)[:, 0],
-        torch.special.entr(law.exp()).sum(-1),
+        distribution.gather(1, index)[:, 0],
+        torch.special.entr(distribution.exp()).sum(-1),
         first.logsumexp(-1),
         None,
     ]

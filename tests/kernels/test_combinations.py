@@ -173,16 +173,16 @@ def truth(case: Draw, seed: int | None = None) -> tuple[list[Tensor | None], lis
     keep = case.targets != IGNORED
     index = torch.where(keep, case.targets, 0)[:, None]
 
-    def law(temperature: float | Tensor) -> Tensor:
+    def distribution(temperature: float | Tensor) -> Tensor:
         if isinstance(temperature, Tensor):
             temperature = temperature.double()[:, None]
         return torch.log_softmax(logits / temperature, -1)
 
-    first, second = law(options.get("temperature", 1.0)), options.get("second_temperature")
+    first, second = distribution(options.get("temperature", 1.0)), options.get("second_temperature")
     outputs = [
         first.gather(1, index)[:, 0],
         torch.special.entr(first.exp()).sum(-1),
-        None if second is None else law(second).gather(1, index)[:, 0],
+        None if second is None else distribution(second).gather(1, index)[:, 0],
     ]
     return [None if x is None else x.where(keep, 0.0) for x in outputs], leaves
 
@@ -284,4 +284,4 @@ def test_against_float64(start: int) -> None:
 
 
 def test_the_layouts_are_all_taken(layout: str) -> None:
-    assert backends.gemms_want_columns(torch.empty(1, 1, dtype=BF16)) == (layout == "columns")
+    assert backends.gemms_want_column_major(torch.empty(1, 1, dtype=BF16)) == (layout == "columns")

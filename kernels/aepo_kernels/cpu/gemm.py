@@ -1,4 +1,4 @@
-"""Matrix products in C++ that widen half precision while they pack it (csrc/cpu/gemm.h)."""
+"""Matrix products in C++ that upcast half precision while they pack it (csrc/cpu/gemm.h)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
 
 class Logits(ctypes.Structure):
     _fields_ = [
-        ("products", _POINTER),
+        ("raw_logits", _POINTER),
         ("dtype", _INT),
         ("threads", _INT),
         ("rows", _LONG),
@@ -71,8 +71,8 @@ class Grad(ctypes.Structure):
         ("row_stride", _LONG),
         ("column_stride", _LONG),
         ("bias_grad", _POINTER),
-        ("by_rows", _POINTER),
-        ("by_rows_stride", _LONG),
+        ("row_major", _POINTER),
+        ("row_major_stride", _LONG),
     ]
 
 

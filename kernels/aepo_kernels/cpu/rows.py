@@ -1,8 +1,8 @@
 """Row operations in C++ for the CPU; same interface as `aepo_kernels.rows.torch_rows`.
 
-Products lie by rows or, bfloat16 ones, by columns: the transpose of a contiguous matrix.
-They compute in float32, sum in float64, and give the same bits for any number of threads. Each is
-an operator, torch.ops.aepo_kernels.cpu_row_stats and so on.
+Raw logits [C, V] are row-major or, in bfloat16, column-major: the transpose of a contiguous matrix.
+The operations compute in float32 and sum in float64. Their bits do not depend on the number of
+threads. Each is an operator, torch.ops.aepo_kernels.cpu_row_stats and so on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STATE_SIZE = 6  # of rows.h
 # Defined and implemented, not torch.library.custom_op: what that wraps around an operator takes
 # some 0.2 ms a call, of which a head makes hundreds.
 _LIBRARY = torch.library.Library("aepo_kernels", "FRAGMENT")
-_LAW = (
+_DISTRIBUTION = (
     "Tensor inv_temperature, Tensor? second_inv_temperature, Tensor? bias, float softcap, "
     "float scale"
 )
@@ -27,18 +27,19 @@ _LIBRARY.define(
     "cpu_sample_rows(Tensor logits, Tensor inv_temperature, Tensor uniform) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    f"cpu_row_stats(Tensor products, Tensor targets, {_LAW}, bool squares, Tensor(a!)? state, "
-    "bool is_first, bool is_last, Tensor(b!)? kept, Tensor(c!)? base) -> Tensor[]"
+    f"cpu_row_stats(Tensor raw_logits, Tensor targets, {_DISTRIBUTION}, "
+    "bool squares, Tensor(a!)? state, bool is_first, bool is_last, "
+    "Tensor(b!)? kept, Tensor(c!)? base) -> Tensor[]"
 )
 _LIBRARY.define(
-    f"cpu_row_grad(Tensor products, Tensor targets, {_LAW}, Tensor?[] stats, Tensor?[] coefs, "
-    "Tensor(a!) out, Tensor(b!)? bias_grad, Tensor(c!)? by_rows, "
-    "Tensor? base, Tensor? picked) -> ()"
+    f"cpu_row_grad(Tensor raw_logits, Tensor targets, {_DISTRIBUTION}, "
+    "Tensor?[] stats, Tensor?[] coefs, Tensor(a!) out, Tensor(b!)? bias_grad, "
+    "Tensor(c!)? row_major, Tensor? base, Tensor? picked) -> ()"
 )
 
 
 def row_stats(
-    products: Tensor,
+    raw_logits: Tensor,
     targets: Tensor,
     inv_temperature: float | Tensor,
     second_inv_temperature: float | Tensor | None,
@@ -54,17 +55,19 @@ def row_stats(
 ) -> RowStats | None:
     """See `torch_rows.row_stats`; dtype is torch.float32.
 
-    Rows may come a slice of their columns after the other, with targets -1 outside of it and a
-    `state` from `new_state`; the last one gives what whole rows would, the others None. The bits
-    are the same where the others' columns are multiples of 2048.
+    Rows may come one slice of their columns after the other, with targets -1 outside of it and a
+    `state` from `new_state`. The last slice gives the statistics of whole rows, the others None.
+    The bits are those of whole rows where the other slices are multiples of 2048 columns.
 
     kept, base: [C, V] float16 and [C] float32 that become the logits less a base per row, for
-    `row_grad`; products and `kept` then lie by rows. The base is a row's largest logit so far, so
-    that logits near it lose next to nothing.
+    `row_grad`. Raw logits and `kept` are then row-major. The base is a row's largest logit so
+    far, so that logits near it lose next to nothing.
     """
     assert dtype == torch.float32
-    law = _law(len(products), inv_temperature, second_inv_temperature, logit_map)
-    given = products, targets, *law, squares, state, is_first, is_last, kept, base
+    distribution = _distribution(
+        len(raw_logits), inv_temperature, second_inv_temperature, logit_map
+    )
+    given = raw_logits, targets, *distribution, squares, state, is_first, is_last, kept, base
     found = iter(torch.ops.aepo_kernels.cpu_row_stats(*given))
     wanted = _wanted(second_inv_temperature is not None, squares)
     if not is_last:
@@ -78,7 +81,7 @@ def new_state(count: int) -> Tensor:
 
 
 def row_grad(
-    products: Tensor,
+    raw_logits: Tensor,
     targets: Tensor,
     inv_temperature: float | Tensor,
     second_inv_temperature: float | Tensor | None,
@@ -88,17 +91,28 @@ def row_grad(
     *,
     out: Tensor,
     bias_grad: Tensor | None,
-    by_rows: Tensor | None = None,
+    row_major: Tensor | None = None,
     base: Tensor | None = None,
     picked: Tensor | None = None,
 ) -> None:
     """See `torch_rows.row_grad`.
 
-    by_rows: where products and `out` lie by columns, [C, V] by rows to take the gradient as well.
-    base, picked: the products are what `row_stats` kept with that base, or rows [C] of it.
+    row_major: [C, V], takes a row-major copy of the gradient where `out` is column-major.
+    base, picked: the raw_logits are what `row_stats` kept with that base, or rows [C] of it.
     """
-    law = _law(len(targets), inv_temperature, second_inv_temperature, logit_map)
-    given = products, targets, *law, list(stats), list(coefs), out, bias_grad, by_rows, base, picked
+    distribution = _distribution(len(targets), inv_temperature, second_inv_temperature, logit_map)
+    given = (
+        raw_logits,
+        targets,
+        *distribution,
+        list(stats),
+        list(coefs),
+        out,
+        bias_grad,
+        row_major,
+        base,
+        picked,
+    )
     torch.ops.aepo_kernels.cpu_row_grad(*given)
 
 
@@ -132,7 +146,7 @@ def _(logits: Tensor, inv_temperature: Tensor, uniform: Tensor) -> tuple[Tensor,
 
 @torch.library.impl(_LIBRARY, "cpu_row_stats", "CPU")
 def _stats(
-    products: Tensor,
+    raw_logits: Tensor,
     targets: Tensor,
     inv_temperature: Tensor,
     second_inv_temperature: Tensor | None,
@@ -147,15 +161,16 @@ def _stats(
     base: Tensor | None,
 ) -> list[Tensor]:
     """Those of RowStats that are wanted, in order, after the last slice; softcap 0 is none."""
-    law = _floats(inv_temperature, second_inv_temperature, bias)
-    given = [targets.contiguous(), *law]
+    distribution = _floats(inv_temperature, second_inv_temperature, bias)
+    given = [targets.contiguous(), *distribution]
     wanted = _wanted(second_inv_temperature is not None, squares)
     found = [
-        products.new_empty(len(products), dtype=torch.float32) if want else None for want in wanted
+        raw_logits.new_empty(len(raw_logits), dtype=torch.float32) if want else None
+        for want in wanted
     ]
     call(
         "aepo_row_stats",
-        _logits(products, given, softcap, scale),
+        _logits(raw_logits, given, softcap, scale),
         Stats(*map(_address, found)),
         State(_address(state), is_first, is_last),
         Kept(_address(kept), 0 if kept is None else kept.stride(0), _address(base)),
@@ -164,16 +179,16 @@ def _stats(
 
 
 @torch.library.register_fake("aepo_kernels::cpu_row_stats")
-def _(products: Tensor, *rest) -> list[Tensor]:
-    size, (squares, _, _, is_last) = products.shape[:1], rest[-6:-2]
+def _(raw_logits: Tensor, *rest) -> list[Tensor]:
+    size, (squares, _, _, is_last) = raw_logits.shape[:1], rest[-6:-2]
     wanted = _wanted(rest[2] is not None, squares)
-    made = [products.new_empty(size, dtype=torch.float32) for want in wanted if want]
+    made = [raw_logits.new_empty(size, dtype=torch.float32) for want in wanted if want]
     return made if is_last else []
 
 
 @torch.library.impl(_LIBRARY, "cpu_row_grad", "CPU")
 def _grad(
-    products: Tensor,
+    raw_logits: Tensor,
     targets: Tensor,
     inv_temperature: Tensor,
     second_inv_temperature: Tensor | None,
@@ -184,18 +199,18 @@ def _grad(
     coefs: Sequence[Tensor | None],
     out: Tensor,
     bias_grad: Tensor | None,
-    by_rows: Tensor | None,
+    row_major: Tensor | None,
     base: Tensor | None,
     picked: Tensor | None,
 ) -> None:
-    """The gradient by the products into `out`, which may be the products themselves."""
-    law = _floats(inv_temperature, second_inv_temperature, bias)
-    given = [targets.contiguous(), *law]
+    """The gradient by the raw_logits into `out`, which may be the raw_logits themselves."""
+    distribution = _floats(inv_temperature, second_inv_temperature, bias)
+    given = [targets.contiguous(), *distribution]
     # Kept by name: the library has only their addresses.
     known, factors = _floats(*stats), _floats(*coefs)
     call(
         "aepo_row_grad",
-        _logits(products, given, softcap, scale, base, picked),
+        _logits(raw_logits, given, softcap, scale, base, picked),
         Stats(*map(_address, known)),
         Coefs(*map(_address, factors)),
         Grad(
@@ -203,12 +218,12 @@ def _grad(
             DTYPES[out.dtype],
             *_strides(out),
             _address(bias_grad),
-            _address(by_rows),
-            0 if by_rows is None else by_rows.stride(0),
+            _address(row_major),
+            0 if row_major is None else row_major.stride(0),
         ),
     )
-    if by_rows is not None and _strides(products)[1] == _strides(out)[1] == 1:
-        by_rows.copy_(out)  # one row, or one column, lies both ways
+    if row_major is not None and _strides(raw_logits)[1] == _strides(out)[1] == 1:
+        row_major.copy_(out)  # one row, or one column, is laid out both ways
 
 
 def _wanted(second: bool, squares: bool) -> tuple[bool, ...]:
@@ -222,7 +237,7 @@ def _floats(*values: Tensor | None) -> list[Tensor | None]:
 
 
 def _logits(
-    products: Tensor,
+    raw_logits: Tensor,
     given: list[Tensor | None],
     softcap: float,
     scale: float,
@@ -231,12 +246,12 @@ def _logits(
 ) -> Logits:
     """The C arguments; `given` (targets, temperatures, bias) has to outlive the call."""
     return Logits(
-        products.data_ptr(),
-        DTYPES[products.dtype],
+        raw_logits.data_ptr(),
+        DTYPES[raw_logits.dtype],
         torch.get_num_threads(),
-        len(products) if picked is None else len(picked),
-        products.shape[1],
-        *_strides(products),
+        len(raw_logits) if picked is None else len(picked),
+        raw_logits.shape[1],
+        *_strides(raw_logits),
         *map(_address, given),
         softcap,
         scale,
@@ -246,7 +261,7 @@ def _logits(
 
 
 def _strides(matrix: Tensor) -> tuple[int, int]:
-    """By rows and by columns, as the library reads them: 1 by columns is a matrix by rows."""
+    """Strides of rows and of columns, as the library reads them; (n, 1) is row-major."""
     if matrix.stride(1) == 1 or matrix.shape[1] == 1:
         return matrix.stride(0), 1
     if matrix.stride(0) != 1 and matrix.shape[0] != 1:
@@ -254,10 +269,10 @@ def _strides(matrix: Tensor) -> tuple[int, int]:
     return 1, matrix.stride(1)
 
 
-def _law(
+def _distribution(
     count: int, first: float | Tensor, second: float | Tensor | None, logit_map: LogitMap
 ) -> tuple[Tensor, Tensor | None, Tensor | None, float, float]:
-    """The operators' arguments for each row's law: temperatures, bias, softcap, scale."""
+    """The operators' arguments for each row's distribution: temperatures, bias, softcap, scale."""
     softcap, scale = logit_map.softcap or 0.0, logit_map.scale
     second = None if second is None else _per_row(second, count)
     return _per_row(first, count), second, logit_map.bias, softcap, scale

@@ -155,12 +155,12 @@ def partials_kernel(
     block = first_block + (tl.program_id(0) % per_group) % group_size
     tile = (tl.program_id(0) % per_group) // group_size
 
-    products = tl.zeros([BLOCK_TOKENS, BLOCK_VOCAB], tl.float32)
+    raw_logits = tl.zeros([BLOCK_TOKENS, BLOCK_VOCAB], tl.float32)
     if TMA:
         for start in range(0, hidden_size, BLOCK_HIDDEN):
             left = hidden.load([block * BLOCK_TOKENS, start])
             right = weight.load([tile * BLOCK_VOCAB, start])
-            products = tl.dot(left, right.T, products, input_precision="ieee")
+            raw_logits = tl.dot(left, right.T, raw_logits, input_precision="ieee")
     else:
         # Rows and columns past the end repeat the last one, which needs no mask.
         within = tl.arange(0, BLOCK_HIDDEN)
@@ -174,7 +174,7 @@ def partials_kernel(
             inside = within < hidden_size - start
             left = tl.load(hidden_pointers, mask=inside[None, :], other=0.0)
             right = tl.load(weight_pointers, mask=inside[:, None], other=0.0)
-            products = tl.dot(left, right, products, input_precision="ieee")
+            raw_logits = tl.dot(left, right, raw_logits, input_precision="ieee")
             hidden_pointers += BLOCK_HIDDEN * hidden_stride
             weight_pointers += BLOCK_HIDDEN * weight_stride
 
@@ -185,9 +185,9 @@ def partials_kernel(
     PARTS: tl.constexpr = SPLIT + 1
     WIDTH: tl.constexpr = BLOCK_VOCAB // PARTS
     if SPLIT:
-        parts = products.reshape(BLOCK_TOKENS, 2, WIDTH).permute(0, 2, 1).split()
+        parts = raw_logits.reshape(BLOCK_TOKENS, 2, WIDTH).permute(0, 2, 1).split()
     else:
-        parts = (products,)
+        parts = (raw_logits,)
     for part in tl.static_range(PARTS):
         _store_partials(
             parts[part],
@@ -208,7 +208,7 @@ def partials_kernel(
 
 @triton.jit
 def _store_partials(
-    products,
+    raw_logits,
     part,
     rows,
     row_inputs,
@@ -230,7 +230,7 @@ def _store_partials(
     shift = None
     if bias is not None:
         shift = tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :]
-    logits, _ = to_logits(products, shift, scale, softcap)
+    logits, _ = to_logits(raw_logits, shift, scale, softcap)
     real = rows < tl.where(first < vocab, num_rows, 0)  # the last half may lie past the end
     target = tl.load(targets + rows, mask=real, other=-1)
     place = target - first
@@ -319,7 +319,9 @@ def combine_kernel(
             part = tl.load(at + last * step, mask=inside, other=0.0)
             square += tl.sum(part * (decay * decay), 0)
 
-    log_sum = tl.log(tl.where(maximum > FLOOR, total, float("nan")))  # no finite logit: no law
+    log_sum = tl.log(
+        tl.where(maximum > FLOOR, total, float("nan"))
+    )  # no finite logit: no distribution
     centred = tl.load(target_logits + rows, mask=real, other=0.0) - maximum
     out += rows
     tl.store(out, centred * inverse - log_sum, mask=real)

@@ -23,7 +23,7 @@ FLOOR = tl.constexpr(-1e30)
 
 
 def row_stats(
-    products: Tensor,
+    raw_logits: Tensor,
     targets: Tensor,
     inv_temperature: float | Tensor,
     second_inv_temperature: float | Tensor | None,
@@ -37,13 +37,13 @@ def row_stats(
     A target outside [0, V) gives a log-prob of NaN.
     """
     assert dtype == torch.float32, dtype
-    num_rows, vocab = products.shape
-    out = new_stats(products, num_rows, second_inv_temperature is not None, squares)
+    num_rows, vocab = raw_logits.shape
+    out = new_stats(raw_logits, num_rows, second_inv_temperature is not None, squares)
     if num_rows:
-        launch = stats_launch(products.device)
+        launch = stats_launch(raw_logits.device)
         stats_kernel[(num_rows,)](
-            _rows_of(products),
-            products.stride(0),
+            _rows_of(raw_logits),
+            raw_logits.stride(0),
             targets.contiguous(),
             optional_argument(inv_temperature),
             optional_argument(second_inv_temperature),
@@ -57,7 +57,7 @@ def row_stats(
             SECOND_PER_TOKEN=isinstance(second_inv_temperature, Tensor),
             SQUARES=squares,
             BLOCK=launch.block,
-            VECTOR=16 // products.element_size(),
+            VECTOR=16 // raw_logits.element_size(),
             STAGES=launch.stages,
             num_warps=launch.num_warps,
         )
@@ -76,7 +76,7 @@ def stats_of(out: Tensor, has_second: bool, squares: bool) -> RowStats:
 
 
 def row_grad(
-    products: Tensor,
+    raw_logits: Tensor,
     targets: Tensor,
     inv_temperature: float | Tensor,
     second_inv_temperature: float | Tensor | None,
@@ -87,14 +87,14 @@ def row_grad(
     out: Tensor,
     bias_grad: Tensor | None,
 ) -> None:
-    """Write the loss's gradient by the products into `out` and add its column sums to `bias_grad`.
+    """Write the loss's gradient by raw logits into `out`; add its column sums to `bias_grad`.
 
-    The formula is that of `torch_rows.row_grad`. `out` may be `products` itself.
+    The formula is that of `torch_rows.row_grad`. `out` may be `raw_logits` itself.
     """
-    num_rows, vocab = products.shape
+    num_rows, vocab = raw_logits.shape
     if not num_rows:
         return
-    launch = grad_launch(products.device)
+    launch = grad_launch(raw_logits.device)
     # Column sums go through one row of partial sums per group of rows: no atomics, one order.
     rows_each = 1 if bias_grad is None else 64
     num_groups = triton.cdiv(num_rows, rows_each)
@@ -102,8 +102,8 @@ def row_grad(
     if coefs.second_logprob is None:
         second_inv_temperature = None
     grad_kernel[(num_groups * triton.cdiv(vocab, launch.block),)](
-        _rows_of(products),
-        products.stride(0),
+        _rows_of(raw_logits),
+        raw_logits.stride(0),
         targets.contiguous(),
         optional_argument(inv_temperature),
         optional_argument(second_inv_temperature),
@@ -174,7 +174,7 @@ def inverse_of(inv_temperature, row, PER_TOKEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def stats_kernel(
-    products,
+    raw_logits,
     row_stride,
     targets,
     inv_temperature,
@@ -193,7 +193,7 @@ def stats_kernel(
     STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    products += row * row_stride
+    raw_logits += row * row_stride
     inverse = inverse_of(inv_temperature, row, PER_TOKEN)
     rate = inverse * LOG2E
     second_rate = 0.0
@@ -213,7 +213,7 @@ def stats_kernel(
     for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         columns = start + within
         inside = columns < vocab
-        values = tl.load(products + columns, mask=inside, other=0.0)
+        values = tl.load(raw_logits + columns, mask=inside, other=0.0)
         shift = None
         if bias is not None:
             shift = tl.load(bias + columns, mask=inside, other=0.0)
@@ -237,10 +237,12 @@ def stats_kernel(
     rise = lane_maximum - maximum
     decay = tl.exp2(rise * rate)
     mass = tl.sum(total * decay, 0)
-    log_sum = tl.log(tl.where(maximum > FLOOR, mass, float("nan")))  # no finite logit: no law
+    log_sum = tl.log(
+        tl.where(maximum > FLOOR, mass, float("nan"))
+    )  # no finite logit: no distribution
     target = tl.load(targets + row)
     owned = (target >= 0) & (target < vocab)
-    value = tl.load(products + target, mask=owned, other=float("nan"))
+    value = tl.load(raw_logits + target, mask=owned, other=float("nan"))
     shift = None
     if bias is not None:
         shift = tl.load(bias + target, mask=owned, other=0.0)
@@ -265,7 +267,7 @@ def stats_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def grad_kernel(
-    products,
+    raw_logits,
     row_stride,
     targets,
     inv_temperature,
@@ -304,13 +306,13 @@ def grad_kernel(
         target = tl.load(targets + row)
         maximum = tl.load(max_logits + row)
         log_sum = tl.load(log_sums + row)
-        values = tl.load(products + row * row_stride + columns, mask=inside, other=0.0)
+        values = tl.load(raw_logits + row * row_stride + columns, mask=inside, other=0.0)
         logits, slope = to_logits(values, shift, scale, softcap)
         centred = logits - maximum
         centred = tl.where(centred < FLOOR, FLOOR, centred)
         tempered = centred * inverse
         # p = exp(tempered) / exp(log_sum): exact where it matters, at the top of the row.
-        law = tl.exp2(tempered * LOG2E) * tl.exp2(log_sum * -LOG2E)
+        distribution = tl.exp2(tempered * LOG2E) * tl.exp2(log_sum * -LOG2E)
 
         on_target = 0.0
         constant = 0.0
@@ -323,9 +325,9 @@ def grad_kernel(
         if by_entropy is not None:
             by = tl.load(by_entropy + row)
             constant += by * (log_sum - tl.load(entropies + row))
-            grad = law * (constant - by * tempered) * factor
+            grad = distribution * (constant - by * tempered) * factor
         else:
-            grad = law * (constant * factor)
+            grad = distribution * (constant * factor)
         on_target *= factor
         if second_inv_temperature is not None:
             second_inverse = inverse_of(second_inv_temperature, row, SECOND_PER_TOKEN)

@@ -1,4 +1,4 @@
-"""Accumulators of the head's gradients over chunks: GEMMs 2 and 3."""
+"""The head's gradients, added up over chunks: GEMMs 2 and 3."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _COPIED_ROWS = 512
 class Gradients:
     """Gradients of a problem's inputs, summed over chunks.
 
-    Those of all but hidden are kept in fp32 (float64 for float64 hidden) however many chunks there
-    are; where the weight's is written once, the GEMM writes it as it is wanted. What is not
+    All but hidden's are sums in float32 (float64 for float64 hidden), whatever the number of
+    chunks. Where the weight's is written once, the GEMM writes it in its own dtype. What is not
     needed is neither allocated nor computed. rows: how many took part in GEMMs. variance: what
     sampling those rows added.
     """
@@ -42,6 +42,7 @@ class Gradients:
         if plan.written_once and weight.dtype == hidden.dtype and self.weight is None:
             self.weight_dtype = hidden.dtype
         self.reuses_memory, self.rows = plan.reuses_memory, 0
+        self.sampled = problem.row_sampling is not None
         self.variance = torch.zeros((), dtype=wide, device=self.device)
         self.bias, self.lora_a, self.lora_b = (
             _zeros(value, wide) if need and value is not None else None
@@ -57,7 +58,7 @@ class Gradients:
         inputs: Tensor,
         at: Tensor | slice,
     ) -> None:
-        """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora: (A, B).
+        """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora (A, B).
 
         row_major: dlogits once more where they are column-major, which suits GEMM 3 but not GEMM 2.
         """
@@ -156,7 +157,7 @@ class Gradients:
         self.hidden[at] = rows
 
     def finish(self) -> None:
-        """Add up the ranks' parts, and stand zeros in for what no chunk has made."""
+        """Add up the ranks' parts. A weight's gradient that no chunk has made becomes zeros."""
         if self.needs_weight and self.weight is None:
             dtype = self.weight_dtype
             self.weight = torch.zeros(self.weight_shape, dtype=dtype, device=self.device)
@@ -164,6 +165,13 @@ class Gradients:
             for part in (self.hidden, self.lora_a):  # the others belong to this rank's rows
                 if part is not None:
                     dist.all_reduce(part, group=self.shard.group)
+
+    def sampling_metrics(self) -> dict[str, Tensor]:
+        """The rows that were sampled and the variance that this added, where rows were sampled."""
+        if not self.sampled:
+            return {}
+        rows = torch.full_like(self.variance, self.rows)  # new_tensor would wait for a GPU
+        return {"row_sampling/rows": rows, "row_sampling/variance": self.variance}
 
     def results(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Gradients times `factor`, in their inputs' dtypes; in place where those are equal.

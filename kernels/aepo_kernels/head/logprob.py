@@ -26,7 +26,7 @@ def logprob(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> LogprobOutput:
 
 
 def forward(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> tuple[Tokens, RowStats]:
-    """The tokens that count and the statistics of their rows."""
+    """The M tokens that count and the statistics of their rows, each [M]."""
     with computing_on(problem.hidden.device):
         plan = make_plan(problem, budget=budget)
         head, tokens = head_of(problem, plan), tokens_of(problem)

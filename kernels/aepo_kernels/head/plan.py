@@ -14,7 +14,7 @@ import torch
 
 from aepo_kernels import backends
 from aepo_kernels.cpu import rows as cpu_rows
-from aepo_kernels.gemm import GEMM_BYTES, in_cpp, is_widened
+from aepo_kernels.gemm import GEMM_BYTES, in_cpp, is_upcast
 from aepo_kernels.problem import Problem
 
 # The C++ rows are added up in blocks of so many columns. Slices that are multiples of a block give
@@ -191,18 +191,19 @@ class _Facts:
         self.row_ops = backends.row_operations(hidden)
         # C++ rows need no whole rows: a slice of the columns after the other will do.
         self.cpp_rows = chunked and self.row_ops is cpu_rows
-        self.column_major = chunked and backends.gemms_want_columns(hidden)
-        self.upcast = is_widened(hidden)
+        self.column_major = chunked and backends.gemms_want_column_major(hidden)
+        self.upcast = is_upcast(hidden)
         self.logits_dtype = problem.logits_dtype or hidden.dtype
         if self.upcast:
             self.logits_dtype = torch.float32
+        self.chunk_tokens = self._chunk_tokens()
 
     def logits_bytes(self) -> int:
         """Bytes of a logit in a chunk, with its gradient where that is beside it."""
         width, own = self.logits_dtype.itemsize, self.problem.hidden.element_size()
         return width + own if not self.on_cpu and width != own else width
 
-    def chunk_tokens(self) -> int:
+    def _chunk_tokens(self) -> int:
         """Tokens whose logits exist at once: the caller's number, or what the budget holds."""
         if self.problem.chunk_tokens is not None:
             return self.problem.chunk_tokens
@@ -226,7 +227,7 @@ class _Facts:
         those of a budgeted chunk and the float32 sum of the weight's gradients, which one chunk
         does without.
         """
-        problem, size = self.problem, self.chunk_tokens()
+        problem, size = self.problem, self.chunk_tokens
         if self.on_cpu or problem.chunk_tokens is not None or rows <= size:
             return size
         weight = problem.weight
@@ -254,7 +255,7 @@ class _Facts:
         pays = pays and weight.dtype in (hidden.dtype, torch.float32)
         if not (needs_weight and asked == (None, None, None) and pays and self.on_cpu_in_chunks):
             return None
-        if rows <= self.chunk_tokens():
+        if rows <= self.chunk_tokens:
             return None
         most = self.budget.slice_columns if self.column_major else len(weight)
         size = self.budget.slice_bytes // (self.logits_dtype.itemsize * rows) // 64 * 64
@@ -265,7 +266,7 @@ class _Facts:
         """Where raw logits of so many tokens wait; too many upcast ones wait as float16."""
         weight, budget = self.problem.weight, self.budget
         lent = weight.shape[1] * weight.element_size()  # bytes of a row of the weight's gradient
-        chunk = self.chunk_tokens() if self.keeps_last(rows) else 0
+        chunk = self.chunk_tokens if self.keeps_last(rows) else 0
         if self.upcast and rows > lent // torch.float32.itemsize + chunk:
             inside = min(rows, lent // torch.float16.itemsize)
             held = budget.stash_bytes // (torch.float16.itemsize * self.problem.chunk_vocab)
@@ -290,7 +291,7 @@ class _Facts:
 
     def stats_tokens(self) -> int:
         """Tokens at once where no gradient follows: on a CPU, few enough to stay cached."""
-        size = self.budget.fused_forward_tokens if self.fused else self.chunk_tokens()
+        size = self.budget.fused_forward_tokens if self.fused else self.chunk_tokens
         if not self.on_cpu or self.problem.chunk_tokens is not None:
             return size
         if self.row_ops is not cpu_rows:

@@ -191,7 +191,7 @@ class Head:
             coefs,
             out=out,
             bias_grad=bias_grad,
-            **({} if row_major is None else {"by_rows": row_major}),
+            **({} if row_major is None else {"row_major": row_major}),
             **stashed,
         )
         return out

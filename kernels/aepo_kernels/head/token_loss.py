@@ -1,8 +1,9 @@
 """`linear_token_loss` by chunks of tokens, so that [N, V] logits never exist: chunked and fused.
 
-Per chunk: one GEMM for the logits, fused row statistics, and, where gradients are wanted, the
-logits' gradient in place and two more GEMMs. `linear_token_loss` knows the loss's derivatives
-within the chunk (3 GEMMs). The fused backend never has logits in its forward pass, and recomputes.
+A chunk takes one GEMM for its logits and one read of them for row statistics. Where gradients are
+wanted, the logits become their own gradient, and two more GEMMs follow: the loss's derivatives are
+known within the chunk. The fused backend has no logits in its forward pass, so that it makes them
+again (4 GEMMs).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def token_loss(
     inputs = problem.inputs
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     with torch.no_grad(), computing_on(problem.hidden.device):
-        tokens, num_active = _active_first(problem, tokens_of(problem))
+        tokens, num_active = _active_first(problem, tokens_of(problem))  # [M]
         num_active = num_active if any(needs) else 0
         plan = make_plan(problem, needs_weight=needs[1], rows=num_active, budget=budget)
         head = head_of(problem, plan)
@@ -51,16 +52,14 @@ def token_loss(
             columns = [take(tensor, chunk.positions) for tensor in token_tensors]  # [C, ...]
             chunk_loss, chunk_metrics, coefs = _evaluate(loss_fn, stats, columns, has_grad)
             loss += chunk_loss
-            for name, value in chunk_metrics.items():
-                metrics[name] = metrics[name] + value if name in metrics else value
+            _add_metrics(metrics, chunk_metrics)
             if has_grad:
                 gradients.backward(chunk, stats, coefs)  # coefs: each [C]
             parts.append(stats)
-        total = gradients.finish() if any(needs) else gradients.total
-        if any(needs) and problem.row_sampling is not None:
-            # new_tensor would wait for a GPU
-            metrics["row_sampling/rows"] = torch.full_like(loss, total.rows)
-            metrics["row_sampling/variance"] = total.variance
+        total = gradients.total
+        if any(needs):
+            gradients.finish()
+            metrics |= total.sampling_metrics()
         joined = join_stats(parts, head, tokens)  # each [M]
         first, entropy, _, second = outputs(problem, tokens, joined)  # [N]
     if any(needs):
@@ -106,7 +105,10 @@ class _AttachGradients(torch.autograd.Function):
 def _evaluate(
     loss_fn: TokenLoss, stats: RowStats, slices: list[Tensor], wants_grad: bool
 ) -> tuple[Tensor, dict[str, Tensor], RowCoefs]:
-    """Run the token loss on a chunk and differentiate it by what the rows gave it."""
+    """Run the token loss on a chunk and differentiate it by its vectors.
+
+    stats, and the coefficients that are returned: each [C]. slices: [C, ...].
+    """
     values = stats.logprob, stats.entropy, stats.second_logprob
     if not wants_grad:
         loss, metrics = sum_losses(loss_fn(*values, *slices))
@@ -122,8 +124,13 @@ def _evaluate(
     return loss.detach(), metrics, RowCoefs(found[0], found[1], None, found[2])
 
 
+def _add_metrics(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    for name, value in part.items():
+        total[name] = total[name] + value if name in total else value
+
+
 def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
-    """Tokens in the order active, others, and the number of active ones."""
+    """Active tokens, then the others; and the number of active ones."""
     if problem.active is None:
         return tokens, len(tokens.targets)
     others = torch.ones(len(problem.targets), dtype=torch.bool, device=tokens.targets.device)

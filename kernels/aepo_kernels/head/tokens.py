@@ -16,9 +16,9 @@ from aepo_kernels.ranges import join_positions, part_of
 
 @dataclass(frozen=True)
 class Tokens:
-    """Some of the tokens that count: where they stand in the batch, targets, temperatures."""
+    """Some of the tokens that count. targets: [M]. Temperatures are inverse: one number or [M]."""
 
-    positions: Tensor | slice
+    positions: Tensor | slice  # in the batch, [M]
     targets: Tensor  # [M]
     inv_temperature: float | Tensor  # float or [M]
     second_inv_temperature: float | Tensor | None
@@ -33,7 +33,7 @@ class Tokens:
         )
 
     def within(self, rows: slice) -> Tokens:
-        """The same with targets of a slice of the vocabulary, -1 where they are not in it."""
+        """The same tokens with targets of a slice of the vocabulary, -1 for those outside it."""
         inside = (self.targets >= rows.start) & (self.targets < rows.stop)
         return replace(self, targets=torch.where(inside, self.targets - rows.start, -1))
 

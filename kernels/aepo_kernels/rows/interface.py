@@ -1,8 +1,8 @@
 """The interface of row operations: what a row of logits gives, and what its gradient takes.
 
 A row backend is a module with `row_stats` and `row_grad` of the signatures in
-`aepo_kernels.rows.torch_rows`. "Products" are the raw output of the first GEMM, hidden @ weight.T,
-[C, V]; `LogitMap` says how they become logits.
+`aepo_kernels.rows.torch_rows`. Raw logits, [C, V], are the output of the first GEMM: hidden @
+weight.T. `LogitMap` says how they become logits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogitMap:
-    """Products to logits: softcap * tanh(scale * (x + bias) / softcap). bias: [V] or None."""
+    """Raw logits to logits: softcap * tanh(scale * (x + bias) / softcap). bias: [V] or None."""
 
     bias: Tensor | None
     softcap: float | None

@@ -18,7 +18,7 @@ _GPU_BLOCK_ELEMENTS = 2**26
 
 
 def row_stats(
-    products: Tensor,
+    raw_logits: Tensor,
     targets: Tensor,
     inv_temperature: float | Tensor,
     second_inv_temperature: float | Tensor | None,
@@ -27,13 +27,13 @@ def row_stats(
     *,
     squares: bool = False,
 ) -> RowStats:
-    """Log-prob, entropy and normalisers of each row, computed in `dtype`; products stay as is."""
+    """Log-prob, entropy and normalisers of each row, computed in `dtype`; raw_logits stay as is."""
     columns: list[list[Tensor | None]] = []
-    for rows, logits, work in _blocks(products, dtype, 2):
-        _to_logits(products[rows], logit_map, logits)
-        max_logit = logits.amax(1, keepdim=True)
+    for rows, logits, work in _blocks(raw_logits, dtype, 2):
+        _to_logits(raw_logits[rows], logit_map, logits)
+        max_logit = logits.amax(1, keepdim=True)  # [B, 1]
         centred = logits.sub_(max_logit)
-        target = _at_targets(centred, targets[rows])  # before the floor: may be -inf
+        target = _at_targets(centred, targets[rows])  # [B, 1], before the floor: may be -inf
         centred.clamp_(min=_FLOOR)
         second: list[Tensor | None] = [None, None]
         if second_inv_temperature is not None:
@@ -43,7 +43,7 @@ def row_stats(
         inverse = _column(inv_temperature, rows)
         tempered = _scale_(centred, inverse)
         weights = torch.exp(tempered, out=work)
-        total = weights.sum(1)
+        total = weights.sum(1)  # [B]
         log_sum = total.log()
         sum_squares = weights.square().sum(1).div_(total.square()) if squares else None
         # H = log_sum - E[tempered]
@@ -58,7 +58,7 @@ def row_stats(
 
 
 def row_grad(
-    products: Tensor,
+    raw_logits: Tensor,
     targets: Tensor,
     inv_temperature: float | Tensor,
     second_inv_temperature: float | Tensor | None,
@@ -69,16 +69,16 @@ def row_grad(
     out: Tensor,
     bias_grad: Tensor | None,
 ) -> None:
-    """Write the loss's gradient by the products into `out` and add its column sums to `bias_grad`.
+    """Write the loss's gradient by raw logits into `out`; add its column sums to `bias_grad`.
 
     With p = softmax(z / T), lp_j = log p_j, entropy H and coefficients c of each row, by logits z:
     dz_j = ((c_lp (1{j=y} - p_j) + c_lse p_j - c_H p_j (lp_j + H)) / T + c_2 (1{j=y} - q_j) / T2,
-    q being the distribution of the second temperature. out: [C, V], may be `products` itself.
+    q being the distribution of the second temperature. out: [C, V], may be `raw_logits` itself.
     """
     dtype = stats.log_sum.dtype
     count = 3 if coefs.entropy is not None or coefs.second_logprob is not None else 2
-    for rows, logits, *work in _blocks(products, dtype, count):
-        _to_logits(products[rows], logit_map, logits)
+    for rows, logits, *work in _blocks(raw_logits, dtype, count):
+        _to_logits(raw_logits[rows], logit_map, logits)
         slope = None
         if logit_map.softcap is not None:
             slope = logits.div(logit_map.softcap).square_().neg_().add_(1)
@@ -147,21 +147,23 @@ def _add_at_targets(grad: Tensor, targets: Tensor, values: Tensor) -> Tensor:
 
 
 def _blocks(
-    products: Tensor, dtype: torch.dtype, num_buffers: int
+    raw_logits: Tensor, dtype: torch.dtype, num_buffers: int
 ) -> Iterator[tuple[slice, *tuple[Tensor, ...]]]:
     """Slices of rows, each with scratch buffers [rows, V] in `dtype`; buffers are reused."""
-    num_rows, vocab = products.shape
-    on_cpu = products.device.type == "cpu"
+    num_rows, vocab = raw_logits.shape
+    on_cpu = raw_logits.device.type == "cpu"
     size = max(1, (_CPU_BLOCK_ELEMENTS if on_cpu else _GPU_BLOCK_ELEMENTS) // vocab)
     shape = (min(size, num_rows), vocab)
-    buffers = [torch.empty(shape, dtype=dtype, device=products.device) for _ in range(num_buffers)]
+    buffers = [
+        torch.empty(shape, dtype=dtype, device=raw_logits.device) for _ in range(num_buffers)
+    ]
     for start in range(0, num_rows, size):
         rows = slice(start, min(start + size, num_rows))
         yield rows, *(buffer[: rows.stop - start] for buffer in buffers)
 
 
-def _to_logits(products: Tensor, logit_map: LogitMap, out: Tensor) -> Tensor:
-    out.copy_(products)
+def _to_logits(raw_logits: Tensor, logit_map: LogitMap, out: Tensor) -> Tensor:
+    out.copy_(raw_logits)
     if logit_map.bias is not None:
         out.add_(logit_map.bias)
     if logit_map.softcap is not None:

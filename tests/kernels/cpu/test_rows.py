@@ -18,7 +18,7 @@ pytestmark = [
 PLAIN = LogitMap(None, None, 1.0)
 
 
-def products_of(count: int, vocab: int, dtype: torch.dtype, *, size: float = 4.0) -> Tensor:
+def raw_logits_of(count: int, vocab: int, dtype: torch.dtype, *, size: float = 4.0) -> Tensor:
     generator = torch.Generator().manual_seed(count * 100_003 + vocab)
     return (size * torch.randn(count, vocab, generator=generator)).to(dtype)
 
@@ -27,9 +27,9 @@ def targets_of(count: int, vocab: int) -> Tensor:
     return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(vocab))
 
 
-def laid(matrix: Tensor, by_columns: bool) -> Tensor:
+def laid(matrix: Tensor, column_major: bool) -> Tensor:
     """The same matrix with unit stride along its columns."""
-    return matrix.T.contiguous().T if by_columns else matrix
+    return matrix.T.contiguous().T if column_major else matrix
 
 
 def double(value: float | Tensor | None) -> float | Tensor | None:
@@ -37,7 +37,7 @@ def double(value: float | Tensor | None) -> float | Tensor | None:
 
 
 def check(
-    products: Tensor,
+    raw_logits: Tensor,
     targets: Tensor,
     *,
     inverse: float | Tensor = 1.0,
@@ -45,15 +45,15 @@ def check(
     logit_map: LogitMap = PLAIN,
     out_dtype: torch.dtype | None = None,
     rtol: float = 2e-6,
-    by_columns: bool = False,
+    column_major: bool = False,
 ) -> tuple[RowStats, Tensor]:
     """Both operations against float64; errors relative to the largest gradient of a row."""
-    products = laid(products, by_columns)
+    raw_logits = laid(raw_logits, column_major)
     exact = LogitMap(double(logit_map.bias), logit_map.softcap, logit_map.scale)  # type: ignore[arg-type]
     args = (targets, inverse, second, logit_map, torch.float32)
     truth_args = (targets, double(inverse), double(second), exact, torch.float64)
-    found = cpu_rows.row_stats(products, *args, squares=True)
-    truth = torch_rows.row_stats(products.double(), *truth_args, squares=True)  # type: ignore[arg-type]
+    found = cpu_rows.row_stats(raw_logits, *args, squares=True)
+    truth = torch_rows.row_stats(raw_logits.double(), *truth_args, squares=True)  # type: ignore[arg-type]
     for name, mine, right in zip(RowStats._fields, found, truth, strict=True):
         assert (mine is None) == (right is None), name
         if mine is not None:
@@ -66,7 +66,7 @@ def check(
                 msg=lambda m: f"{name}: {m}",  # noqa: B023
             )
 
-    count, vocab = products.shape
+    count, vocab = raw_logits.shape
     generator = torch.Generator().manual_seed(1)
     columns = [torch.randn(count, generator=generator) for _ in range(4)]
     coefs = RowCoefs(columns[0], columns[1], columns[2], None if second is None else columns[3])
@@ -75,18 +75,18 @@ def check(
     exact_bias = None if bias_grad is None else bias_grad.double()
     right_grad = torch.empty(count, vocab, dtype=torch.float64)
     torch_rows.row_grad(
-        products.double(),
+        raw_logits.double(),
         *truth_args[:4],
         truth,
         exact_coefs,
         out=right_grad,
         bias_grad=exact_bias,  # type: ignore[arg-type]
     )
-    grad = torch.full((count, vocab), float("nan"), dtype=out_dtype or products.dtype)
-    again = torch.full_like(grad, float("nan")) if by_columns else None
-    grad = laid(grad, by_columns)
+    grad = torch.full((count, vocab), float("nan"), dtype=out_dtype or raw_logits.dtype)
+    again = torch.full_like(grad, float("nan")) if column_major else None
+    grad = laid(grad, column_major)
     cpu_rows.row_grad(
-        products, *args[:4], found, coefs, out=grad, bias_grad=bias_grad, by_rows=again
+        raw_logits, *args[:4], found, coefs, out=grad, bias_grad=bias_grad, row_major=again
     )
     assert again is None or torch.equal(again, grad)
     # One rounding to the output's dtype, and float32 inside.
@@ -102,7 +102,7 @@ def check(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [1, 7, 16, 31, 2048, 2049, 50257])
 def test_shapes_and_dtypes(vocab: int, dtype: torch.dtype) -> None:
-    check(products_of(5, vocab, dtype), targets_of(5, vocab))
+    check(raw_logits_of(5, vocab, dtype), targets_of(5, vocab))
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_shapes_and_dtypes(vocab: int, dtype: torch.dtype) -> None:
 def test_logits_may_be_mapped(bias: bool, softcap: float | None, scale: float) -> None:
     vector = torch.randn(333, generator=torch.Generator().manual_seed(0)) if bias else None
     logit_map = LogitMap(vector, softcap, scale)
-    products = products_of(9, 333, torch.float32)
-    check(products, targets_of(9, 333), logit_map=logit_map, second=0.8, rtol=1e-5)
+    raw_logits = raw_logits_of(9, 333, torch.float32)
+    check(raw_logits, targets_of(9, 333), logit_map=logit_map, second=0.8, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -123,18 +123,22 @@ def test_logits_may_be_mapped(bias: bool, softcap: float | None, scale: float) -
 def test_logits_may_wait_as_float16(bias: bool, softcap: float | None, scale: float) -> None:
     # In two slices, the larger logits in the second one; targets are likely, so that 1 - p counts.
     count, vocab, first = 9, 2048 + 333, 2048
-    products = products_of(count, vocab, torch.float32)
-    products[:, first:] += 9
+    raw_logits = raw_logits_of(count, vocab, torch.float32)
+    raw_logits[:, first:] += 9
     vector = torch.randn(vocab, generator=torch.Generator().manual_seed(0)) if bias else None
     logit_map = LogitMap(vector, softcap, scale)
-    targets, inverse, second = products.argmax(1), torch.linspace(0.5, 2, count), torch.ones(count)
+    targets, inverse, second = (
+        raw_logits.argmax(1),
+        torch.linspace(0.5, 2, count),
+        torch.ones(count),
+    )
     args = inverse, second, logit_map
-    stats = cpu_rows.row_stats(products, targets, *args, torch.float32)
+    stats = cpu_rows.row_stats(raw_logits, targets, *args, torch.float32)
     generator = torch.Generator().manual_seed(1)
     coefs = RowCoefs(*(torch.randn(count, generator=generator) for _ in range(4)))
     plain, waited = torch.empty(count, vocab), torch.empty(count, vocab)
     assert stats is not None
-    cpu_rows.row_grad(products, targets, *args, stats, coefs, out=plain, bias_grad=None)
+    cpu_rows.row_grad(raw_logits, targets, *args, stats, coefs, out=plain, bias_grad=None)
     state, found = cpu_rows.new_state(count), None
     for columns in (slice(0, first), slice(first, vocab)):
         part = LogitMap(None if vector is None else vector[columns], softcap, scale)
@@ -144,7 +148,7 @@ def test_logits_may_wait_as_float16(bias: bool, softcap: float | None, scale: fl
         base = torch.empty(count)
         ends = {"is_first": columns.start == 0, "is_last": columns.stop == vocab}
         waits = {"kept": kept, "base": base, "state": state}
-        found = cpu_rows.row_stats(products[:, columns], *given, torch.float32, **ends, **waits)
+        found = cpu_rows.row_stats(raw_logits[:, columns], *given, torch.float32, **ends, **waits)
         out = waited[:, columns]
         cpu_rows.row_grad(kept, *given, stats, coefs, out=out, bias_grad=None, base=base)
         picked = torch.tensor([7, 0, 3])
@@ -166,74 +170,74 @@ def test_temperatures_per_row_and_twice() -> None:
     inverse = torch.tensor([0.5, 1.0, 2.0, 1 / 0.7, 1.0])
     second = torch.tensor([1.0, 0.8, 1.2, 3.0, 1.0])
     for dtype in (torch.float32, torch.bfloat16):
-        products = products_of(5, 3001, dtype)
-        check(products, targets_of(5, 3001), inverse=inverse, second=second)
-        check(products, targets_of(5, 3001), inverse=1 / 1.3, second=1.25)
+        raw_logits = raw_logits_of(5, 3001, dtype)
+        check(raw_logits, targets_of(5, 3001), inverse=inverse, second=second)
+        check(raw_logits, targets_of(5, 3001), inverse=1 / 1.3, second=1.25)
 
 
 def test_output_of_another_dtype_and_rows_that_are_not_adjacent() -> None:
-    wide = products_of(6, 500, torch.float32)
+    wide = raw_logits_of(6, 500, torch.float32)
     check(wide[:, 3:480], targets_of(6, 477), out_dtype=torch.bfloat16)
     check(wide[::2, 1:34].bfloat16()[:, 1:], targets_of(3, 32))
 
 
 def test_gradients_in_place() -> None:
-    products, targets = products_of(4, 1000, torch.bfloat16), targets_of(4, 1000)
-    stats, expected = check(products, targets)
+    raw_logits, targets = raw_logits_of(4, 1000, torch.bfloat16), targets_of(4, 1000)
+    stats, expected = check(raw_logits, targets)
     generator = torch.Generator().manual_seed(1)
     columns = [torch.randn(4, generator=generator) for _ in range(3)]
     cpu_rows.row_grad(
-        products, targets, 1.0, None, PLAIN, stats, RowCoefs(*columns, None),
-        out=products, bias_grad=None,
+        raw_logits, targets, 1.0, None, PLAIN, stats, RowCoefs(*columns, None),
+        out=raw_logits, bias_grad=None,
     )  # fmt: skip
-    assert torch.equal(products, expected)
+    assert torch.equal(raw_logits, expected)
 
 
 def test_targets_of_other_ranks() -> None:
-    products, targets = products_of(4, 100, torch.float32), torch.tensor([-1, 5, -1, 99])
-    check(products, targets)
+    raw_logits, targets = raw_logits_of(4, 100, torch.float32), torch.tensor([-1, 5, -1, 99])
+    check(raw_logits, targets)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1e2, 1e4])
 def test_equal_small_and_large_logits(size: float) -> None:
-    products = products_of(3, 4099, torch.float32, size=size) - 3 * size
-    check(products, targets_of(3, 4099), rtol=1e-5)
+    raw_logits = raw_logits_of(3, 4099, torch.float32, size=size) - 3 * size
+    check(raw_logits, targets_of(3, 4099), rtol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["first", "last", "most"])
 def test_columns_that_are_minus_infinity(where: str) -> None:
-    products = products_of(3, 5000, torch.float32)
+    raw_logits = raw_logits_of(3, 5000, torch.float32)
     hidden = {"first": slice(0, 2100), "last": slice(4000, None), "most": slice(1, 4999)}[where]
-    products[:, hidden] = float("-inf")
-    products[1, 7] = 1.0
-    found, grad = check(products, torch.tensor([0, 4999 if where == "most" else 3000, 0]))
+    raw_logits[:, hidden] = float("-inf")
+    raw_logits[1, 7] = 1.0
+    found, grad = check(raw_logits, torch.tensor([0, 4999 if where == "most" else 3000, 0]))
     assert found.entropy.isfinite().all() and grad.isfinite().all()
 
 
 @pytest.mark.parametrize("vocab", [17, 2065])
 @pytest.mark.parametrize("others", [1.0, float("-inf")])
 def test_nan_is_not_lost_in_any_column(vocab: int, others: float) -> None:
-    products = torch.full((vocab, vocab), others)
-    products.fill_diagonal_(float("nan"))
+    raw_logits = torch.full((vocab, vocab), others)
+    raw_logits.fill_diagonal_(float("nan"))
     targets = torch.zeros(vocab, dtype=torch.long)
-    found = cpu_rows.row_stats(products, targets, 1.0, None, PLAIN, torch.float32)
+    found = cpu_rows.row_stats(raw_logits, targets, 1.0, None, PLAIN, torch.float32)
     assert found.logprob.isnan().all() and found.entropy.isnan().all()
 
 
 def test_nan_stays_nan_and_rows_do_not_mix() -> None:
-    products, targets = products_of(3, 3000, torch.float32), targets_of(3, 3000)
-    clean = cpu_rows.row_stats(products, targets, 1.0, None, PLAIN, torch.float32)
-    products[1, 2500] = float("nan")
-    found = cpu_rows.row_stats(products, targets, 1.0, None, PLAIN, torch.float32)
+    raw_logits, targets = raw_logits_of(3, 3000, torch.float32), targets_of(3, 3000)
+    clean = cpu_rows.row_stats(raw_logits, targets, 1.0, None, PLAIN, torch.float32)
+    raw_logits[1, 2500] = float("nan")
+    found = cpu_rows.row_stats(raw_logits, targets, 1.0, None, PLAIN, torch.float32)
     assert found.logprob[1].isnan() and found.entropy[1].isnan()
     for row in (0, 2):
         assert found.logprob[row] == clean.logprob[row] and found.entropy[row] == clean.entropy[row]
 
 
 def test_no_rows() -> None:
-    products = torch.empty(0, 17)
+    raw_logits = torch.empty(0, 17)
     stats = cpu_rows.row_stats(
-        products, torch.empty(0, dtype=torch.long), 1.0, None, PLAIN, torch.float32
+        raw_logits, torch.empty(0, dtype=torch.long), 1.0, None, PLAIN, torch.float32
     )
     assert stats.logprob.shape == (0,)
 
@@ -241,11 +245,11 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_any_number_of_threads_gives_the_same_bits(bias: bool) -> None:
     logit_map = LogitMap(torch.linspace(-1, 1, 7001) if bias else None, None, 1.0)
-    products, targets = products_of(13, 7001, torch.bfloat16), targets_of(13, 7001)
+    raw_logits, targets = raw_logits_of(13, 7001, torch.bfloat16), targets_of(13, 7001)
     results = []
     for number in (1, 2, 8):
         torch.set_num_threads(number)
-        stats, grad = check(products, targets, logit_map=logit_map, second=1.1, rtol=1e-5)
+        stats, grad = check(raw_logits, targets, logit_map=logit_map, second=1.1, rtol=1e-5)
         results.append([*(x for x in stats if x is not None), grad])
     for other in results[1:]:
         for mine, theirs in zip(results[0], other, strict=True):
@@ -255,19 +259,21 @@ def test_any_number_of_threads_gives_the_same_bits(bias: bool) -> None:
 @pytest.mark.parametrize("size", [2048, 4096, 20000])
 def test_slices_of_columns_give_the_bits_of_whole_rows(size: int) -> None:
     vocab = 9001
-    products, bias = products_of(5, vocab, torch.bfloat16), torch.randn(vocab)
-    products[1, :5000] = -torch.inf
+    raw_logits, bias = raw_logits_of(5, vocab, torch.bfloat16), torch.randn(vocab)
+    raw_logits[1, :5000] = -torch.inf
     targets = torch.tensor([0, 8000, 2047, 2048, 9000])
-    law, names = (1.3, 0.7), {"dtype": torch.float32, "squares": True}
-    wanted = cpu_rows.row_stats(products, targets, *law, LogitMap(bias, 20.0, 1.5), **names)
+    distribution, names = (1.3, 0.7), {"dtype": torch.float32, "squares": True}
+    wanted = cpu_rows.row_stats(
+        raw_logits, targets, *distribution, LogitMap(bias, 20.0, 1.5), **names
+    )
     state, found = cpu_rows.new_state(5), None
     for start in range(0, vocab, size):
         stop = min(start + size, vocab)
         assert found is None
         found = cpu_rows.row_stats(
-            products[:, start:stop],
+            raw_logits[:, start:stop],
             torch.where((targets >= start) & (targets < stop), targets - start, -1),
-            *law,
+            *distribution,
             LogitMap(bias[start:stop], 20.0, 1.5),
             **names,
             state=state,
@@ -281,22 +287,22 @@ def test_slices_of_columns_give_the_bits_of_whole_rows(size: int) -> None:
 
 
 def test_they_are_operators_with_shapes_for_tracing() -> None:
-    products, targets = products_of(5, 300, torch.bfloat16), targets_of(5, 300)
-    law = torch.ones(5), torch.full((5,), 2.0), torch.zeros(300), 0.0, 1.0
+    raw_logits, targets = raw_logits_of(5, 300, torch.bfloat16), targets_of(5, 300)
+    distribution = torch.ones(5), torch.full((5,), 2.0), torch.zeros(300), 0.0, 1.0
     operators = torch.ops.aepo_kernels
     checks = "test_schema", "test_faketensor"
     state = cpu_rows.new_state(5)
     kept = torch.empty(5, 300, dtype=torch.float16), torch.empty(5)
     for is_last, waits in ((False, (None, None)), (True, (None, None)), (True, kept)):
-        given = products, targets, *law, True, state, not is_last, is_last, *waits
+        given = raw_logits, targets, *distribution, True, state, not is_last, is_last, *waits
         torch.library.opcheck(operators.cpu_row_stats.default, given, test_utils=checks)
-    stats = list(cpu_rows.row_stats(products, targets, *law[:2], PLAIN, torch.float32))
+    stats = list(cpu_rows.row_stats(raw_logits, targets, *distribution[:2], PLAIN, torch.float32))
     coefs = [torch.randn(5), torch.randn(5), None, torch.randn(5)]
-    out, bias_grad = torch.empty_like(products), torch.zeros(300)
-    for source, base in ((products, None), kept):
-        given = source, targets, *law, stats, coefs, out, bias_grad, None, base, None
+    out, bias_grad = torch.empty_like(raw_logits), torch.zeros(300)
+    for source, base in ((raw_logits, None), kept):
+        given = source, targets, *distribution, stats, coefs, out, bias_grad, None, base, None
         torch.library.opcheck(operators.cpu_row_grad.default, given, test_utils=checks)
-    given = products, torch.ones(5), torch.rand(5, dtype=torch.float64)
+    given = raw_logits, torch.ones(5), torch.rand(5, dtype=torch.float64)
     torch.library.opcheck(operators.cpu_sample_rows.default, given, test_utils=checks)
 
 
@@ -312,30 +318,30 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("vocab", [1, 7, 31, 2048, 2049, 50257])
 def test_sampled_tokens_invert_the_distribution(vocab: int, dtype: torch.dtype) -> None:
     count = 40
-    products = products_of(count, vocab, dtype)
-    products[:, 3 : vocab // 2 : 2] = float("-inf")
+    raw_logits = raw_logits_of(count, vocab, dtype)
+    raw_logits[:, 3 : vocab // 2 : 2] = float("-inf")
     inverse = torch.linspace(0.3, 40, count)
     uniform = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
     results = []
     for number in (1, 2, 8):
         torch.set_num_threads(number)
-        results.append(cpu_rows.draw_tokens(products, inverse, uniform))
+        results.append(cpu_rows.draw_tokens(raw_logits, inverse, uniform))
     tokens, logprobs = results[0]
     for other in results[1:]:
         assert torch.equal(tokens, other[0]) and torch.equal(logprobs, other[1])
-    law = torch.log_softmax(products.double() * inverse.double()[:, None], -1)
-    expected = law.gather(1, tokens[:, None])[:, 0]
+    distribution = torch.log_softmax(raw_logits.double() * inverse.double()[:, None], -1)
+    expected = distribution.gather(1, tokens[:, None])[:, 0]
     # t = (z - max) / T is rounded to float32, which counts where it is large.
     bound = 1e-6 + 2**-23 * expected.abs()
     assert ((logprobs.double() - expected).abs() <= bound).all()
-    upper = law.exp().cumsum(1).gather(1, tokens[:, None])[:, 0]
+    upper = distribution.exp().cumsum(1).gather(1, tokens[:, None])[:, 0]
     # Float32 weights, each off by two ulps and summed in 16 lanes of a block.
     off = 2e-6
     assert (upper - expected.exp() - off <= uniform).all() and (uniform <= upper + off).all()
 
 
-def test_rows_without_a_law_give_no_token() -> None:
+def test_rows_without_a_distribution_give_no_token() -> None:
     logits = torch.zeros(3, 40)
     logits[0], logits[2, 20] = float("-inf"), float("nan")
     tokens, _ = cpu_rows.draw_tokens(logits, torch.ones(3), torch.full((3,), 0.5))
@@ -343,7 +349,7 @@ def test_rows_without_a_law_give_no_token() -> None:
 
 
 def test_samples_of_logits_that_lie_by_columns() -> None:
-    logits, uniform = products_of(6, 50, torch.float32), torch.linspace(0, 0.9, 6).double()
+    logits, uniform = raw_logits_of(6, 50, torch.float32), torch.linspace(0, 0.9, 6).double()
     wanted = cpu_rows.draw_tokens(logits, torch.ones(6), uniform)
     for other in (laid(logits, True), torch.stack([logits, logits], -1)[..., 0]):
         assert other.stride(1) != 1
@@ -352,15 +358,15 @@ def test_samples_of_logits_that_lie_by_columns() -> None:
 
 
 def test_a_gradient_that_lies_otherwise_than_its_logits_is_refused() -> None:
-    products, targets = products_of(5, 40, torch.bfloat16), targets_of(5, 40)
-    stats = cpu_rows.row_stats(products, targets, 1.0, None, PLAIN, torch.float32)
+    raw_logits, targets = raw_logits_of(5, 40, torch.bfloat16), targets_of(5, 40)
+    stats = cpu_rows.row_stats(raw_logits, targets, 1.0, None, PLAIN, torch.float32)
     assert stats is not None
     coefs = RowCoefs(torch.ones(5), None, None, None)
     given = targets, 1.0, None, PLAIN, stats, coefs
-    for by_columns in (True, False):
-        out = laid(torch.empty_like(products), not by_columns)
+    for column_major in (True, False):
+        out = laid(torch.empty_like(raw_logits), not column_major)
         with pytest.raises(TypeError, match="no kernel for these dtypes and strides"):
-            cpu_rows.row_grad(laid(products, by_columns), *given, out=out, bias_grad=None)
-    neither = torch.stack([products, products], -1)[..., 0]
+            cpu_rows.row_grad(laid(raw_logits, column_major), *given, out=out, bias_grad=None)
+    neither = torch.stack([raw_logits, raw_logits], -1)[..., 0]
     with pytest.raises(ValueError, match="by rows or by columns"):
         cpu_rows.row_stats(neither, targets, 1.0, None, PLAIN, torch.float32)

@@ -32,8 +32,8 @@ BACKENDS = ["chunked", "fused"]
 def _triton_rows_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     calls = []
 
-    def row_operations(products: torch.Tensor) -> object:
-        calls.append(products.shape)
+    def row_operations(hidden: torch.Tensor) -> object:
+        calls.append(hidden.shape)
         return triton_rows
 
     monkeypatch.setattr(backends, "row_operations", row_operations)

@@ -34,9 +34,9 @@ def make(num_rows: int, vocab: int, option: str, *, shift: float = 0.0) -> dict[
         logit_map = replace(logit_map, bias=torch.randn(vocab, generator=rng).to(DEVICE))
     if option in ("softcap", "all"):
         logit_map = replace(logit_map, softcap=5.0, scale=-0.6)
-    products = 3 * torch.randn(num_rows, vocab, generator=rng) + shift
+    raw_logits = 3 * torch.randn(num_rows, vocab, generator=rng) + shift
     return {
-        "products": products.to(DEVICE),
+        "raw_logits": raw_logits.to(DEVICE),
         "targets": torch.randint(vocab, (num_rows,), generator=rng).to(DEVICE),
         "inv_temperature": inverse,
         "second_inv_temperature": second,
@@ -71,7 +71,7 @@ def check_stats(case: dict[str, Any]) -> None:
 
 def grads(module: Any, case: dict[str, Any], coefs: RowCoefs, dtype: torch.dtype) -> list[Tensor]:
     stats = module.row_stats(**case, dtype=dtype)
-    out = torch.full_like(case["products"], float("nan"))
+    out = torch.full_like(case["raw_logits"], float("nan"))
     bias = case["logit_map"].bias
     bias_grad = None if bias is None else torch.ones_like(bias)
     module.row_grad(**case, stats=stats, coefs=coefs, out=out, bias_grad=bias_grad)
@@ -110,24 +110,24 @@ def test_each_coefficient_alone(kept: int) -> None:
 def test_gradients_in_place_and_from_strided_arguments() -> None:
     case = make(6, 300, "token")
     wider = torch.full((6, 320), float("nan"), device=DEVICE)
-    wider[:, :300] = case["products"]
-    strided = {**case, "products": wider[:, :300], "targets": case["targets"].repeat(2)[::2]}
+    wider[:, :300] = case["raw_logits"]
+    strided = {**case, "raw_logits": wider[:, :300], "targets": case["targets"].repeat(2)[::2]}
     case["targets"] = strided["targets"].clone()
     coefs = RowCoefs(torch.full((), 0.5, device=DEVICE).expand(6), None, None, None)
     expected = grads(triton_rows, case, coefs, torch.float32)[0]
     stats = triton_rows.row_stats(**strided, dtype=torch.float32)
     triton_rows.row_grad(
-        **strided, stats=stats, coefs=coefs, out=strided["products"], bias_grad=None
+        **strided, stats=stats, coefs=coefs, out=strided["raw_logits"], bias_grad=None
     )
-    assert torch.equal(strided["products"], expected)
+    assert torch.equal(strided["raw_logits"], expected)
     assert wider[:, 300:].isnan().all()
 
 
 def test_columns_at_minus_infinity_have_no_mass() -> None:
     case = make(4, 2100, "scalar")
-    case["products"][:, :2048] = float("-inf")  # a whole block of columns
+    case["raw_logits"][:, :2048] = float("-inf")  # a whole block of columns
     case["targets"] = torch.tensor([2050, 2051, 2099, 3], device=DEVICE)
-    alone = {**case, "products": case["products"][:, 2048:].contiguous()}
+    alone = {**case, "raw_logits": case["raw_logits"][:, 2048:].contiguous()}
     alone["targets"] = (case["targets"] - 2048).clamp(min=0)
     actual = triton_rows.row_stats(**case, dtype=torch.float32)
     expected = triton_rows.row_stats(**alone, dtype=torch.float32)
@@ -141,7 +141,7 @@ def test_columns_at_minus_infinity_have_no_mass() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_logit_that_is_no_number_spoils_its_row_alone(bad: float) -> None:
     case = make(3, 5000, "plain")
-    case["products"][1, 4444] = bad
+    case["raw_logits"][1, 4444] = bad
     stats = triton_rows.row_stats(**case, dtype=torch.float32)
     for values in (stats.logprob, stats.entropy):
         assert values.isnan().tolist() == [False, True, False]
@@ -149,7 +149,7 @@ def test_a_logit_that_is_no_number_spoils_its_row_alone(bad: float) -> None:
 
 def test_a_row_without_any_finite_logit_is_nan() -> None:
     case = make(2, 100, "scalar")
-    case["products"][0] = float("-inf")
+    case["raw_logits"][0] = float("-inf")
     stats = triton_rows.row_stats(**case, dtype=torch.float32)
     for values in (stats.logprob, stats.entropy, stats.second_logprob):
         assert values is not None and values.isnan().tolist() == [True, False]
@@ -177,7 +177,7 @@ def test_no_rows() -> None:
 
 def test_bfloat16_logits_are_read_as_they_are() -> None:
     case = make(4, 3000, "all")
-    case["products"] = case["products"].bfloat16()
+    case["raw_logits"] = case["raw_logits"].bfloat16()
     truth = torch_rows.row_stats(**wide(case), dtype=torch.float64)
     actual = triton_rows.row_stats(**case, dtype=torch.float32)
     for ours, exact in zip(actual[:6], truth[:6], strict=True):

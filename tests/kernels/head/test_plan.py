@@ -88,9 +88,9 @@ def test_ranks_agree_on_chunks_where_their_rows_are_uneven(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(problem_module.dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(plan, "is_widened", lambda operand: True)
+    monkeypatch.setattr(plan, "is_upcast", lambda operand: True)
     monkeypatch.setattr(plan, "in_cpp", lambda operand: True)
-    monkeypatch.setattr(backends, "row_operations", lambda products: cpu_rows)
+    monkeypatch.setattr(backends, "row_operations", lambda hidden: cpu_rows)
     sizes = []
     for start, stop in ((0, 100_000), (100_000, 160_000)):
         shard = VocabShard(start, 160_000)

@@ -42,7 +42,7 @@ def work(rank: int, world_size: int, folder: str, row_kernels: str) -> None:
     if row_kernels == "triton":
         from aepo_kernels.gpu import rows as triton_rows
 
-        backends.row_operations = lambda products: triton_rows
+        backends.row_operations = lambda hidden: triton_rows
     results: dict[str, Any] = {}
     for option in OPTIONS:
         case = make_case(60, 32, 1000, option=option)

@@ -20,8 +20,8 @@ def truth_of(case: Case) -> torch.Tensor:
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     temperature = torch.as_tensor(case.options.get("temperature", 1.0), dtype=torch.float64)
-    law = torch.softmax(logits / temperature.reshape(-1, 1), 1)
-    return law.square().sum(1).where(case.targets != IGNORED, 0.0)
+    distribution = torch.softmax(logits / temperature.reshape(-1, 1), 1)
+    return distribution.square().sum(1).where(case.targets != IGNORED, 0.0)
 
 
 @pytest.mark.parametrize("kind", ["reference", "chunked", "triton rows", "fused"])

@@ -100,18 +100,18 @@ def check_unasked(case: Case, weight_dtype: torch.dtype, rows: str, budget: Budg
 
 @needs_cpp
 @pytest.mark.parametrize(
-    ("tokens", "again", "widened_again"),
+    ("tokens", "again", "upcast_again"),
     [(64, 0, 0), (80, 0, 0), (110, 14, 0), (160, 64, 12)],
 )
 def test_on_a_cpu_few_logits_are_made_twice(
-    tokens: int, again: int, widened_again: int, layout: str, monkeypatch: pytest.MonkeyPatch
+    tokens: int, again: int, upcast_again: int, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 64 tokens' logits wait in the gradient of a weight of 64 columns, those of the last chunk of
-    # at most 32 where they are. Half the budget is the gradient's once more, if by columns; widened
+    # at most 32 where they are. If column-major, half the budget is for a row-major copy; upcast
     # GEMMs' logits are as wide as a float32 weight. Of more than would fit, twice as many wait
     # there as float16, and 20 beside.
     chunk = 2 * 1000 * 32 * (1 if layout == "rows" else 2)
-    chunk += GEMM_BYTES if layout == "widened" else 0
+    chunk += GEMM_BYTES if layout == "upcast" else 0
     budget = Budget(stash_bytes=2 * 1000 * 20, chunk_bytes=chunk)
     made: list[int] = []
     raw_logits = projection.Head.raw_logits
@@ -123,11 +123,11 @@ def test_on_a_cpu_few_logits_are_made_twice(
 
     monkeypatch.setattr(projection.Head, "raw_logits", counted)
     leaves = make_case(tokens, 64, 1000, dtype=torch.bfloat16).fresh()
-    if layout == "widened":
+    if layout == "upcast":
         leaves = replace(leaves, weight=leaves.weight.detach().float().requires_grad_())
     output = run(leaves, policy_gradient, torch.randn(tokens), budget=budget, chunk_tokens=None)
     output.loss.backward()
-    assert sum(made) == (tokens + (widened_again if layout == "widened" else again)) * 1000
+    assert sum(made) == (tokens + (upcast_again if layout == "upcast" else again)) * 1000
 
 
 @needs_cpp
@@ -138,10 +138,10 @@ def test_what_waits_as_float16_keeps_its_accuracy(
 ) -> None:
     monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: False)
     budget = Budget(chunk_bytes=GEMM_BYTES + 4 * 3000 * 16)
-    waiting: list[StashedLogits] = []
+    stashes: list[StashedLogits] = []
     read = StashedLogits.read
     monkeypatch.setattr(
-        StashedLogits, "read", lambda self, *a: waiting.append(self) or read(self, *a)
+        StashedLogits, "read", lambda self, *a: stashes.append(self) or read(self, *a)
     )
     case = make_case(200, 64, 3000, dtype=torch.bfloat16, seed=5)
     case = replace(case, weight=size * case.weight)
@@ -154,7 +154,7 @@ def test_what_waits_as_float16_keeps_its_accuracy(
     for grad, wanted in zip(torch.autograd.grad(output.loss, leaves.tensors()), truth, strict=True):
         error = (grad.double() - wanted).norm() / wanted.norm()
         assert error <= (1e-4 if grad.dtype == torch.float32 else 2e-3)  # bfloat16's rounding
-    assert waiting and all(room.memory.dtype == torch.float16 for room in waiting)
+    assert stashes and all(stash.memory.dtype == torch.float16 for stash in stashes)
 
 
 @pytest.mark.parametrize("weight_slice", [1, 64, 300, 5000])
