@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from bench import compiled, entropy, kernels, launches, rollout, step, sync, tables
+from bench import entropy, tables
+from bench.kernels import run as kernels
+from bench.sampling import rollout, sync
+from bench.step import run as step
+from bench.triton import compiled, launches
 
 
 def main() -> None:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import kernel_table
+from bench.common.environment import RESULTS, ROOT
 from bench.entropy import report
 from bench.entropy.settings import SIZES
-from bench.environment import RESULTS, ROOT
-from bench.step import table as step_table
+from bench.kernels import table as kernel_table
+from bench.step.run import table as step_table
 
 _OURS, _BESIDE = "ours (chunked)", ("TRL chunked", "torch.compile")
 # Page -> how its links lead to the root.
@@ -28,7 +28,7 @@ def add_command(commands: Any) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Write the generated blocks of all pages, and figures that are missing beside a result."""
-    from bench.kernel_figure import draw
+    from bench.kernels.figure import draw
 
     for path in RESULTS.glob("*/kernels-*.json"):
         if not path.with_suffix(".png").exists():

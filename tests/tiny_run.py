@@ -21,7 +21,7 @@ from aepo_fast.config.sections import (
     SourceConfig,
     TrainerConfig,
 )
-from bench.environment import ROOT
+from bench.common.environment import ROOT
 
 PRODUCTS = SourceConfig(
     "reasoning_gym", "products", {"min_terms": 2, "max_terms": 2, "max_digits": 1}, size=60

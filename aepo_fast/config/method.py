@@ -103,47 +103,75 @@ def _by_correction(index: int, *corrections: Correction) -> Any:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The policy loss; None means the default of `policy` (POLICY_DEFAULTS)."""
+    """The policy loss and its rivals' entropy methods.
 
-    policy: PolicyLoss = "grpo"
+    None means the default of `policy` (POLICY_DEFAULTS).
+    """
+
+    policy: PolicyLoss = "grpo"  # the loss of main rows; gspo weighs whole sequences
+    # Reward minus the mean of the prompt's samples; group_norm divides it by their spread.
     advantage: Advantage | None = _by_policy(0)
+    # How tokens are averaged: all alike, first within each sample, or by rollout.max_new_tokens.
     aggregation: Aggregation | None = _by_policy(1)
+    # Lower clip: the ratio of new to old probability counts as 1 - clip_low at least.
     clip_low: float | None = _by_policy(2)
-    clip_high: float | None = _by_policy(3)
-    # 0 is off
+    clip_high: float | None = _by_policy(3)  # upper clip: 1 + clip_high at most
+    # With a negative advantage A, the loss of a token is at most dual_clip abs(A); 0 is off.
     dual_clip: float = setting(3.0, needs=one_of("policy", "grpo", "dr_grpo", "dapo"))
+    # Weight of the divergence from the reference, the model before training; 0 is off.
     kl_coef: float = 0.0
+    # Estimator of that divergence: k1, k2 or k3 of Schulman.
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", needs=above_zero("kl_coef"))
+    # Another method than AEPO to hold or use entropy. docs/entropy.md has the laws.
     entropy_method: EntropyMethod = "none"
-    # The bonus's coefficient, of adaptive_bonus the starting value.
+    # The bonus's coefficient; with adaptive_bonus it is the first one.
     entropy_coef: float = setting(1e-3, needs=_method("bonus", "adaptive_bonus"))
-    # H0, nats
+    # H0 of the method, nats per token.
     adaptive_target: float = setting(0.2, needs=_method("adaptive_bonus", "entropic", "repo_r"))
-    # Change of the coefficient a step.
+    # Change of the bonus's coefficient a step.
     adaptive_delta: float = setting(1e-4, needs=_method("adaptive_bonus"))
+    # Advantage that a nat of a token's entropy adds.
     advantage_entropy_coef: float = setting(0.4, needs=_method("entropy_advantage"))
+    # What is added is at most abs(A) / kappa, so that A keeps its sign.
     advantage_entropy_kappa: float = setting(2.0, needs=_method("entropy_advantage"))
+    # Share of tokens, those of the highest entropy, that learn.
     top_entropy_fraction: float = setting(0.2, needs=_method("top_entropy"))
+    # Share of tokens that clip_cov leaves out, or that kl_cov penalises.
     cov_fraction: float = setting(2e-4, needs=_method("clip_cov", "kl_cov"))
-    # The covariance range from which clip_cov draws.
+    # Tokens are drawn among those of a covariance above this.
     clip_cov_low: float = setting(1.0, needs=_method("clip_cov"))
-    clip_cov_high: float = setting(5.0, needs=_method("clip_cov"))
+    clip_cov_high: float = setting(5.0, needs=_method("clip_cov"))  # and of one below this
+    # Weight of kl_cov's penalty, abs(log pi - log pi_old).
     kl_cov_coef: float = setting(1.0, needs=_method("kl_cov"))
-    # Rivals of entropy_rivals.py, with the defaults of their papers; ds_grpo_gamma is ours.
-    entropic_kp: float = setting(1.0, needs=_method("entropic"))  # per nat
-    entropic_ki: float = setting(0.01, needs=_method("entropic"))  # per nat and step
-    # Tokens likelier than this are acted on.
+
+    # The rivals of method/rivals.py, with the defaults of their papers; ds_grpo_gamma is ours.
+
+    # Gain of the error, per nat.
+    entropic_kp: float = setting(1.0, needs=_method("entropic"))
+    # Gain of the sum of past errors, per nat and step.
+    entropic_ki: float = setting(0.01, needs=_method("entropic"))
+    # The method acts on tokens of a probability above this.
     entropic_min_prob: float = setting(0.95, needs=_method("entropic"))
-    repo_r_zeta: float = setting(1e-3, needs=_method("repo_r"))  # starting value
-    repo_r_zeta_min: float = setting(1e-4, needs=_method("repo_r"))
-    repo_r_zeta_max: float = setting(0.05, needs=_method("repo_r"))
-    era_scale: float = setting(2.0, needs=_method("era"))  # k, of the logits
-    era_entropy_low: float = setting(0.45, needs=_method("era"))  # nats, mean of a row's top 20%
+    # First zeta, the weight of log pi in the factor of A.
+    repo_r_zeta: float = setting(1e-3, needs=_method("repo_r"))
+    repo_r_zeta_min: float = setting(1e-4, needs=_method("repo_r"))  # least size of zeta
+    repo_r_zeta_max: float = setting(0.05, needs=_method("repo_r"))  # largest size of zeta
+    # Factor of the logits with which certain samples of A > 0 are scored.
+    era_scale: float = setting(2.0, needs=_method("era"))
+    # A sample is certain where the 20% of its tokens with the highest entropy have less than this
+    # on average, in nats.
+    era_entropy_low: float = setting(0.45, needs=_method("era"))
+    # Share of a correct sample's advantage that goes by 1 / its probability among correct ones.
     ucpo_tau: float = setting(0.2, needs=_method("ucpo"))
-    ds_grpo_gamma: float = setting(0.01, needs=_method("ds_grpo"))  # per nat
-    # Weight of main rows for pi_trainer / pi_sampler, see `correction`; never of auxiliary rows.
-    correction: Correction | None = None  # None: token_truncate with vllm, else off
+    # Advantage per nat of a sample's log-prob: subtracted where correct, added where wrong.
+    ds_grpo_gamma: float = setting(0.01, needs=_method("ds_grpo"))
+    # Importance correction: how main rows are weighted by pi_trainer / pi_sampler. Auxiliary rows
+    # never are. Left out: token_truncate with vLLM or rollout.steps_ahead = 1, but off with gspo;
+    # else off.
+    correction: Correction | None = None
+    # Lower bound of this ratio, see docs/rollouts.md.
     correction_low: float | None = _by_correction(0, "sequence_mask", "icepop")
+    # Upper bound of this ratio, see docs/rollouts.md.
     correction_high: float | None = _by_correction(1, "token_truncate", "sequence_mask", "icepop")
 
     def __post_init__(self) -> None:
@@ -242,27 +270,29 @@ class AepoConfig:
     What is left out is the default of `controller` (CONTROLLER_DEFAULTS).
     """
 
-    enabled: bool = True
-    # Chooses T each step: "observer" and "pi" (ours), "published" (arXiv 2510.08141 v7) and
-    # "switch" (v1 to v6).
+    enabled: bool = True  # false: the policy loss alone
+    # Chooses the temperature T of the term each step: "observer" and "pi" (ours), "published"
+    # (arXiv 2510.08141 v7) and "switch" (v1 to v6).
     controller: Controller = "observer"
-    form: Form = _by_controller("form")  # what the term is made of
+    form: Form = _by_controller("form")  # what the term is made of, see docs/entropy.md
     entropy_target: float = 0.5  # H0, nats per token
-    # Weight of the term. DCPO's share of the advantage is its own.
+    # Weight of the term; dcpo has a weight of its own.
     alpha: float = _by_controller(
         "alpha", one_of("form", "split", "rescue", "expected", "one_pass", "resample")
     )
-    # T - 1 per nat of error
+    # T - 1 per nat of the entropy's error.
     gain: float | None = _by_controller("gain", one_of("controller", "published", "pi"))
-    # Per nat and step.
+    # T - 1 per nat of the sum of past errors.
     integral_gain: float | None = _by_controller("integral_gain", one_of("controller", "pi"))
-    temperature_min: float = _by_controller("temperature_min")  # also T_low of the switch
-    temperature_max: float = _by_controller("temperature_max")  # also T_high of the switch
+    temperature_min: float = _by_controller("temperature_min")  # least T; T_low of the switch
+    temperature_max: float = _by_controller("temperature_max")  # largest T; T_high of the switch
     reward_threshold: float = 1.0  # R_plus: a sample with this reward or more counts as correct
-    # What divides the sum over auxiliary samples.
+    # What divides the sum over auxiliary samples: all that were drawn, or the correct ones.
     normalizer: Literal["draws", "positives"] = setting("draws", needs=one_of("form", "resample"))
-    rho_clip: float = setting(3.0, needs=one_of("form", "one_pass", "dcpo"))  # c
-    baseline: bool = setting(False, needs=one_of("form", "one_pass"))  # weight rho - 1, not rho
+    # Bound c of rho, which is pi_T / pi of a token: rho is clamped to [1 / c, c].
+    rho_clip: float = setting(3.0, needs=one_of("form", "one_pass", "dcpo"))
+    # A token's weight is rho - 1 instead of rho.
+    baseline: bool = setting(False, needs=one_of("form", "one_pass"))
 
     def __post_init__(self) -> None:
         settle_defaults(self)

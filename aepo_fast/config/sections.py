@@ -48,12 +48,18 @@ class ModelConfig:
     """Which weights to train and how they are held."""
 
     path: str = ""  # local folder, hub id, or package:NAME (see `aepo-fast doctor`)
-    # Of the trained weights; the optimizer holds float32 copies of bfloat16 ones.
+    # Dtype of the trained weights. Of bfloat16 weights the optimizer holds float32 copies.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    compute_dtype: ComputeDtype = "auto"  # of GEMMs, by autocast where the weights have another
+    # Dtype of the GEMMs, by autocast where the weights have another one. "auto" is bfloat16 where
+    # the device has instructions for its GEMMs, else float32.
+    compute_dtype: ComputeDtype = "auto"
+    # Attention of the layers. "varlen" and "flash_attention_2" need a GPU, "grouped" is for CPUs;
+    # "auto" chooses by device and model.
     attention: Attention = "auto"
+    # Layers are computed again in the backward pass: slower, in less memory.
     gradient_checkpointing: bool = True
     liger: bool = False  # Liger-Kernel for the layers other than the head
+    # Backend of the head's kernels; `aepo-fast doctor` says which run here.
     head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
 
     def __post_init__(self) -> None:
@@ -78,14 +84,16 @@ _SEVERAL_SOURCES = Needs(
 class SourceConfig:
     """One source of prompts: a reasoning-gym task, a JSONL or parquet file, or a hub dataset."""
 
+    # A task of reasoning-gym, a .jsonl, .json or .parquet file, or a dataset of the hub.
     kind: Literal["reasoning_gym", "file", "hub"] = "file"
     name: str = ""  # task name, file path, or hub id
-    # Of the reasoning-gym task.
+    # Parameters of the reasoning-gym task.
     params: dict[str, Any] = setting(default_factory=dict, needs=one_of("kind", "reasoning_gym"))
     # Questions drawn from the task before duplicates are dropped.
     size: int = setting(512, needs=one_of("kind", "reasoning_gym"))
-    split: str = setting("train", needs=one_of("kind", "hub"))
-    subset: str = setting("", needs=one_of("kind", "hub"))
+    split: str = setting("train", needs=one_of("kind", "hub"))  # split of the dataset
+    subset: str = setting("", needs=one_of("kind", "hub"))  # subset of the dataset; empty: none
+    # Column that holds the question.
     prompt_column: str = setting("prompt", needs=one_of("kind", "file", "hub"))
     weight: float = setting(1.0, needs=_SEVERAL_SOURCES)  # share of the prompts drawn from it
 
@@ -114,10 +122,12 @@ class DataConfig:
     """Where prompts come from and how they are rendered."""
 
     sources: tuple[SourceConfig, ...] = ()
-    system_prompt: str = ""  # empty: the chat template's own default
+    system_prompt: str = ""  # system message; empty: the chat template's own default
     instruction: str = ""  # appended to each question after a space
-    holdout_fraction: float = 0.2  # of distinct questions, kept from training for evaluation
-    seed: int = setting(0, needs=_DRAWN_OR_HELD_OUT)  # of task generation and of the hold-out
+    # Share of the distinct questions that is kept from training, for evaluation.
+    holdout_fraction: float = 0.2
+    # Seed of the hold-out, and of the questions of reasoning-gym sources, which read it as well.
+    seed: int = setting(0, needs=_DRAWN_OR_HELD_OUT)
 
     def __post_init__(self) -> None:
         require(
@@ -144,11 +154,14 @@ class RewardConfig:
     # "task": the source's own verifier; "math_verify": boxed or last answer against the `answer`
     # column; otherwise "module:function" with TRL's signature.
     function: str = "task"
+    # Most seconds for one completion, or with a function of your own for one call.
     timeout_s: float = 30.0
-    on_error: Literal["stop", "count"] = "stop"  # "count" drops the sample and counts it
+    # What an error, a timeout or a NaN does: "stop" ends the run, "count" drops the sample and
+    # counts it.
+    on_error: Literal["stop", "count"] = "stop"
     # Groups are scored while others are still being sampled; false: all of a step in one call.
     overlap: bool = True
-    soft_overlong_tokens: int = 0  # DAPO's penalty zone before max_new_tokens; 0 is off
+    soft_overlong_tokens: int = 0  # DAPO's penalty zone before rollout.max_new_tokens; 0 is off
 
     def __post_init__(self) -> None:
         require_positive("reward", self, "timeout_s")
@@ -170,22 +183,25 @@ _IN_TURN = one_of("steps_ahead", 0)  # sampling and training; else vLLM holds we
 class RolloutConfig:
     """How completions are sampled; main rows are always sampled at temperature 1, top_p 1."""
 
-    backend: Literal["hf", "vllm"] = "hf"
-    max_new_tokens: int = 256
-    max_prompt_tokens: int = 1024
+    backend: Literal["hf", "vllm"] = "hf"  # what samples: transformers or vLLM
+    max_new_tokens: int = 256  # a completion is cut off here
+    max_prompt_tokens: int = 1024  # a longer prompt is an error
+    # Dtype of the sampler. "auto" is bfloat16 where the device has instructions for its GEMMs, else
+    # float32.
     dtype: ComputeDtype = "auto"
-    batch_rows: int = setting(256, needs=one_of("backend", "hf"))  # decoded together
-    # Of the whole GPU, for weights and cache.
+    batch_rows: int = setting(256, needs=one_of("backend", "hf"))  # samples decoded together
+    # Share of the whole GPU's memory that vLLM takes, for weights and cache.
     gpu_memory_utilization: float = setting(0.3, needs=_VLLM)
-    cpu_kv_cache_gib: float = setting(1.0, needs=_VLLM)  # without a GPU
-    enforce_eager: bool = setting(False, needs=_VLLM)  # without compilation and CUDA graphs
+    cpu_kv_cache_gib: float = setting(1.0, needs=_VLLM)  # vLLM's cache without a GPU, GiB
+    enforce_eager: bool = setting(False, needs=_VLLM)  # vLLM without compilation and CUDA graphs
     # On a GPU: trained weights of rollout.dtype live in vLLM's storage, so a sync copies nothing.
     share_weights: bool = setting(True, needs=(_VLLM, _IN_TURN))
     # On a GPU: vLLM's cache is freed while the policy trains.
     sleep: bool = setting(True, needs=(_VLLM, _IN_TURN))
+    # Versions of vLLM that were not tested are tried; false: they are refused.
     allow_untested_vllm: bool = setting(False, needs=_VLLM)
-    # 1: the next step's samples are drawn, with the weights before this step's updates, while it
-    # trains. Main rows are corrected for it.
+    # 1: the next step's samples are drawn while this step trains, with the weights from before its
+    # updates. Main rows are corrected for it.
     steps_ahead: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
@@ -213,26 +229,30 @@ _LATER_STEPS = Needs(
 class TrainerConfig:
     """Steps, batch shape and optimizer."""
 
-    steps: int = 100
-    prompts_per_step: int = 64
+    steps: int = 100  # training steps of the run
+    prompts_per_step: int = 64  # prompts a step, without auxiliary ones
     group_size: int = 8  # samples per prompt
     minibatches: int = 1  # optimizer steps per pass over a rollout
     epochs: int = 1  # passes over a rollout
+    # Most tokens, padding included, that the model takes at once; a longer row goes alone.
     tokens_per_microbatch: int = 16384
     # How rows are laid out for the model: "packed" end to end (varlen attention), "shared" with
     # one copy of the prompt for all its samples (sdpa), "padded" one row per sample.
     layout: Literal["auto", "packed", "shared", "padded"] = "auto"
-    lr: float = 1e-6
+    lr: float = 1e-6  # learning rate after the warm-up
+    # Course of the rate after the warm-up: it stays, or falls towards 0 at the end of the run.
     lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", needs=_LATER_STEPS)
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
+    warmup_steps: int = 0  # steps in which the rate rises linearly to lr
+    weight_decay: float = 0.01  # weight decay of AdamW, on matrices only
+    # AdamW's momentum: the share that its mean of gradients keeps at an update. A long memory makes
+    # the entropy follow its controller late.
     beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
+    beta2: float = 0.999  # the same for AdamW's mean of squared gradients
+    eps: float = 1e-8  # added to AdamW's denominator
+    max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
     max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0  # seed of sampling and of the order of prompts and minibatches
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is the GPU where torch sees one
 
     def __post_init__(self) -> None:
         names = "steps prompts_per_step group_size minibatches epochs tokens_per_microbatch lr"
@@ -261,11 +281,11 @@ _HELD_OUT = above_zero("data.holdout_fraction")
 class EvalConfig:
     """Evaluation on held-out prompts at temperature 1."""
 
-    # Steps; 0: only before and after training.
+    # Steps from one evaluation to the next; 0: only before and after training.
     every: int = setting(0, needs=(above_zero("prompts"), _HELD_OUT))
-    prompts: int = setting(64, needs=_HELD_OUT)
-    samples: int = setting(4, needs=(above_zero("prompts"), _HELD_OUT))  # per prompt
-    seed: int = 1234  # also of `aepo-fast eval`
+    prompts: int = setting(64, needs=_HELD_OUT)  # number of held-out prompts; 0: no evaluation
+    samples: int = setting(4, needs=(above_zero("prompts"), _HELD_OUT))  # samples per prompt
+    seed: int = 1234  # seed of the evaluation's samples, also by `aepo-fast eval`
 
     def __post_init__(self) -> None:
         require_not_negative("eval", self, "every", "prompts")
@@ -277,8 +297,8 @@ class EvalConfig:
 class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
-    every: int = 50  # steps; 0: only at the end and on a signal
-    keep: int = 2
+    every: int = 50  # steps from one to the next; 0: only at the end and on a signal
+    keep: int = 2  # number of checkpoints that are kept, the newest
 
     def __post_init__(self) -> None:
         require_not_negative("checkpoint", self, "every")
@@ -289,9 +309,9 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is written besides metrics.jsonl."""
 
-    tensorboard: bool = False
+    tensorboard: bool = False  # metrics for TensorBoard too; pip install 'aepo-fast[tensorboard]'
     rollouts_per_step: int = 4  # rows of rollouts.jsonl a step; -1: all
-    plot: bool = True
+    plot: bool = True  # draws plot.png in the run's folder
 
 
 @dataclass(frozen=True)
@@ -300,7 +320,7 @@ class Config:
 
     model: ModelConfig
     data: DataConfig
-    output_dir: str = "runs/aepo"
+    output_dir: str = "runs/aepo"  # the run's folder, for everything that the run writes
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)

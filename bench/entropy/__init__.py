@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from bench.common.environment import RESULTS
 from bench.entropy.settings import SETTINGS, SIZES, TARGETS, admits, grid
-from bench.environment import RESULTS
 
 
 def add_command(commands: Any) -> None:

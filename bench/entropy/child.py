@@ -15,10 +15,10 @@ from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import load_config
 from aepo_fast.report.logger import read_lines
 from aepo_fast.training.run import train
+from bench.common.environment import describe
 from bench.entropy.evaluation import evaluate_run, trained_model
 from bench.entropy.measures import held_within, late_mean
 from bench.entropy.settings import BASE, SIZES
-from bench.environment import describe
 
 # Metric -> its name in a part, and the digits that are kept.
 _SERIES = {

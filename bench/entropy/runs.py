@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.common.environment import ROOT, device_name
 from bench.entropy.settings import BASE, PASS_SAMPLES, SIZES, Run
-from bench.environment import ROOT, device_name
 
 # What a run's outcome depends on besides its settings. Docs and benchmarks change without it.
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

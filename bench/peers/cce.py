@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from bench.environment import installed_version
+from bench.common.environment import installed_version
 from bench.peers.peer import (
     Inputs,
     Mode,

@@ -9,7 +9,7 @@ import types
 
 import torch
 
-from bench.environment import installed_version
+from bench.common.environment import installed_version
 from bench.peers.peer import (
     Inputs,
     Mode,

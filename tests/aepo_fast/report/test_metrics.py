@@ -12,7 +12,7 @@ from rich.console import Console
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.report.logger import MetricsLogger, check_tensorboard, read_lines
-from bench.environment import RESULTS, ROOT
+from bench.common.environment import RESULTS, ROOT
 from tests.tiny_run import explained_metrics
 
 STEP = {

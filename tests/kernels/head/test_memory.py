@@ -13,7 +13,7 @@ import torch
 from aepo_kernels import RowSampling, linear_logprob, linear_token_loss
 from aepo_kernels.head import projection
 from aepo_kernels.head.tokens import Tokens
-from bench.timing import peak_extra_bytes
+from bench.common.timing import peak_extra_bytes
 from tests.kernels.head.test_token_loss import grpo_like, make_columns, run
 from tests.kernels.oracle import make_case
 

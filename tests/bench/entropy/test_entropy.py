@@ -17,10 +17,10 @@ import torch
 from aepo_fast.config.toml import load_config
 from aepo_fast.training.evaluate import pass_at_k
 from bench import entropy
+from bench.common.environment import device_name
 from bench.entropy import measures, report, runs, small_model, small_tasks
 from bench.entropy.child import training_record
 from bench.entropy.settings import BASE, SETTINGS, SIZES, Run, admits, grid
-from bench.environment import device_name
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from bench.engines import SHAPES, model_folder, write
-from bench.environment import RESULTS, installed_version
-from bench.timing import (
+from bench.common.environment import RESULTS, installed_version
+from bench.common.timing import (
     Stopwatch,
     clocks,
     describe_error,
@@ -21,6 +20,7 @@ from bench.timing import (
     release,
     summary,
 )
+from bench.sampling.engines import SHAPES, model_folder, write
 
 OURS = "ours"
 FULL = {"prompts": 12, "samples": 8, "tokens": 24, "rounds": 10}
@@ -53,15 +53,15 @@ def add_command(commands: Any) -> None:
 def time_steps(arguments: argparse.Namespace) -> None:
     """Gate, memory and times of every candidate over the same rows from the same weights."""
     # The other benchmarks run without the trainer's packages.
-    from bench import step_candidates, step_gate
+    from bench.step import gate
+    from bench.step.candidates import FEWEST_TOKENS, all_candidates, load_problem
 
     for name, value in (QUICK if arguments.quick else FULL).items():
         if vars(arguments)[name] is None:
             setattr(arguments, name, value)
-    fewest = step_candidates.FEWEST_TOKENS
-    if arguments.tokens < fewest:
-        raise SystemExit(f"--tokens {arguments.tokens}: must be {fewest} at least")
-    problem = step_candidates.load_problem(
+    if arguments.tokens < FEWEST_TOKENS:
+        raise SystemExit(f"--tokens {arguments.tokens}: must be {FEWEST_TOKENS} at least")
+    problem = load_problem(
         model_folder(arguments.model),
         prompts=arguments.prompts,
         samples=arguments.samples,
@@ -73,10 +73,10 @@ def time_steps(arguments: argparse.Namespace) -> None:
     device = problem.ours.device
     candidates = [
         one
-        for one in step_candidates.all_candidates(problem)
+        for one in all_candidates(problem)
         if not any(part.lower() in one.name.lower() for part in arguments.skip)
     ]
-    reference, found = step_gate.gated(problem, candidates)
+    reference, found = gate.gated(problem, candidates)
     time_candidates(
         {one.name: one.step for one in candidates if found[one.name]["status"] == "ok"},
         found,
@@ -97,7 +97,7 @@ def time_steps(arguments: argparse.Namespace) -> None:
             "trl": installed_version("trl"),
             "learning_rate": problem.cfg.trainer.lr,
             "completion_tokens": problem.num_tokens,
-            "gate": {"limit": step_gate.LIMIT, "epsilon": step_gate.EPSILON, "errors": reference},
+            "gate": {"limit": gate.LIMIT, "epsilon": gate.EPSILON, "errors": reference},
             "candidates": found,
         },
     )

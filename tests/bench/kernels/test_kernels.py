@@ -14,15 +14,16 @@ from typer.testing import CliRunner
 from aepo_fast.cli import app
 from aepo_fast.cli.bench import run_bench
 from aepo_kernels import backends
-from bench import kernel_gate as gate
-from bench import kernels, tables
+from bench import tables
 from bench.__main__ import main
-from bench.kernel_figure import draw
-from bench.kernel_inputs import inputs_for, make_inputs
-from bench.kernel_table import case_table, mode_table, shown_cases, summary
+from bench.common.timing import Stopwatch, interleave
+from bench.kernels import gate
+from bench.kernels import run as kernels
+from bench.kernels.figure import draw
+from bench.kernels.inputs import inputs_for, make_inputs
+from bench.kernels.table import case_table, mode_table, shown_cases, summary
 from bench.peers import all_peers
 from bench.peers.peer import MODES, Inputs, Mode, Outputs, Peer, shared_loss
-from bench.timing import Stopwatch, interleave
 
 CPU = torch.device("cpu")
 BY_NAME = {mode.name: mode for mode in MODES}

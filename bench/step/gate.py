@@ -15,8 +15,8 @@ from torch import Tensor
 
 from aepo_fast.method.metric_sums import MetricSum
 from aepo_fast.training.update import UpdateResult
-from bench.step_candidates import Candidate, Problem, reference_step
-from bench.timing import describe_error, release
+from bench.common.timing import describe_error, release
+from bench.step.candidates import Candidate, Problem, reference_step
 
 # A candidate is incorrect if a relative error is more than this many times that of materialised
 # logits under bfloat16 autocast, plus what rounding once to bfloat16 can do.

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 from aepo_kernels.gpu import launch
 from aepo_kernels.gpu.launch import FusedLaunch, RowLaunch
-from bench import launches
+from bench.triton import launches
 
 SMALL = argparse.Namespace(tokens=3, vocab=70)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

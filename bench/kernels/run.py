@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from aepo_kernels import multiplies_bfloat16, row_kernels
-from bench import kernel_gate as gate
-from bench.environment import (
+from bench.common.environment import (
     RESULTS,
     command_line,
     describe,
@@ -24,17 +23,7 @@ from bench.environment import (
     version_text,
     write_result,
 )
-from bench.kernel_inputs import (
-    SECOND_TEMPERATURE,
-    TEMPERATURE,
-    ZERO_FRACTION,
-    inputs_for,
-    make_inputs,
-)
-from bench.kernel_table import case_table, unavailable_list
-from bench.peers import all_peers
-from bench.peers.peer import MODES, Inputs, LeftOut, Mode, Peer
-from bench.timing import (
+from bench.common.timing import (
     Stopwatch,
     clocks,
     describe_error,
@@ -43,6 +32,17 @@ from bench.timing import (
     release,
     summary,
 )
+from bench.kernels import gate
+from bench.kernels.inputs import (
+    SECOND_TEMPERATURE,
+    TEMPERATURE,
+    ZERO_FRACTION,
+    inputs_for,
+    make_inputs,
+)
+from bench.kernels.table import case_table, unavailable_list
+from bench.peers import all_peers
+from bench.peers.peer import MODES, Inputs, LeftOut, Mode, Peer
 
 # (H, V) of Qwen 0.5B, Gemma 2B, Qwen 1.5-3B, Llama 8B, Qwen 8B and Qwen 14B heads.
 SHAPES = (
@@ -324,7 +324,7 @@ def _is_chosen(name: str, arguments: argparse.Namespace) -> bool:
 
 def _draw(record: dict[str, Any], path: Path) -> str:
     try:
-        from bench.kernel_figure import draw
+        from bench.kernels.figure import draw
     except ImportError as error:
         return f"not drawn ({error}); `python -m bench tables` draws it where that is installed"
     return str(draw(record, path))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aepo_kernels import multiplies_bfloat16
-from bench.kernel_inputs import CHUNK_ELEMENTS
+from bench.kernels.inputs import CHUNK_ELEMENTS
 from bench.peers import materialised
 from bench.peers.peer import Inputs, Mode, Outputs, Peer, loss_of
 

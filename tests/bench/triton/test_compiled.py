@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.compiled import SHARED_LIMIT, failure_of
+from bench.triton.compiled import SHARED_LIMIT, failure_of
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -21,7 +21,7 @@ def test_every_kernel_compiles_without_spills(chip: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "bench", "compiled", "--check", "--chips", str(chip)],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env=environment,
         capture_output=True,
         text=True,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from aepo_kernels import multiplies_bfloat16
-from bench.environment import RESULTS, command_line, describe, result_path, write_result
+from bench.common.environment import RESULTS, command_line, describe, result_path, write_result
 
 ENGINES = ("hf", "vllm")
 # Shapes of real models for random weights: hidden, intermediate, layers, heads, key-value heads,

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from aepo_fast.samples import Request
-from bench.engines import add_arguments, load_engine, load_trained, spread, write
+from bench.sampling.engines import add_arguments, load_engine, load_trained, spread, write
 
 
 def add_command(commands: Any) -> None:

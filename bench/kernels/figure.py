@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.kernel_table import SUMMARY_MODES, shown_cases
+from bench.kernels.table import SUMMARY_MODES, shown_cases
 
 OURS, OTHERS = "#0072b2", "#999999"
 _PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # or the line would cross figures

@@ -14,7 +14,7 @@ import torch
 from aepo_kernels.gpu import launch
 from aepo_kernels.gpu.launch import FusedLaunch, RowLaunch
 from aepo_kernels.rows.interface import LogitMap, RowCoefs
-from bench.environment import (
+from bench.common.environment import (
     RESULTS,
     command_line,
     describe,
@@ -22,7 +22,7 @@ from bench.environment import (
     version_text,
     write_result,
 )
-from bench.timing import clocks, describe_error
+from bench.common.timing import clocks, describe_error
 
 # What a thread may hold of a row: fewer numbers are fewer bytes on their way to it.
 _LEAST, _MOST = 8, 32

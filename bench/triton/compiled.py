@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.environment import RESULTS, write_result
+from bench.common.environment import RESULTS, write_result
 
 # Chips of sm_80, 90, 100 and 120, with the most shared memory of a program, in bytes.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}

@@ -29,7 +29,7 @@ from aepo_fast.samples import Completion, Row, token_index, token_offsets
 from aepo_fast.training.optim import build_optimizer, guarded_step
 from aepo_fast.training.update import UpdateResult, update
 from bench.peers import materialised, trl
-from bench.step import OURS
+from bench.step.run import OURS
 
 # So small that every step starts from the same weights: AdamW moves each by about this much.
 LEARNING_RATE = 1e-12

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.engines import add_arguments, load_engine, load_trained, spread, write
+from bench.sampling.engines import add_arguments, load_engine, load_trained, spread, write
 
 
 def add_command(commands: Any) -> None:

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from aepo_fast.model.batch import MicroBatch
 from aepo_fast.model.policy import Policy
-from bench import environment, step_candidates, step_gate, tables
+from bench import tables
 from bench.__main__ import main
-from bench.engines import model_folder
+from bench.common import environment
 from bench.peers import materialised
-from bench.step import table, time_candidates
-from bench.step_candidates import Candidate, Problem
+from bench.sampling.engines import model_folder
+from bench.step import candidates, gate
+from bench.step.candidates import Candidate, Problem
+from bench.step.run import table, time_candidates
 
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return step_candidates.load_problem(
+    return candidates.load_problem(
         model_folder("random:tiny"),
         prompts=3,
         samples=3,
@@ -37,27 +39,26 @@ def problem() -> Problem:
 def scaled(factor: float, policy: Policy, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Materialised logits with wrong log-probs, hence a loss whose gradient is wrong."""
     scores = materialised.scores_of_logits
-    logprob, entropy = step_candidates.logits_materialised(scores, policy, batch)
+    logprob, entropy = candidates.logits_materialised(scores, policy, batch)
     return factor * logprob, entropy
 
 
 def test_rows_share_prompts_and_one_group_in_three_has_no_advantage() -> None:
-    rows, advantages = step_candidates.make_rows(6, 4, 10, 9, 50, seed=1)
+    rows, advantages = candidates.make_rows(6, 4, 10, 9, 50, seed=1)
     assert len(rows) == len(advantages) == 24
     assert len({row.completion.prompt_ids for row in rows}) == 6
     assert all(4 <= row.length <= 9 and len(row.completion.prompt_ids) == 10 for row in rows)
     assert not advantages[:8].any() and advantages[8:].all()
-    again, _ = step_candidates.make_rows(6, 4, 10, 9, 50, seed=1)
+    again, _ = candidates.make_rows(6, 4, 10, 9, 50, seed=1)
     assert again == rows
 
 
 def test_candidates_take_the_same_step(problem: Problem) -> None:
     before = [weight.clone() for weight in problem.ours.model.parameters()]
-    candidates = step_candidates.all_candidates(problem)
-    assert len({one.name for one in candidates}) == len(candidates) == 5
+    every = candidates.all_candidates(problem)
+    assert len({one.name for one in every}) == len(every) == 5
     # Compiling takes longer than everything else here.
-    candidates = [one for one in candidates if "compiled" not in one.name]
-    reference, found = step_gate.gated(problem, candidates)
+    reference, found = gate.gated(problem, [one for one in every if "compiled" not in one.name])
     for name, one in found.items():
         assert one["status"] in ("ok", "not available"), (name, one["message"])
     assert found["ours"]["status"] == found["logits materialised"]["status"] == "ok"
@@ -73,8 +74,8 @@ def test_candidates_take_the_same_step(problem: Problem) -> None:
 
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
 def test_gate_refuses_a_wrong_loss(problem: Problem, factor: float) -> None:
-    wrong = step_candidates.plain_candidate(problem, "wrong", functools.partial(scaled, factor))
-    _, found = step_gate.gated(problem, [wrong])
+    wrong = candidates.plain_candidate(problem, "wrong", functools.partial(scaled, factor))
+    _, found = gate.gated(problem, [wrong])
     assert found["wrong"]["status"] == ("incorrect" if factor > 1 else "failed")
     assert ("grad_norm" if factor > 1 else "nan") in found["wrong"]["message"]
 
@@ -82,7 +83,7 @@ def test_gate_refuses_a_wrong_loss(problem: Problem, factor: float) -> None:
 def test_gate_compares_every_value() -> None:
     exact = {"loss": [torch.tensor(2.0)], "gradient": [torch.ones(3), torch.ones(1)]}
     got = {"loss": [torch.tensor(3.0)], "gradient": [torch.ones(3), torch.tensor([2.0])]}
-    assert step_gate.errors_of(got, exact) == {"loss": 0.5, "gradient": 0.5}
+    assert gate.errors_of(got, exact) == {"loss": 0.5, "gradient": 0.5}
 
 
 def test_what_fails_is_listed_and_the_others_are_timed(problem: Problem) -> None:
@@ -91,7 +92,7 @@ def test_what_fails_is_listed_and_the_others_are_timed(problem: Problem) -> None
 
     broken = Candidate("broken", problem.plain, fails)  # type: ignore[arg-type]
     missing = dataclasses.replace(broken, name="missing", unavailable_reason="not installed")
-    _, found = step_gate.gated(problem, [broken, missing])
+    _, found = gate.gated(problem, [broken, missing])
     assert found["broken"] == {"status": "failed", "message": "RuntimeError: no such kernel"}
     assert found["missing"] == {"status": "not available", "message": "not installed"}
     steps = {"ours": lambda: None, "late": fails}
@@ -118,8 +119,8 @@ def test_command_writes_a_record(
     (path,) = tmp_path.glob("*/step-*.json")
     record = json.loads(path.read_text())
     assert record["settings"]["prompts"] == 1 and record["settings"]["tokens"] == 12
-    assert record["learning_rate"] == step_candidates.LEARNING_RATE
-    assert record["gate"]["limit"] == step_gate.LIMIT
+    assert record["learning_rate"] == candidates.LEARNING_RATE
+    assert record["gate"]["limit"] == gate.LIMIT
     for name in ("ours", "ours, padded", "logits materialised"):
         one = record["candidates"][name]
         assert one["status"] == "ok" and len(one["times_ms"]) == 1

@@ -1,0 +1,1 @@
+"""What all benchmarks share: the machine and its result files, and timing."""

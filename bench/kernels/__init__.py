@@ -1,0 +1,1 @@
+"""The kernels beside plain PyTorch, other projects and the bare GEMMs, each after a check."""
