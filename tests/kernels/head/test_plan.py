@@ -11,7 +11,7 @@ from aepo_kernels import RowSampling, VocabShard, backends
 from aepo_kernels import problem as problem_module
 from aepo_kernels.cpu import rows as cpu_rows
 from aepo_kernels.head import plan
-from aepo_kernels.head.plan import make_plan
+from aepo_kernels.head.plan import Strategy, make_plan
 from aepo_kernels.problem import Problem
 
 
@@ -98,3 +98,16 @@ def test_ranks_agree_on_chunks_where_their_rows_are_uneven(
         part = replace(part, hidden=torch.empty(0, 512, dtype=torch.bfloat16))
         sizes.append(make_plan(part, needs_weight=True, rows=2000).stash)
     assert sizes[0] == sizes[1] and sizes[0].dtype == torch.float16 and sizes[0].beside > 0
+
+
+def test_the_strategy_follows_device_and_memory() -> None:
+    on_gpu = problem(64)
+    assert make_plan(on_gpu, needs_weight=True, rows=10**6).strategy is Strategy.CHUNKS
+    for hidden_size, expected in ((64, Strategy.SLICES), (4096, Strategy.BLOCKS)):
+        on_cpu = problem(hidden_size)
+        on_cpu = replace(on_cpu, hidden=torch.empty(0, hidden_size, dtype=torch.bfloat16))
+        assert make_plan(on_cpu, needs_weight=True, rows=5000).strategy is expected
+        assert make_plan(on_cpu, needs_weight=False, rows=5000).strategy is Strategy.CHUNKS
+        assert make_plan(on_cpu, needs_weight=True, rows=10).strategy is Strategy.CHUNKS
+    asked = replace(on_gpu, weight_slice=1000)
+    assert make_plan(asked, needs_weight=True, rows=10).strategy is Strategy.SLICES
