@@ -1,4 +1,4 @@
-"""Benchmarks by name: `python -m bench kernels`; `tables` writes those of the README."""
+"""Benchmarks by name: `python -m bench kernels`; `tables` writes those of the README and docs."""
 
 from __future__ import annotations
 

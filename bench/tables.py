@@ -42,6 +42,7 @@ def render(page: str, to_root: str = "") -> str:
     blocks = {
         "first-light": first_light,
         "entropy": entropy,
+        "headline": headline,
         "kernels-gpu": lambda: kernels(on_cpu=False),
         "kernels-cpu": lambda: kernels(on_cpu=True),
         "tokens-cpu": tokens_on_cpu,
@@ -110,6 +111,28 @@ def entropy() -> str:
     return "\n".join(blocks)
 
 
+def headline() -> str:
+    """Training with the head on the newest GPU, beside those that compute the same."""
+    for path, record, device in _kernel_results(on_cpu=False):
+        settings = record["settings"]
+        note = (
+            f"{device}, {settings['dtype']}: time over the bare GEMMs' in the same run, medians of "
+            f"{settings['rounds']} interleaved rounds ([raw]({_link(path)}))."
+        )
+        return f"{kernel_table.headline(record)}\n{note}\n"
+    return ""
+
+
+def _kernel_results(*, on_cpu: bool) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """The runs of the most shapes that timed others beside ours, see `_newest_by_device`."""
+    return _newest_by_device(
+        "*/kernels-*.json",
+        kernel_table.compares,
+        lambda record: len(kernel_table.shown_cases(record)),
+        on_cpu=on_cpu,
+    )
+
+
 def kernels(*, on_cpu: bool) -> str:
     """The widest kernel benchmark of each device and dtype: summary and what was left out.
 
@@ -118,12 +141,7 @@ def kernels(*, on_cpu: bool) -> str:
     The figure is that of the newest of each GPU and of all CPUs.
     """
     parts, drawn = [], set()
-    for path, record, device in _newest_by_device(
-        "*/kernels-*.json",
-        kernel_table.compares,
-        lambda record: len(kernel_table.shown_cases(record)),
-        on_cpu=on_cpu,
-    ):
+    for path, record, device in _kernel_results(on_cpu=on_cpu):
         where, settings = record["environment"], record["settings"]
         versions = f"torch {where['torch']}, triton {where['triton']}{_peers(record)}"
         parts.append(

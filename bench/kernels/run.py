@@ -53,7 +53,7 @@ SHAPES = (
     (4096, 151936),
     (5120, 152064),
 )
-# First those that the README shows: a run may have a time limit.
+# First those that the pages show: a run may have a time limit.
 TOKENS: tuple[int, ...] = (8192, 4096, 16384, 32768)
 CPU_SHAPES, CPU_TOKENS = ((576, 49152), (896, 151936)), (512,)
 QUICK = {"cuda": ([(896, 151936)], [4096]), "cpu": ([(256, 8192)], [256])}

@@ -1,13 +1,24 @@
-"""Tables of the kernel benchmark: one per case and mode, and a summary for the README."""
+"""Tables of the kernel benchmark: one per case and mode, a summary, and the README's headline."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 UNTIMED = ("incorrect", "failed")
-# What the README and the figure show of a run.
+# What the pages and the figure show of a run.
 SUMMARY_MODES = ("forward", "training")
 SUMMARY_TOKENS = 8192
+# The rows of the README's table, of training: those that compute entropy and a temperature too.
+HEADLINE_MODE = "training"
+HEADLINE = (
+    "ours (chunked)",
+    "torch.compile",
+    "torch eager",
+    "Liger scaled CE",
+    "TRL chunked",
+    "verl Triton",
+)
 
 
 def unavailable_list(record: dict[str, Any]) -> str:
@@ -117,35 +128,42 @@ def _ms(value: float) -> str:
 
 def summary(record: dict[str, Any]) -> str:
     """A run in short: for two modes, time over the bare GEMMs' per candidate and shape."""
+    return "\n".join(filter(None, (_by_shape(record, name) for name in SUMMARY_MODES)))
+
+
+def headline(record: dict[str, Any]) -> str:
+    """The summary's table of training, with the rows of HEADLINE alone."""
+    return _by_shape(record, HEADLINE_MODE, HEADLINE)
+
+
+def _by_shape(record: dict[str, Any], name: str, only: Sequence[str] | None = None) -> str:
+    """A mode's times over the bare GEMMs', a row per candidate and a column per shape.
+
+    only: the candidates to show, in this order. Empty where the mode was not run.
+    """
     cases = shown_cases(record)
-    blocks = []
-    for name in SUMMARY_MODES:
-        modes = [case["modes"].get(name) for case in cases]
-        modes = [mode if mode and "floor" in mode else None for mode in modes]
-        if all(mode is None for mode in modes):
+    modes = [case["modes"].get(name) for case in cases]
+    modes = [mode if mode and "floor" in mode else None for mode in modes]
+    found = [mode for mode in modes if mode is not None]
+    if not found:
+        return ""
+    titles = [f"H {case['hidden']}, V {case['vocab']}, N {case['tokens']}" for case in cases]
+    floors = ["-" if mode is None else f"{_ms(mode['floor']['median_ms'])} ms" for mode in modes]
+    rows = [
+        f"{found[0]['title'][0].upper()}{found[0]['title'][1:]}:",
+        "",
+        f"| | {' | '.join(titles)} |",
+        "|---|" + "---|" * len(titles),
+        f"| bare {found[0]['floor']['name']} | {' | '.join(floors)} |",
+    ]
+    for candidate in only or {key: None for mode in found for key in mode["candidates"]}:
+        each = [None if mode is None else mode["candidates"].get(candidate) for mode in modes]
+        if all(one is None or one["status"] == "excluded" for one in each):
             continue
-        titles = [f"H {case['hidden']}, V {case['vocab']}, N {case['tokens']}" for case in cases]
-        found = [mode for mode in modes if mode is not None]
-        floors = [
-            "-" if mode is None else f"{_ms(mode['floor']['median_ms'])} ms" for mode in modes
-        ]
-        rows = [
-            f"{found[0]['title'][0].upper()}{found[0]['title'][1:]}:",
-            "",
-            f"| | {' | '.join(titles)} |",
-            "|---|" + "---|" * len(titles),
-            f"| bare {found[0]['floor']['name']} | {' | '.join(floors)} |",
-        ]
-        candidates = {key: None for mode in found for key in mode["candidates"]}
-        for candidate in candidates:
-            each = [None if mode is None else mode["candidates"].get(candidate) for mode in modes]
-            if all(one is None or one["status"] == "excluded" for one in each):
-                continue
-            lacks = next((one["lacks"] for one in each if one and one.get("lacks")), "")
-            label = f"{candidate} ({lacks})" if lacks else candidate
-            rows.append(f"| {label} | {' | '.join(map(_short, each))} |")
-        blocks.append("\n".join(rows) + "\n")
-    return "\n".join(blocks)
+        lacks = next((one["lacks"] for one in each if one and one.get("lacks")), "")
+        label = f"{candidate} ({lacks})" if lacks else candidate
+        rows.append(f"| {label} | {' | '.join(map(_short, each))} |")
+    return "\n".join(rows) + "\n"
 
 
 def _short(found: dict[str, Any] | None) -> str:
