@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.data.sampler import make_sampler
 from aepo_fast.method.aepo_terms import dcpo_mix
@@ -66,9 +67,11 @@ class StepResult:
 class Trainer:
     """The state of a run and its one operation, `step`."""
 
-    def __init__(self, cfg: Config, inputs: Inputs, guard: InterruptGuard) -> None:
+    def __init__(
+        self, cfg: Config, machine: Machine, inputs: Inputs, guard: InterruptGuard
+    ) -> None:
         self.cfg, self.inputs, self.guard = cfg, inputs, guard
-        models = load_models(cfg, inputs)
+        models = load_models(cfg, machine, inputs)
         self.model, self.policy = models.model, models.policy
         self.reference, self.engine = models.reference, models.engine
         self.optimizer = build_optimizer(self.model, cfg.trainer)

@@ -132,7 +132,7 @@ def _forward_backward(
         softcap=head.softcap,
         logit_scale=head.logit_scale,
         ignore_index=None,
-        backend=policy.backend,
+        backend=policy.machine.head_backend,
     )
     if result.loss.requires_grad:
         result.loss.backward()
