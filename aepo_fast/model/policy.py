@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -20,7 +21,13 @@ from aepo_fast.model.batch import (
 )
 from aepo_fast.model.load import backbone_of, head_of, recurrent_layers, takes_positions
 from aepo_fast.samples import Row, Scores, token_index, token_offsets
-from aepo_kernels import LogprobOutput, linear_logprob, row_kernels
+from aepo_kernels import (
+    LogprobOutput,
+    TokenLossOutput,
+    linear_logprob,
+    linear_token_loss,
+    row_kernels,
+)
 
 
 def choose_layout(model: PreTrainedModel, requested: str) -> Layout:
@@ -122,17 +129,40 @@ class Policy:
         self, batch: MicroBatch, *, second_temperature: float | None = None
     ) -> LogprobOutput:
         """Log-probs and entropies at temperature 1 of a micro-batch's completion tokens."""
+        inputs = self.hidden(batch), self.head.weight, batch.targets.to(self.device)
         return linear_logprob(
-            self.hidden(batch),
-            self.head.weight,
-            batch.targets.to(self.device),
-            second_temperature=second_temperature,
-            bias=self.head.bias,
-            softcap=self.head.softcap,
-            logit_scale=self.head.logit_scale,
-            ignore_index=None,
-            backend=self.machine.head_backend,
+            *inputs, second_temperature=second_temperature, **self._head_settings()
         )
+
+    def token_loss(
+        self,
+        batch: MicroBatch,
+        loss: Callable[..., tuple[torch.Tensor, dict[Any, torch.Tensor]]],
+        *columns: torch.Tensor,
+        second_temperature: float | None = None,
+    ) -> TokenLossOutput:
+        """A loss over a micro-batch's completion tokens, summed, ready for its backward pass.
+
+        loss, columns: as `linear_token_loss` takes them; each column is [N], on the device.
+        """
+        inputs = self.hidden(batch), self.head.weight, batch.targets.to(self.device)
+        return linear_token_loss(
+            *inputs,
+            loss,
+            *columns,
+            second_temperature=second_temperature,
+            **self._head_settings(),
+        )
+
+    def _head_settings(self) -> dict[str, Any]:
+        """What the kernels must know of the head besides its weight."""
+        return {
+            "bias": self.head.bias,
+            "softcap": self.head.softcap,
+            "logit_scale": self.head.logit_scale,
+            "ignore_index": None,  # a micro-batch selects its completion tokens itself
+            "backend": self.machine.head_backend,
+        }
 
     @torch.no_grad()
     def score(
