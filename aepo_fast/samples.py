@@ -195,7 +195,8 @@ def seed_of(*parts: int) -> int:
 class RolloutPlan:
     """What a step samples: prompts at temperature 1, auxiliary ones at AEPO's temperature.
 
-    target: the entropy aimed at, nats. sampler_state: where the stream of prompts stood before.
+    target: the entropy aimed at, nats. requests: one per prompt, the main ones first.
+    sampler_state: where the stream of prompts stood before.
     """
 
     step: int
@@ -203,18 +204,5 @@ class RolloutPlan:
     aux_prompts: list[Prompt]
     temperature: float
     target: float
+    requests: list[Request]
     sampler_state: dict[str, Any]
-
-    def requests(self, group_size: int, seed: int) -> list[Request]:
-        """One request per prompt, the main ones first."""
-        everyone = [*self.prompts, *self.aux_prompts]
-        step_seed = seed_of(seed, self.step)
-        return [
-            Request(
-                prompt.token_ids,
-                group_size,
-                1.0 if index < len(self.prompts) else self.temperature,
-                seed_of(step_seed, index),
-            )
-            for index, prompt in enumerate(everyone)
-        ]

@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aepo_fast.config.method import AepoConfig, LossConfig
+from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import (
     CheckpointConfig,
     Config,
@@ -51,6 +54,16 @@ def tiny_config(model: Path, output: Path, **sections: Any) -> Config:
     )
     # A loss of its own: defaults that depend on other sections are settled when a Config is built.
     return replace(cfg, **{"loss": LossConfig(), **sections})
+
+
+def a_machine(
+    device: str | torch.device = "cpu",
+    *,
+    weights: torch.dtype = torch.float32,
+    compute: torch.dtype = torch.float32,
+) -> Machine:
+    """A machine with the head backend "auto", on the CPU and in float32 unless told otherwise."""
+    return Machine(torch.device(device), weights, compute, compute, head_backend="auto")
 
 
 def with_trainer(cfg: Config, **changes: Any) -> Config:

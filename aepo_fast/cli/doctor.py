@@ -8,12 +8,12 @@ from typing import get_args
 import torch
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.resolve import choose_device
-from aepo_fast.config.sections import Attention, ModelConfig
+from aepo_fast.config.resolve import Machine, auto_device, fast_dtype
+from aepo_fast.config.sections import Attention
 from aepo_fast.model.load import choose_attention
 from aepo_fast.model.packages import PACKAGES, PREFIX, cache_root, converted_folder
 from aepo_fast.rollout.load import installed_version, vllm_version
-from aepo_kernels import __version__, backend_status, multiplies_bfloat16, row_kernels
+from aepo_kernels import __version__, backend_status, row_kernels
 
 _ATTENTION: tuple[Attention, ...] = get_args(Attention)
 _REQUIRED = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")
@@ -27,7 +27,8 @@ def report() -> str:
     lines += [
         f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     ]
-    if torch.cuda.is_available():
+    device = auto_device()
+    if device.type == "cuda":
         for index in range(torch.cuda.device_count()):
             memory = torch.cuda.get_device_properties(index).total_memory / 2**30
             lines.append(f"  cuda:{index}: {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
@@ -36,9 +37,8 @@ def report() -> str:
     lines += ["", "kernel backends"]
     for name, reason in backend_status().items():
         lines.append(f"  {name}: {'works' if reason is None else reason}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lines.append(f"  rows of chunked: {row_kernels(device)}")
-    fast = multiplies_bfloat16(device)
+    lines.append(f"  rows of chunked: {row_kernels(device.type)}")
+    fast = fast_dtype(device) == torch.bfloat16
     lines.append(f"  bfloat16 GEMMs: {'works' if fast else 'as float32, for want of instructions'}")
     lines += ["", "attention"]
     lines += [f"  {name}: {_attention_status(name)}" for name in _ATTENTION]
@@ -53,10 +53,10 @@ def report() -> str:
 
 
 def _attention_status(name: Attention) -> str:
-    device = choose_device("auto")
-    cfg = ModelConfig(path="any", attention=name, compute_dtype="bfloat16")
+    narrow = torch.bfloat16
+    machine = Machine(auto_device(), torch.float32, narrow, narrow, head_backend="auto")
     try:
-        chosen = choose_attention(cfg, device, "llama")
+        chosen = choose_attention(name, machine, "llama")
     except ConfigError as error:
         return error.reason
     return f"is {chosen} here" if name == "auto" else "works"

@@ -10,7 +10,7 @@ from pathlib import Path
 from reasoning_gym.factory import DATASETS
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.resolve import choose_dtypes
+from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config, DataConfig, EvalConfig, ModelConfig, SourceConfig
 from aepo_fast.config.toml import load_config, with_overrides
 from aepo_fast.data.prompts import load_prompts
@@ -40,7 +40,8 @@ def evaluate_model(
     `evaluate` does.
     """
     cfg, path = _configuration(model, config, task, overrides)
-    cfg = choose_dtypes(cfg)
+    machine = resolve_machine(cfg, trains=False)
+    cfg = machine.settled(cfg)
     check_rollout_backend(cfg)
     folder = resolve(path)
     tokenizer = load_tokenizer(folder)
@@ -55,7 +56,7 @@ def evaluate_model(
     if not chosen:
         reason = "holds out no prompt to evaluate on"
         raise ConfigError("data.holdout_fraction", cfg.data.holdout_fraction, reason, "Raise it")
-    with closing(load_engine(cfg, folder, tokenizer)) as engine:
+    with closing(load_engine(cfg, machine, folder, tokenizer)) as engine:
         return evaluate(
             engine,
             reward,

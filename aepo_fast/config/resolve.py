@@ -1,8 +1,11 @@
-"""What "auto" stands for on this machine: the run's device, dtypes and head backend."""
+"""What a run computes with on this machine: its device, its dtypes and its head backend."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -10,51 +13,124 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config
 from aepo_kernels import multiplies_bfloat16, resolve_backend
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-def choose_dtypes(cfg: Config) -> Config:
-    """The configuration with the dtype that each "auto" stands for on the run's device."""
-    fast = multiplies_bfloat16(choose_device(cfg.trainer.device).type)
-    auto = "bfloat16" if fast else "float32"
-    model, rollout = cfg.model, cfg.rollout
-    if model.compute_dtype == "auto":  # layers of bfloat16 weights compute in nothing else
-        narrow = model.dtype == "bfloat16"
-        model = dataclasses.replace(model, compute_dtype="bfloat16" if narrow else auto)
-    if (model.dtype, model.compute_dtype) == ("bfloat16", "float32"):
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes with, decided once by `resolve_machine`.
+
+    weights_dtype: of the trained weights. compute_dtype: of the GEMMs. rollout_dtype: of the
+    weights that sample. head_backend: of the head's kernels. rank, world: this process's number
+    and the number of processes.
+    """
+
+    device: torch.device
+    weights_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    rollout_dtype: torch.dtype
+    head_backend: str
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the device is a GPU; it is a CPU otherwise."""
+        return self.device.type == "cuda"
+
+    def autocast(self) -> torch.autocast:
+        """The context in which a model's GEMMs compute in compute_dtype."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
+
+    def only_sampling(self) -> Machine:
+        """The same for a model that nothing trains: its weights are held in rollout_dtype."""
+        dtype = self.rollout_dtype
+        return dataclasses.replace(self, weights_dtype=dtype, compute_dtype=dtype)
+
+    def settled(self, cfg: Config) -> Config:
+        """The configuration with the dtype that each "auto" stands for."""
+        model = dataclasses.replace(cfg.model, compute_dtype=dtype_name(self.compute_dtype))
+        rollout = dataclasses.replace(cfg.rollout, dtype=dtype_name(self.rollout_dtype))
+        return dataclasses.replace(cfg, model=model, rollout=rollout)
+
+    def describe(self) -> str:
+        """One line about the dtypes, and what a device without bfloat16 GEMMs makes of them."""
+        dtypes = self.weights_dtype, self.compute_dtype, self.rollout_dtype
+        line = "dtypes: weights {}, compute {}, rollouts {}".format(*map(dtype_name, dtypes))
+        if fast_dtype(self.device) == torch.bfloat16:
+            return line
+        line += "; this processor has no bfloat16 instructions"
+        return f"{line}: bfloat16 GEMMs are slow" if torch.bfloat16 in dtypes else line
+
+
+def resolve_machine(cfg: Config, *, trains: bool = True) -> Machine:
+    """The machine that a configuration asks for.
+
+    trains: False where a model only samples. Then the head is not used and its backend not
+    checked, and other processes may run beside this one.
+
+    Raises ConfigError for a GPU that is not there, dtypes that do not go together, more than one
+    process, and a head backend that cannot run.
+    """
+    device = _device(cfg.trainer.device)
+    weights, compute = _model_dtypes(cfg, device)
+    auto = cfg.rollout.dtype == "auto"
+    rollout = fast_dtype(device) if auto else _DTYPES[cfg.rollout.dtype]
+    backend = cfg.model.head_backend
+    if trains:
+        _check_world()
+        backend = _head_backend(backend, device, compute)
+    return Machine(device, weights, compute, rollout, backend)
+
+
+def auto_device() -> torch.device:
+    """The GPU where torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for its GEMMs, else float32."""
+    return torch.bfloat16 if multiplies_bfloat16(device.type) else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
+    """The name of a dtype in a configuration."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
+
+
+def _device(requested: str) -> torch.device:
+    device = auto_device()
+    if requested == "cuda" and device.type != "cuda":
+        reason = "torch sees no CUDA device"
+        raise ConfigError("trainer.device", requested, reason, 'Use "cpu" or "auto"')
+    return device if requested == "auto" else torch.device(requested)
+
+
+def _model_dtypes(cfg: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Of the weights and of their GEMMs."""
+    weights = _DTYPES[cfg.model.dtype]
+    if cfg.model.compute_dtype == "auto":
+        # Layers of bfloat16 weights compute in nothing else.
+        return weights, weights if weights == torch.bfloat16 else fast_dtype(device)
+    compute = _DTYPES[cfg.model.compute_dtype]
+    if (weights, compute) == (torch.bfloat16, torch.float32):
         reason = "layers whose weights are held in bfloat16 compute in it"
         fix = 'Set model.dtype to "float32", or this to "bfloat16"'
         raise ConfigError("model.compute_dtype", "float32", reason, fix)
-    if rollout.dtype == "auto":
-        rollout = dataclasses.replace(rollout, dtype=auto)
-    return dataclasses.replace(cfg, model=model, rollout=rollout)
+    return weights, compute
 
 
-def describe_dtypes(cfg: Config) -> str:
-    """One line about a run's dtypes, and what a device without bfloat16 GEMMs makes of them."""
-    names = cfg.model.dtype, cfg.model.compute_dtype, cfg.rollout.dtype
-    line = "dtypes: weights {}, compute {}, rollouts {}".format(*names)
-    if multiplies_bfloat16(choose_device(cfg.trainer.device).type):
-        return line
-    line += "; this processor has no bfloat16 instructions"
-    return f"{line}: bfloat16 GEMMs are slow" if "bfloat16" in names else line
+def _check_world() -> None:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        reason = "more than one process is not supported yet"
+        raise ConfigError("WORLD_SIZE", world_size, reason, "Start a single process")
 
 
-def choose_backend(cfg: Config) -> str:
-    """The backend of the head's kernels; raises ConfigError where it cannot run."""
-    device = choose_device(cfg.trainer.device)
-    dtype = getattr(torch, cfg.model.compute_dtype)
-    name = cfg.model.head_backend
+def _head_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     try:
         return resolve_backend(name, device.type, dtype)
     except ValueError as error:
         reason, fix = str(error).removeprefix(f"backend = {name!r}: ").split("; ", 1)
         raise ConfigError("model.head_backend", name, reason, fix.capitalize()) from error
-
-
-def choose_device(requested: str) -> torch.device:
-    """The device of the run; raises ConfigError for cuda without a GPU."""
-    if requested == "cuda" and not torch.cuda.is_available():
-        reason = "torch sees no CUDA device"
-        raise ConfigError("trainer.device", requested, reason, 'Use "cpu" or "auto"')
-    if requested == "auto":
-        requested = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(requested)

@@ -23,7 +23,8 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import ModelConfig
+from aepo_fast.config.resolve import Machine, dtype_name
+from aepo_fast.config.sections import Attention, ModelConfig
 from aepo_fast.model.attention import register, varlen_groups_heads
 from aepo_fast.model.cpu_layers import fuse_layers
 from aepo_fast.model.packages import PREFIX, find_package, resolve_package
@@ -113,8 +114,8 @@ def takes_positions(config: PretrainedConfig) -> bool:
     return getattr(config.get_text_config(), "rope_parameters", None) is not None
 
 
-def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> PreTrainedModel:
-    """Load a model for training onto `device` in cfg.dtype, in train mode, without dropout.
+def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTrainedModel:
+    """Load a model onto the machine's device in its weights_dtype, in train mode, without dropout.
 
     On a CPU its layers use our C++ operations, see `fused_layers`.
 
@@ -122,9 +123,9 @@ def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> Pr
     one that `head_of` describes.
     """
     config = _without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
-    attention = choose_attention(cfg, device, config.model_type)
+    attention = choose_attention(cfg.attention, machine, config.model_type)
     if cfg.liger:
-        _check_liger(cfg, device)
+        _check_liger(cfg, machine)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     # Left to itself, transformers takes eager for the architectures that have no sdpa.
@@ -133,7 +134,7 @@ def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> Pr
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=getattr(torch, cfg.dtype),
+            dtype=machine.weights_dtype,
             attn_implementation=wanted,
             local_files_only=True,
         )
@@ -141,7 +142,7 @@ def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> Pr
         reason = f"transformers cannot load {folder} with {attention!r}: {error}"
         fix = 'Set model.attention to "sdpa" or "eager"'
         raise ConfigError("model.attention", cfg.attention, reason, fix) from error
-    model.to(device)  # type: ignore[arg-type]
+    model.to(machine.device)  # type: ignore[arg-type]
     if cfg.liger:
         _apply_liger(model)
     fuse_layers(model)
@@ -150,35 +151,36 @@ def load_model(cfg: ModelConfig, folder: Path | str, device: torch.device) -> Pr
         enable = getattr(model, name, None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     model.train()
-    _check_head(model, str(folder), getattr(torch, cfg.compute_dtype))
+    _check_head(model, str(folder), machine)
     return model
 
 
-def choose_attention(cfg: ModelConfig, device: torch.device, model_type: str = "") -> str:
-    """The attention implementation for cfg.attention; raises ConfigError where it cannot run.
+def choose_attention(requested: Attention, machine: Machine, model_type: str = "") -> str:
+    """The implementation of model.attention; raises ConfigError where it cannot run.
 
     "auto" is flash_attention_2 where flash-attn is installed and the compute dtype allows it,
     grouped on a CPU for architectures that it was tried with, and elsewhere sdpa, or eager for
     architectures without it.
     """
-    fast = device.type == "cuda" and cfg.compute_dtype == "bfloat16"
-    if cfg.attention == "auto":
-        if device.type == "cpu" and model_type in _GROUPED:
+    fast = machine.is_gpu and machine.compute_dtype == torch.bfloat16
+    if requested == "auto":
+        if not machine.is_gpu and model_type in _GROUPED:
             register()
             return "grouped"
         return "flash_attention_2" if fast and is_flash_attn_2_available() else "sdpa"
-    if cfg.attention in ("flash_attention_2", "varlen"):
+    if requested in ("flash_attention_2", "varlen"):
         reason = ""
         if not fast:
-            reason = f"needs a GPU and bfloat16, not {device.type} and {cfg.compute_dtype}"
-        elif cfg.attention == "flash_attention_2" and not is_flash_attn_2_available():
+            found = f"{machine.device.type} and {dtype_name(machine.compute_dtype)}"
+            reason = f"needs a GPU and bfloat16, not {found}"
+        elif requested == "flash_attention_2" and not is_flash_attn_2_available():
             reason = "needs flash-attn, which is not installed"
-        elif cfg.attention == "varlen" and not varlen_groups_heads():
+        elif requested == "varlen" and not varlen_groups_heads():
             reason = f"needs a newer torch than {torch.__version__}, whose varlen_attn lacks GQA"
         if reason:
-            raise ConfigError("model.attention", cfg.attention, reason, 'Use "auto"')
+            raise ConfigError("model.attention", requested, reason, 'Use "auto"')
     register()
-    return cfg.attention
+    return requested
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
@@ -190,12 +192,12 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _check_liger(cfg: ModelConfig, device: torch.device) -> None:
+def _check_liger(cfg: ModelConfig, machine: Machine) -> None:
     reason = ""
     if importlib.util.find_spec("liger_kernel") is None:
         reason = "needs liger-kernel, which is not installed"
-    elif device.type != "cuda":
-        reason = f"its kernels need a GPU, not {device.type}"
+    elif not machine.is_gpu:
+        reason = f"its kernels need a GPU, not {machine.device.type}"
     if reason:
         raise ConfigError("model.liger", cfg.liger, reason, "Set liger = false or install it")
 
@@ -230,12 +232,12 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, folder: str, compute_dtype: torch.dtype) -> None:
+def _check_head(model: PreTrainedModel, folder: str, machine: Machine) -> None:
     # Configs spell logit scales in many ways; one that head_of does not know would train wrongly
     # without a word. So the head is applied by hand once and compared.
     head = head_of(model)
     ids = torch.arange(4, device=model.device)[None]
-    with torch.autocast(model.device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+    with machine.autocast():
         expected = model(input_ids=ids, use_cache=False).logits.float()
         hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     weight = head.weight.to(hidden.dtype).float()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import ModelConfig, TrainerConfig
+from aepo_fast.config.resolve import Machine
+from aepo_fast.config.sections import TrainerConfig
 from aepo_fast.model.batch import (
     BATCH_TOKENS,
     GPU_BATCH_TOKENS,
@@ -19,7 +21,13 @@ from aepo_fast.model.batch import (
 )
 from aepo_fast.model.load import backbone_of, head_of, recurrent_layers, takes_positions
 from aepo_fast.samples import Row, Scores, token_index, token_offsets
-from aepo_kernels import LogprobOutput, linear_logprob, row_kernels
+from aepo_kernels import (
+    LogprobOutput,
+    TokenLossOutput,
+    linear_logprob,
+    linear_token_loss,
+    row_kernels,
+)
 
 
 def choose_layout(model: PreTrainedModel, requested: str) -> Layout:
@@ -61,50 +69,39 @@ def has_windows(config: PretrainedConfig) -> bool:
 class Policy:
     """A model with its head taken apart, so that logits are never materialised.
 
-    Works under autocast to `compute_dtype`; the head's GEMMs run in that dtype and its statistics
-    in fp32.
+    Works under autocast to the machine's compute_dtype; the head's GEMMs run in that dtype and its
+    statistics in fp32.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cfg: ModelConfig,
-        trainer: TrainerConfig,
-        backend: str = "auto",
-    ) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, machine: Machine, trainer: TrainerConfig) -> None:
+        self.model, self.machine = model, machine
         self.backbone = backbone_of(model)
         self.head = head_of(model)
-        self.device = model.device
+        self.device = machine.device
         embedding = model.get_input_embeddings()
         tied = isinstance(embedding, torch.nn.Embedding) and embedding.weight is self.head.weight
-        if tied and self.device.type == "cpu":
+        if tied and not machine.is_gpu:
             # The rows of the batch's tokens are added to the head's gradient, instead of V x H
             # numbers that are mostly zero.
             embedding.sparse = True  # type: ignore[union-attr]
-        self.dtype = getattr(torch, cfg.compute_dtype)
         self.layout: Layout = choose_layout(model, trainer.layout)
         self.max_tokens = trainer.tokens_per_microbatch
-        self.backend = backend
 
     @property
     def row_kernels(self) -> str:
         """Which row operations the head runs."""
-        return row_kernels(self.device.type, self.dtype, self.backend)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return row_kernels(self.device.type, self.machine.compute_dtype, self.machine.head_backend)
 
     @contextmanager
     def same_weights(self) -> Iterator[None]:
         """While the weights stay the same: they are cast once for all micro-batches."""
         # Autocast forgets its casts at the end of the outermost context.
-        with self._autocast(), torch.autocast(self.device.type, enabled=False):
+        with self.machine.autocast(), torch.autocast(self.device.type, enabled=False):
             yield
 
     def microbatches(self, rows: Sequence[Row], indices: Sequence[int]) -> list[MicroBatch]:
         """Lay rows[indices] out for the model."""
-        cost = BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+        cost = GPU_BATCH_TOKENS if self.machine.is_gpu else BATCH_TOKENS
         return make_microbatches(
             rows, indices, layout=self.layout, max_tokens=self.max_tokens, batch_tokens=cost
         )
@@ -115,9 +112,9 @@ class Policy:
         added = self.model.config._attn_implementation in ("eager", "grouped")
         if added and mask is not None and mask.ndim == 4:
             # Eager attention adds its mask to the scores.
-            low = torch.finfo(self.dtype).min
-            mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill(~mask, low)
-        with self._autocast():
+            low = torch.finfo(self.machine.compute_dtype).min
+            mask = torch.zeros(mask.shape, dtype=self.machine.compute_dtype).masked_fill(~mask, low)
+        with self.machine.autocast():
             output = self.backbone(
                 input_ids=batch.input_ids.to(self.device),
                 position_ids=batch.position_ids.to(self.device),
@@ -126,23 +123,46 @@ class Policy:
             )
         states = output.last_hidden_state.flatten(0, 1)
         # index_select: its backward is deterministic on the CPU where plain indexing's is not.
-        return states.index_select(0, batch.select.to(self.device)).to(self.dtype)
+        return states.index_select(0, batch.select.to(self.device)).to(self.machine.compute_dtype)
 
     def logprobs(
         self, batch: MicroBatch, *, second_temperature: float | None = None
     ) -> LogprobOutput:
         """Log-probs and entropies at temperature 1 of a micro-batch's completion tokens."""
+        inputs = self.hidden(batch), self.head.weight, batch.targets.to(self.device)
         return linear_logprob(
-            self.hidden(batch),
-            self.head.weight,
-            batch.targets.to(self.device),
-            second_temperature=second_temperature,
-            bias=self.head.bias,
-            softcap=self.head.softcap,
-            logit_scale=self.head.logit_scale,
-            ignore_index=None,
-            backend=self.backend,
+            *inputs, second_temperature=second_temperature, **self._head_settings()
         )
+
+    def token_loss(
+        self,
+        batch: MicroBatch,
+        loss: Callable[..., tuple[torch.Tensor, dict[Any, torch.Tensor]]],
+        *columns: torch.Tensor,
+        second_temperature: float | None = None,
+    ) -> TokenLossOutput:
+        """A loss over a micro-batch's completion tokens, summed, ready for its backward pass.
+
+        loss, columns: as `linear_token_loss` takes them; each column is [N], on the device.
+        """
+        inputs = self.hidden(batch), self.head.weight, batch.targets.to(self.device)
+        return linear_token_loss(
+            *inputs,
+            loss,
+            *columns,
+            second_temperature=second_temperature,
+            **self._head_settings(),
+        )
+
+    def _head_settings(self) -> dict[str, Any]:
+        """What the kernels must know of the head besides its weight."""
+        return {
+            "bias": self.head.bias,
+            "softcap": self.head.softcap,
+            "logit_scale": self.head.logit_scale,
+            "ignore_index": None,  # a micro-batch selects its completion tokens itself
+            "backend": self.machine.head_backend,
+        }
 
     @torch.no_grad()
     def score(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
 
-import torch
 from packaging.specifiers import SpecifierSet
 from transformers import (
     AutoConfig,
@@ -18,7 +16,7 @@ from transformers import (
 )
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.resolve import choose_device
+from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.model.load import load_model, recurrent_layers
 from aepo_fast.rollout.engine import RolloutEngine
@@ -63,6 +61,7 @@ def vllm_version() -> str:
 
 def load_engine(
     cfg: Config,
+    machine: Machine,
     folder: Path | str,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -71,7 +70,8 @@ def load_engine(
     """The engine of `cfg.rollout.backend`, with the weights of a local folder.
 
     model: these weights as they are trained; None where nothing is, and hf loads them in
-    rollout.dtype. cfg has been through `choose_dtypes` and `check_rollout_backend`.
+    the machine's rollout_dtype. cfg has been through `Machine.settled` and
+    `check_rollout_backend`.
 
     Raises ConfigError where hf cannot sample from the model, before it loads one, and where vLLM
     does not start.
@@ -82,8 +82,6 @@ def load_engine(
         generation = generation_config(folder) if model is None else model.generation_config
         ids = eos_ids(generation, tokenizer)
         return VllmRollout(str(folder), cfg.rollout, eos_ids=ids, seed=cfg.trainer.seed)
-    dtype = cfg.rollout.dtype
-    assert dtype != "auto"
     if model is None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     else:
@@ -93,11 +91,10 @@ def load_engine(
         reason = f"cannot take rows out of the state of {', '.join(kinds)} layers"
         raise ConfigError("rollout.backend", "hf", reason, 'Use "vllm"')
     if model is None:
-        settings = dataclasses.replace(cfg.model, dtype=dtype, compute_dtype=dtype)
-        model = load_model(settings, folder, choose_device(cfg.trainer.device))
+        model = load_model(cfg.model, folder, machine.only_sampling())
     ids = eos_ids(model.generation_config, tokenizer)
     rows = cfg.rollout.batch_rows
-    return HfRollout(model, dtype=getattr(torch, dtype), eos_ids=ids, batch_rows=rows)
+    return HfRollout(model, dtype=machine.rollout_dtype, eos_ids=ids, batch_rows=rows)
 
 
 def generation_config(folder: Path | str) -> GenerationConfig:

@@ -1,23 +1,19 @@
-"""The rollouts of a run: planned, sampled and scored step by step, or one step ahead."""
+"""Samples what a step has planned and gets its rewards, in turn or one step ahead."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
-
-import numpy as np
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config
-from aepo_fast.data.sampler import PromptSampler
-from aepo_fast.method.entropy_control import EntropyController, aepo_draws
 from aepo_fast.rewards.reward import Reward, soft_overlong_penalty
 from aepo_fast.rewards.scorer import GroupScorer
 from aepo_fast.rollout.engine import RolloutEngine
-from aepo_fast.samples import Prompt, Rollout, RolloutPlan, Row
+from aepo_fast.samples import Rollout, RolloutPlan, Row
 
 
 def collect(
@@ -38,7 +34,7 @@ def collect(
     with GroupScorer(reward, everyone, decode, overlap=cfg.reward.overlap) as scorer:
         start = time.perf_counter()
         groups = engine.generate(
-            plan.requests(cfg.trainer.group_size, cfg.trainer.seed),
+            plan.requests,
             max_new_tokens=cfg.rollout.max_new_tokens,
             on_tokens=on_tokens,
             on_group=scorer.add,
@@ -72,11 +68,10 @@ class _Stopped(Exception):
 
 
 class Rollouts:
-    """Gives each step its rollout.
+    """Samples what each step plans.
 
-    With rollout.steps_ahead = 1, the next one is sampled in a thread while the policy trains, with
-    the engine's own copy of the weights as they were before this step's updates, and with AEPO's
-    temperature as it was then.
+    With rollout.steps_ahead = 1, what the next step plans is sampled in a thread while the policy
+    trains, with the engine's own copy of the weights as they were before this step's updates.
     """
 
     def __init__(
@@ -84,117 +79,84 @@ class Rollouts:
         cfg: Config,
         engine: RolloutEngine,
         reward: Reward,
-        sampler: PromptSampler,
-        controller: EntropyController,
         decode: Callable[[Sequence[int]], str],
         check: Callable[[], None],
     ) -> None:
-        self.cfg, self.engine, self.reward = cfg, engine, reward
-        self.sampler, self.controller, self.decode = sampler, controller, decode
+        self.cfg, self.engine, self.reward, self.decode = cfg, engine, reward, decode
         self.check = check
         self._thread = ThreadPoolExecutor(1, "rollout")
         self._stop = threading.Event()
-        self._started: tuple[RolloutPlan, Future[Rollout]] | None = None
-        self._ahead: tuple[RolloutPlan, Rollout] | None = None
-        self._failure: BaseException | None = None
+        self._ahead: tuple[RolloutPlan, Future[Rollout]] | None = None
 
-    def take(
-        self, step: int, on_tokens: Callable[[int], None], lap: Callable[[str], None]
-    ) -> tuple[RolloutPlan, Rollout]:
-        """The rollout of a step; raises RolloutError, RewardError or Interrupted."""
+    @property
+    def planned(self) -> RolloutPlan | None:
+        """The plan of what is sampled ahead, until `sample` has returned it."""
+        return None if self._ahead is None else self._ahead[0]
+
+    def sample(
+        self, plan: RolloutPlan, on_tokens: Callable[[int], None], lap: Callable[[str], None]
+    ) -> Rollout:
+        """What a plan asks for, sampled ahead or now.
+
+        Raises RolloutError, RewardError or Interrupted, those of sampling ahead only here.
+        """
         self.check()
-        if self._failure is not None:
-            raise self._failure
         if self._ahead is not None:
-            (plan, rollout), self._ahead = self._ahead, None
+            assert plan is self.planned, "another plan than the one that was sampled ahead"
+            rollout = self._ahead[1].result()
+            self._ahead = None
             lap("rollout")
             lap("reward")
-            return plan, rollout
-        plan = self._plan(step)
+            return rollout
         rollout = self._collect(plan, lambda tokens: self._checked(on_tokens, tokens), lap)
         self.check()
         if not self.cfg.rollout.steps_ahead:
             self.engine.sleep()
-        return plan, rollout
+        return rollout
 
-    def start(self, step: int) -> None:
-        """Begin to sample a step's rollout where the run works ahead and the step is part of it."""
-        if self.cfg.rollout.steps_ahead and step < self.cfg.trainer.steps:
-            plan = self._plan(step)
-            # Not ended by a signal: what it samples is part of what is saved then.
-            future = self._thread.submit(self._collect, plan, self._going, lambda _: None)
-            self._started = plan, future
+    def start(self, plan: RolloutPlan) -> None:
+        """Begin to sample a plan ahead of its step."""
+        # Not ended by a signal: what it samples is part of what is saved then.
+        self._ahead = plan, self._thread.submit(self._collect, plan, self._going, lambda _: None)
 
     def wait(self) -> None:
-        """Until what was started is there; what it raised is raised by the next `take`."""
-        if self._started is None:
-            return
-        (plan, future), self._started = self._started, None
-        self._failure = future.exception()
-        if self._failure is None:
-            self._ahead = plan, future.result()
-        else:
-            self.sampler.load_state_dict(plan.sampler_state)
+        """Until what was started is there, or has failed."""
+        if self._ahead is not None:
+            wait([self._ahead[1]])
 
     def close(self) -> None:
         """End what is still being sampled."""
         self._stop.set()
         self._thread.shutdown()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the prompts stand, and what has been sampled ahead."""
-        if self._ahead is None:
-            return {"sampler": self.sampler.state_dict(), "ahead": None}
-        plan, rollout = self._ahead
-        ahead = {
+    def state_dict(self) -> dict[str, Any] | None:
+        """What has been sampled ahead and with which plan; None where there is nothing."""
+        if self._ahead is None or self._ahead[1].exception() is not None:
+            return None
+        plan, future = self._ahead
+        return {
             "step": plan.step,
             "temperature": plan.temperature,
             "target": plan.target,
-            "rollout": rollout.state_dict(),
+            "rollout": future.result().state_dict(),
         }
-        return {"sampler": plan.sampler_state, "ahead": ahead}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; raises ConfigError if the prompts are not the same."""
-        self.sampler.load_state_dict(state["sampler"])
-        ahead = state["ahead"]
-        if ahead is not None:
-            plan = self._plan(ahead["step"], ahead["temperature"], ahead["target"])
-            everyone = [*plan.prompts, *plan.aux_prompts]
-            rollout = Rollout.from_state(ahead["rollout"], everyone)
-            sampled = rollout.num_main_groups, 1 + max(row.group for row in rollout.rows)
-            if sampled != (len(plan.prompts), len(everyone)):
-                raise ConfigError(
-                    "trainer.prompts_per_step",
-                    len(plan.prompts),
-                    f"the checkpoint holds samples of {sampled[0]} prompts and "
-                    f"{sampled[1] - sampled[0]} auxiliary ones, drawn ahead",
-                    "Resume with its trainer.prompts_per_step and [aepo], then change them",
-                )
-            self._ahead = plan, rollout
-
-    def _plan(
-        self, step: int, temperature: float | None = None, target: float | None = None
-    ) -> RolloutPlan:
-        before = self.sampler.state_dict()
-        prompts = self.sampler.next(self.cfg.trainer.prompts_per_step)
-        return RolloutPlan(
-            step=step,
-            prompts=prompts,
-            aux_prompts=self._auxiliary(step, prompts),
-            temperature=self.controller.temperature() if temperature is None else temperature,
-            target=self.cfg.aepo.entropy_target if target is None else target,
-            sampler_state=before,
-        )
-
-    def _auxiliary(self, step: int, prompts: Sequence[Prompt]) -> list[Prompt]:
-        aepo = self.cfg.aepo
-        if not aepo.enabled or aepo.form != "resample":
-            return []
-        # A stream of its own: drawing auxiliary prompts leaves the minibatches as GRPO has them.
-        rng = np.random.default_rng([self.cfg.trainer.seed, step, 1])
-        count = aepo_draws(len(prompts), aepo.alpha)
-        return [prompts[index] for index in rng.choice(len(prompts), count, replace=False)]
+    def load_state_dict(self, state: dict[str, Any], plan: RolloutPlan) -> None:
+        """Take over what was sampled ahead; raises ConfigError if `plan` has other prompts."""
+        everyone = [*plan.prompts, *plan.aux_prompts]
+        rollout = Rollout.from_state(state["rollout"], everyone)
+        sampled = rollout.num_main_groups, 1 + max(row.group for row in rollout.rows)
+        if sampled != (len(plan.prompts), len(everyone)):
+            raise ConfigError(
+                "trainer.prompts_per_step",
+                len(plan.prompts),
+                f"the checkpoint holds samples of {sampled[0]} prompts and "
+                f"{sampled[1] - sampled[0]} auxiliary ones, drawn ahead",
+                "Resume with its trainer.prompts_per_step and [aepo], then change them",
+            )
+        done: Future[Rollout] = Future()
+        done.set_result(rollout)
+        self._ahead = plan, done
 
     def _collect(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.resolve import choose_backend, choose_device
+from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import dump_config
 from aepo_fast.data.prompts import PromptSet, load_prompts
@@ -65,17 +64,12 @@ class Models:
 
 def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
     """Everything that can fail before the model loads; leaves an earlier run as it is."""
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        reason = "more than one process is not supported yet"
-        raise ConfigError("WORLD_SIZE", world_size, reason, "Start a single process")
     if resume and overwrite:
         reason = "--resume goes on from what it deletes"
         raise ConfigError("--overwrite", True, reason, "Give one of the two")
     if cfg.logging.tensorboard:
         check_tensorboard()
     folder = Path(cfg.output_dir)
-    choose_backend(cfg)
     check_rollout_backend(cfg)
     _check_samples_ahead(cfg)
     found = complete_checkpoints(folder / "checkpoints")
@@ -156,19 +150,17 @@ def _writing_to(folder: Path) -> Iterator[None]:
         raise ConfigError("output_dir", str(folder), str(error), fix) from error
 
 
-def load_models(cfg: Config, inputs: Inputs) -> Models:
+def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     """Load the policy (from the checkpoint where there is one) and what goes with it."""
-    device = choose_device(cfg.trainer.device)
     source = inputs.model_folder if inputs.checkpoint is None else str(inputs.checkpoint)
-    model = load_model(cfg.model, source, device)
-    backend = choose_backend(cfg)
-    policy = Policy(model, cfg.model, cfg.trainer, backend)
+    model = load_model(cfg.model, source, machine)
+    policy = Policy(model, machine, cfg.trainer)
     reference = None
     if cfg.loss.kl_coef > 0:
         if inputs.checkpoint is None:
             frozen = copy.deepcopy(model)
         else:
-            frozen = load_model(cfg.model, inputs.model_folder, device)
-        reference = Policy(frozen.requires_grad_(False).eval(), cfg.model, cfg.trainer, backend)
-    engine = load_engine(cfg, source, inputs.tokenizer, model=model)
+            frozen = load_model(cfg.model, inputs.model_folder, machine)
+        reference = Policy(frozen.requires_grad_(False).eval(), machine, cfg.trainer)
+    engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model)
     return Models(model, policy, reference, engine)

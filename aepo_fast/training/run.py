@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from aepo_fast.config.resolve import choose_device, choose_dtypes, describe_dtypes
+from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config
 from aepo_fast.model.cpu_layers import fused_kinds
 from aepo_fast.report.logger import MetricsLogger
@@ -22,6 +22,7 @@ from aepo_fast.training.checkpoint import complete_checkpoints, save_checkpoint
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
 from aepo_fast.training.memory import keep_freed_memory
+from aepo_fast.training.step_metrics import step_metrics
 from aepo_fast.training.trainer import Trainer, TrainingError
 from aepo_kernels import whole_sums
 
@@ -32,7 +33,8 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     Raises ConfigError before any model loads, and TrainingError, RewardError or CheckpointError
     where the run cannot go on.
     """
-    cfg = choose_dtypes(cfg)
+    machine = resolve_machine(cfg)
+    cfg = machine.settled(cfg)
     # Beside the kernels, which switch cuBLAS's sums, the sampler's must not differ by chance.
     sums = whole_sums if cfg.rollout.steps_ahead else nullcontext()
     with InterruptGuard() as guard, sums:
@@ -40,14 +42,14 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
         print(inputs.prompts.preview(), flush=True)
         if resume:
             print(f"goes on from {inputs.checkpoint or 'the start: there is no checkpoint'}")
-        if choose_device(cfg.trainer.device).type == "cpu":
+        if not machine.is_gpu:
             keep_freed_memory()
-        trainer = Trainer(cfg, inputs, guard)
+        trainer = Trainer(cfg, machine, inputs, guard)
         policy = trainer.policy
         layers = ", ".join(fused_kinds(policy.model)) or "none"
         attention = policy.model.config._attn_implementation
-        head = f"head: {policy.backend}, rows {policy.row_kernels}; attention: {attention}"
-        print(f"{head}; fused layers: {layers}\n{describe_dtypes(cfg)}", flush=True)
+        head = f"head: {machine.head_backend}, rows {policy.row_kernels}; attention: {attention}"
+        print(f"{head}; fused layers: {layers}\n{machine.describe()}", flush=True)
         try:
             # Only now: whatever the model's settings had to say, an earlier run is still there.
             prepare_folder(cfg, overwrite=overwrite)
@@ -112,9 +114,10 @@ class _Run:
         number = self.trainer.steps_done + 1
         with self.logger.progress(f"step {number}") as advance:
             result = self.trainer.step(advance)
+        threshold, decode = cfg.aepo.reward_threshold, self.trainer.inputs.decode
         last = number == cfg.trainer.steps
-        metrics: dict[str, Any] = {"step": number, **result.metrics}
-        metrics["kernel/backend"] = self.trainer.policy.backend
+        metrics: dict[str, Any] = {"step": number, **step_metrics(result, threshold, decode)}
+        metrics["kernel/backend"] = self.trainer.policy.machine.head_backend
         metrics["kernel/rows"] = self.trainer.policy.row_kernels
         try:
             if self._heldout() and (last or (cfg.eval.every and number % cfg.eval.every == 0)):

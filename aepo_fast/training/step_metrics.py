@@ -7,13 +7,72 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from aepo_fast.method.metric_sums import MetricSum
-from aepo_fast.samples import Rollout, Row, token_index, token_offsets
+from aepo_fast.samples import Rollout, RolloutPlan, Row, token_index, token_offsets
+from aepo_fast.training.entropy_metrics import entropy_metrics
 from aepo_fast.training.update import UpdateResult
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, for the log.
+
+    advantages: [R] of the rollout's samples. main: indices of the main samples it learned from.
+    logprob, token_entropy: of the policy that sampled, of all samples' tokens: [tokens].
+    entropy: their mean over the main samples, nats, with its standard error and its moving mean.
+    controller, engine: metrics of their own. canary_difference: None without a canary.
+    """
+
+    plan: RolloutPlan
+    rollout: Rollout
+    advantages: torch.Tensor
+    main: list[int]
+    logprob: torch.Tensor
+    token_entropy: torch.Tensor
+    entropy: float
+    entropy_stderr: float
+    entropy_smoothed: float
+    updates: list[UpdateResult]
+    weights_version: int  # after the updates
+    learning_rate: float
+    controller: dict[str, float]
+    engine: dict[str, float]
+    canary_difference: float | None
+    times: StepTimes
+
+
+def step_metrics(
+    step: StepResult, threshold: float, decode: Callable[[Sequence[int]], str]
+) -> dict[str, float]:
+    """All metrics of a step, in the order of metrics.jsonl.
+
+    threshold: the task reward from which a sample is correct.
+    """
+    samples, main = step.rollout.rows, step.main
+    version = step.weights_version - sum(one.taken for one in step.updates)
+    metrics = update_metrics(step.updates)
+    metrics |= sampling_metrics(step.logprob, samples, main, version)
+    # Over all main samples before the updates, not over those of each update before it.
+    metrics |= {"entropy": step.entropy, "entropy_stderr": step.entropy_stderr}
+    metrics |= entropy_metrics(step.rollout, step.token_entropy, main, threshold, decode)
+    metrics |= {
+        "entropy_smoothed": step.entropy_smoothed,
+        "aepo/entropy_target": step.plan.target,
+        "aepo/temperature": step.plan.temperature,
+        **step.controller,
+        "learning_rate": step.learning_rate,
+        "weights_version": step.weights_version,
+    }
+    if step.canary_difference is not None:
+        metrics["sampling/canary_difference"] = step.canary_difference
+    metrics |= rollout_metrics(step.rollout, threshold)
+    metrics |= step.engine
+    return metrics | step.times.metrics() | perf_metrics(step.rollout, step.updates, step.times)
 
 
 def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:

@@ -6,13 +6,13 @@ the other forms draw none and differ only in the objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.data.sampler import make_sampler
 from aepo_fast.method.aepo_terms import dcpo_mix
@@ -20,6 +20,7 @@ from aepo_fast.method.controllers import make_controller
 from aepo_fast.method.credit import group_advantages, plan_minibatches
 from aepo_fast.method.entropy_control import Measurement
 from aepo_fast.method.objective import (
+    Objective,
     build_objective,
     is_positive,
     needs_scores,
@@ -32,19 +33,13 @@ from aepo_fast.report.moving_mean import MovingMean
 from aepo_fast.rewards.reward import RewardError
 from aepo_fast.rollout.canary import Canary
 from aepo_fast.rollout.sampling import Rollouts
-from aepo_fast.samples import Rollout, Row, seed_of, token_mean
+from aepo_fast.samples import Rollout, RolloutPlan, Row, Scores, seed_of, token_mean
 from aepo_fast.training.assemble import Inputs, load_models
 from aepo_fast.training.checkpoint import load_optimizer, rng_state, set_rng_state
-from aepo_fast.training.entropy_metrics import entropy_metrics
 from aepo_fast.training.interrupt import InterruptGuard
 from aepo_fast.training.optim import build_optimizer, learning_rate
-from aepo_fast.training.step_metrics import (
-    StepTimes,
-    perf_metrics,
-    rollout_metrics,
-    sampling_metrics,
-    update_metrics,
-)
+from aepo_fast.training.plan import plan_rollout
+from aepo_fast.training.step_metrics import StepResult, StepTimes
 from aepo_fast.training.update import UpdateResult, update
 
 _CANARY_PROMPTS = 4
@@ -54,34 +49,20 @@ class TrainingError(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves for the log."""
-
-    metrics: dict[str, Any]
-    rollout: Rollout
-    advantages: torch.Tensor
-
-
 class Trainer:
     """The state of a run and its one operation, `step`."""
 
-    def __init__(self, cfg: Config, inputs: Inputs, guard: InterruptGuard) -> None:
+    def __init__(
+        self, cfg: Config, machine: Machine, inputs: Inputs, guard: InterruptGuard
+    ) -> None:
         self.cfg, self.inputs, self.guard = cfg, inputs, guard
-        models = load_models(cfg, inputs)
+        models = load_models(cfg, machine, inputs)
         self.model, self.policy = models.model, models.policy
         self.reference, self.engine = models.reference, models.engine
         self.optimizer = build_optimizer(self.model, cfg.trainer)
         self.controller = make_controller(cfg.aepo, cfg.trainer)
-        self.rollouts = Rollouts(
-            cfg,
-            self.engine,
-            inputs.reward,
-            make_sampler(cfg, inputs.prompts),
-            self.controller,
-            inputs.decode,
-            guard.check,
-        )
+        self.sampler = make_sampler(cfg, inputs.prompts)
+        self.rollouts = Rollouts(cfg, self.engine, inputs.reward, inputs.decode, guard.check)
         self.bonus = BonusCoefficient(cfg.loss)
         self.rival = RivalController(cfg.loss)
         self.smoothed = MovingMean()
@@ -98,95 +79,75 @@ class Trainer:
         self.resume_state = self._state()
 
     def step(self, on_tokens: Callable[[int], None]) -> StepResult:
-        """Sample, score, update the policy, then the entropy controller.
+        """Sample, learn from the samples, measure the entropy, and let the controller act on it.
 
         Raises Interrupted only while the weights are still those of `resume_state`, and
         TrainingError after too many updates in a row without a finite gradient.
         """
-        cfg, times, check = self.cfg.trainer, StepTimes(), self.guard.check
-        rng = np.random.default_rng([cfg.seed, self.steps_done])
-        plan, rollout = self.rollouts.take(self.steps_done, on_tokens, times.lap)
-        self.rollouts.start(self.steps_done + 1)
+        cfg, clock = self.cfg.trainer, StepTimes()
+        # T from the controller, prompts, auxiliary prompts and requests: made by the step before
+        # where samples are drawn ahead.
+        plan = self.rollouts.planned or self._plan(self.steps_done)
+        rollout = self.rollouts.sample(plan, on_tokens, clock.lap)  # one call, and the rewards
+        self._sample_ahead()
 
-        rows = rollout.rows
-        advantages = group_advantages(
-            rollout.main_rewards, rollout.groups, str(self.cfg.loss.advantage)
-        )
-        groups, positives = self._trained(rollout)
+        samples = rollout.rows
+        kind = str(self.cfg.loss.advantage)
+        advantages = group_advantages(rollout.main_rewards, rollout.groups, kind)
+        groups, positives = self._learnable(rollout)
         main = [index for group in groups for index in group]
-        trained = main + positives
-        scores = reference = None
-        if needs_scores(self.cfg.loss, cfg.minibatches * cfg.epochs):
-            second = second_temperature(self.cfg.loss, self.cfg.aepo, plan.temperature)
-            scores = self.policy.score(rows, trained, second_temperature=second, check=check)
-        if self.reference is not None:
-            reference = self.reference.score(rows, trained, check=check)
-        times.lap("score")
+        old, reference = self._old_logprobs(samples, main + positives, plan.temperature)
+        clock.lap("score")
 
         context = self._context(rollout, plan.temperature)
         generator = torch.Generator().manual_seed(seed_of(cfg.seed, self.steps_done, 1))
-        results: list[UpdateResult] = []
-        for _ in range(cfg.epochs):
-            for minibatch in plan_minibatches(
-                groups, positives, num_minibatches=cfg.minibatches, rng=rng
-            ):
-                objective = build_objective(
-                    self.cfg,
-                    rows,
-                    advantages,
-                    minibatch,
-                    context,
-                    scores=scores,
-                    reference=reference,
-                    generator=generator,
-                )
-                self._set_learning_rate()
-                result = update(
-                    self.policy,
-                    self.optimizer,
-                    rows,
-                    minibatch,
-                    objective,
-                    max_grad_norm=cfg.max_grad_norm,
-                    # Once the weights have moved, the step is finished before stopping.
-                    check=check if not results else lambda: None,
-                )
-                self._count(result)
-                results.append(result)
-        metrics = update_metrics(results)
-        # Of the policy that sampled. Without scores there was one update, which measured it.
-        before = results[0] if scores is None else scores
-        metrics |= sampling_metrics(before.logprob, rows, main, self.resume_state["updates"])
-        entropy = token_mean(before.entropy, rows, main)
-        metrics["entropy"], metrics["entropy_stderr"] = entropy
-        threshold, decode = self.cfg.aepo.reward_threshold, self.inputs.decode
-        metrics |= entropy_metrics(rollout, before.entropy, main, threshold, decode)
-        times.lap("train")
+        updates: list[UpdateResult] = []
+        for minibatch in self._minibatches(groups, positives):
+            objective = build_objective(
+                self.cfg,
+                samples,
+                advantages,
+                minibatch,
+                context,
+                scores=old,
+                reference=reference,
+                generator=generator,
+            )
+            updates.append(self._update(samples, minibatch, objective, first=not updates))
+        # Of the policy that sampled. Without a pass before it, the one update measured it.
+        before = updates[0] if old is None else old
+        entropy, stderr = token_mean(before.entropy, samples, main)
+        clock.lap("train")
 
         self.rollouts.wait()
-        times.lap("wait")
-        updates = sum(result.taken for result in results)
-        self.controller.update(Measurement(*entropy, plan.temperature, updates))
-        self.bonus.update(metrics["entropy"])
-        self.rival.update(metrics["entropy"])
-        metrics["entropy_smoothed"] = self.smoothed.update(metrics["entropy"])
+        clock.lap("wait")
+        taken = sum(one.taken for one in updates)
+        self.controller.update(Measurement(entropy, stderr, plan.temperature, taken))
+        self.bonus.update(entropy)
+        self.rival.update(entropy)
+        smoothed = self.smoothed.update(entropy)
         difference = self._sync_weights()
-        times.lap("sync")
+        clock.lap("sync")
         self.steps_done += 1
         self.resume_state = self._state()
-        metrics |= {
-            "aepo/entropy_target": plan.target,
-            "aepo/temperature": plan.temperature,
-            **self.controller.metrics(),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "weights_version": self.updates,
-        }
-        if difference is not None:
-            metrics["sampling/canary_difference"] = difference
-        metrics |= rollout_metrics(rollout, threshold)
-        metrics |= self.engine.metrics
-        metrics |= times.metrics() | perf_metrics(rollout, results, times)
-        return StepResult(metrics, rollout, advantages)
+        return StepResult(
+            plan=plan,
+            rollout=rollout,
+            advantages=advantages,
+            main=main,
+            logprob=before.logprob,
+            token_entropy=before.entropy,
+            entropy=entropy,
+            entropy_stderr=stderr,
+            entropy_smoothed=smoothed,
+            updates=updates,
+            weights_version=self.updates,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            controller=self.controller.metrics(),
+            engine=dict(self.engine.metrics),
+            canary_difference=difference,
+            times=clock,
+        )
 
     def close(self) -> None:
         """End what is still being sampled, and the rollout engine."""
@@ -202,6 +163,62 @@ class Trainer:
         """Hand the weights to the rollout engine; the canary's difference where there is one."""
         self.engine.sync_weights(self.model, self.updates)
         return None if self.canary is None else self.canary.check()
+
+    def _plan(self, step: int) -> RolloutPlan:
+        temperature, target = self.controller.temperature(), self.cfg.aepo.entropy_target
+        return plan_rollout(self.cfg, step, self.sampler, temperature=temperature, target=target)
+
+    def _sample_ahead(self) -> None:
+        """Begin with the next step's samples where the run works ahead and has a next step."""
+        step = self.steps_done + 1
+        if self.cfg.rollout.steps_ahead and step < self.cfg.trainer.steps:
+            self.rollouts.start(self._plan(step))
+
+    def _old_logprobs(
+        self, samples: Sequence[Row], indices: Sequence[int], temperature: float
+    ) -> tuple[Scores | None, Scores | None]:
+        """Log-probs and entropies before the updates, of the policy and of its reference.
+
+        None for the policy where a single update measures them, and without a reference.
+        """
+        cfg, check = self.cfg, self.guard.check
+        old = reference = None
+        if needs_scores(cfg.loss, cfg.trainer.minibatches * cfg.trainer.epochs):
+            second = second_temperature(cfg.loss, cfg.aepo, temperature)
+            old = self.policy.score(samples, indices, second_temperature=second, check=check)
+        if self.reference is not None:
+            reference = self.reference.score(samples, indices, check=check)
+        return old, reference
+
+    def _minibatches(self, groups: list[list[int]], positives: list[int]) -> list[list[int]]:
+        """Indices of samples of each update of the step, epoch after epoch."""
+        cfg = self.cfg.trainer
+        rng = np.random.default_rng([cfg.seed, self.steps_done])
+        return [
+            minibatch
+            for _ in range(cfg.epochs)
+            for minibatch in plan_minibatches(
+                groups, positives, num_minibatches=cfg.minibatches, rng=rng
+            )
+        ]
+
+    def _update(
+        self, samples: Sequence[Row], minibatch: Sequence[int], objective: Objective, *, first: bool
+    ) -> UpdateResult:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg.trainer, self.steps_done)
+        result = update(
+            self.policy,
+            self.optimizer,
+            samples,
+            minibatch,
+            objective,
+            max_grad_norm=self.cfg.trainer.max_grad_norm,
+            # Once the weights have moved, the step is finished before stopping.
+            check=self.guard.check if first else lambda: None,
+        )
+        self._count(result)
+        return result
 
     def _context(self, rollout: Rollout, temperature: float) -> StepContext:
         aepo = self.cfg.aepo
@@ -223,7 +240,7 @@ class Trainer:
         entropy = self.controller.entropy
         return 0.0 if entropy is None else self.cfg.aepo.entropy_target - entropy
 
-    def _trained(self, rollout: Rollout) -> tuple[list[list[int]], list[int]]:
+    def _learnable(self, rollout: Rollout) -> tuple[list[list[int]], list[int]]:
         """Rows to learn from: the scored ones of each main group, and the auxiliary positives."""
 
         def scored(row: Row) -> bool:
@@ -246,10 +263,6 @@ class Trainer:
         ]
         return groups, positives
 
-    def _set_learning_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg.trainer, self.steps_done)
-
     def _count(self, result: UpdateResult) -> None:
         if result.taken:
             self.updates += 1
@@ -265,12 +278,14 @@ class Trainer:
             )
 
     def _state(self) -> dict[str, Any]:
+        ahead = self.rollouts.planned  # a resumed run draws its prompts again
+        sampler = self.sampler.state_dict() if ahead is None else ahead.sampler_state
         return {
             "model_path": self.cfg.model.path,
             "steps_done": self.steps_done,
             "updates": self.updates,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "rollouts": self.rollouts.state_dict(),
+            "rollouts": {"sampler": sampler, "ahead": self.rollouts.state_dict()},
             "controller": self.controller.state_dict(),
             "bonus": self.bonus.state_dict(),
             "rival": self.rival.state_dict(),
@@ -281,7 +296,12 @@ class Trainer:
     def _load_state(self, state: dict[str, Any]) -> None:
         self.steps_done, self.updates = state["steps_done"], state["updates"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.rollouts.load_state_dict(state["rollouts"])
+        self.sampler.load_state_dict(state["rollouts"]["sampler"])
+        ahead = state["rollouts"]["ahead"]
+        if ahead is not None:
+            known = {name: ahead[name] for name in ("temperature", "target")}
+            plan = plan_rollout(self.cfg, ahead["step"], self.sampler, **known)
+            self.rollouts.load_state_dict(ahead, plan)
         self.controller.load_state_dict(state["controller"])
         self.bonus.load_state_dict(state["bonus"])
         if "rival" in state:  # not in checkpoints from before these methods

@@ -15,7 +15,6 @@ from aepo_fast.model.batch import MicroBatch
 from aepo_fast.model.policy import Policy
 from aepo_fast.samples import Row, token_index, token_offsets
 from aepo_fast.training.optim import guarded_step
-from aepo_kernels import linear_token_loss
 
 
 @dataclass(frozen=True)
@@ -120,19 +119,12 @@ def _forward_backward(
         active = batch.targets.numel() if loss.requires_grad else 0
         measured = output.logprob.detach(), output.entropy.detach()
         return _Done(loss.detach(), metrics, *measured, active)
-    head, names = policy.head, tuple(columns)
-    result = linear_token_loss(
-        policy.hidden(batch),
-        head.weight,
-        batch.targets.to(policy.device),
+    names = tuple(columns)
+    result = policy.token_loss(
+        batch,
         taking_slices(objective.token_loss, names),
         *(columns[name] for name in names),
         second_temperature=objective.second_temperature,
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        ignore_index=None,
-        backend=policy.backend,
     )
     if result.loss.requires_grad:
         result.loss.backward()

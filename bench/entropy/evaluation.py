@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from aepo_fast.config.resolve import choose_dtypes
+from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config
 from aepo_fast.data.prompts import load_prompts
 from aepo_fast.model.load import load_tokenizer, resolve
@@ -37,7 +37,8 @@ def evaluate_run(model: str, cfg: Config, *, prompts: int, samples: int) -> dict
     distinct_right: a prompt's different right answers among the first `distinct_draws` draws, mean
     over prompts. entropy: nats a token, mean of -log p over the tokens drawn at temperature 1.
     """
-    cfg = choose_dtypes(cfg)
+    machine = resolve_machine(cfg, trains=False)
+    cfg = machine.settled(cfg)
     check_rollout_backend(cfg)
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
@@ -56,7 +57,7 @@ def evaluate_run(model: str, cfg: Config, *, prompts: int, samples: int) -> dict
     limit = cfg.rollout.max_new_tokens
     requests = [Request(prompt.token_ids, 1, GREEDY_TEMPERATURE, EVAL_SEED) for prompt in chosen]
     sampled: dict[int, list[Completion]] = {}
-    with closing(load_engine(cfg, folder, tokenizer)) as engine:
+    with closing(load_engine(cfg, machine, folder, tokenizer)) as engine:
         result = evaluate(
             engine,
             reward,

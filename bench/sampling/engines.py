@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from aepo_kernels import multiplies_bfloat16
 from bench.common.environment import RESULTS, command_line, describe, result_path, write_result
 
 ENGINES = ("hf", "vllm")
@@ -54,25 +53,28 @@ def load_trained(arguments: argparse.Namespace) -> tuple[str, torch.nn.Module]:
     # The other benchmarks run without the trainer's packages.
     from transformers import AutoModelForCausalLM
 
+    from aepo_fast.config.resolve import auto_device
+
     folder = model_folder(arguments.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto_device()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, arguments.trainer_dtype),
-        attn_implementation="sdpa" if device == "cuda" else "eager",
+        attn_implementation="sdpa" if device.type == "cuda" else "eager",
     )
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
     return folder, model
 
 
 def load_engine(name: str, folder: str, model: Any, arguments: argparse.Namespace) -> Any:
     """A rollout engine with the model's weights."""
+    from aepo_fast.config.resolve import dtype_name, fast_dtype
     from aepo_fast.config.sections import RolloutConfig
     from aepo_fast.rollout.hf import HfRollout
 
-    dtype = "bfloat16" if multiplies_bfloat16(model.device.type) else "float32"
+    dtype = fast_dtype(model.device)
     if name == "hf":
-        return HfRollout(model, dtype=getattr(torch, dtype), eos_ids=(), batch_rows=256)
+        return HfRollout(model, dtype=dtype, eos_ids=(), batch_rows=256)
     if importlib.util.find_spec("vllm") is None:
         raise SystemExit("vLLM is not installed: make test-vllm installs it, or --engines hf")
     from aepo_fast.rollout.vllm import VllmRollout
@@ -81,7 +83,7 @@ def load_engine(name: str, folder: str, model: Any, arguments: argparse.Namespac
         backend="vllm",
         max_prompt_tokens=256,
         max_new_tokens=arguments.tokens,
-        dtype=dtype,
+        dtype=dtype_name(dtype),
         enforce_eager=arguments.eager,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aepo_fast.config.resolve import choose_backend, choose_device, choose_dtypes
+from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import load_config
 from aepo_fast.method.metric_sums import MetricSum
@@ -112,18 +112,17 @@ def load_problem(
     The loss is that config's before the first update, weight * advantage * ratio with the ratio
     exp(logprob - logprob.detach()); there are no auxiliary rows.
     """
-    device = choose_device("auto")
-    on_gpu = device.type == "cuda"
     settings = [
         f"trainer.tokens_per_microbatch={tokens_per_microbatch}",
         f"trainer.lr={LEARNING_RATE}",
     ]
-    cfg = choose_dtypes(load_config("first-light", settings))
-    model = load_model(cfg.model, folder, device)
+    cfg = load_config("first-light", settings)
+    machine = resolve_machine(cfg)
+    cfg = machine.settled(cfg)
+    model = load_model(cfg.model, folder, machine)
     # Whatever is timed beside ours takes the faster of transformers' own at these lengths.
     twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
-    twin.set_attn_implementation("sdpa" if on_gpu else "eager")
-    backend = choose_backend(cfg)
+    twin.set_attn_implementation("sdpa" if machine.is_gpu else "eager")
     in_lines = dataclasses.replace(cfg.trainer, layout="padded")
     vocab = len(head_of(model).weight)
     rows, advantages = make_rows(prompts, samples, prompt_tokens, tokens, vocab, seed)
@@ -150,9 +149,9 @@ def load_problem(
         rows,
         objective,
         build_optimizer(model, cfg.trainer),
-        ours=Policy(model, cfg.model, cfg.trainer, backend),
-        padded=Policy(model, cfg.model, in_lines, backend),
-        plain=Policy(twin, cfg.model, in_lines, backend),
+        ours=Policy(model, machine, cfg.trainer),
+        padded=Policy(model, machine, in_lines),
+        plain=Policy(twin, machine, in_lines),
     )
 
 
@@ -161,7 +160,7 @@ def all_candidates(problem: Problem) -> list[Candidate]:
     plain = problem.plain
     compiled = functools.partial(logits_materialised, torch.compile(materialised.scores_of_logits))
     eager = functools.partial(logits_materialised, materialised.scores_of_logits)
-    where = plain.device, plain.dtype
+    where = plain.device, plain.machine.compute_dtype
     return [
         Candidate(OURS, problem.ours, functools.partial(our_step, problem, problem.ours)),
         Candidate(
@@ -186,7 +185,7 @@ def plain_candidate(
 def reference_step(problem: Problem, dtype: torch.dtype) -> UpdateResult:
     """The materialised step in autocast to `dtype`, none in float32, in small micro-batches."""
     policy = copy.copy(problem.plain)
-    policy.dtype = dtype
+    policy.machine = dataclasses.replace(policy.machine, compute_dtype=dtype)
     # So that the gate passes where the candidate's own logits do not fit.
     policy.max_tokens = min(policy.max_tokens, REFERENCE_TOKENS)
     eager = functools.partial(logits_materialised, materialised.scores_of_logits)
@@ -249,7 +248,7 @@ def logits_materialised(
     lines, width = batch.input_ids.shape
     first = int((batch.select % width).min())
     assert batch.attention_mask is not None
-    with torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
+    with policy.machine.autocast():
         logits = policy.model(
             input_ids=batch.input_ids.to(policy.device),
             position_ids=batch.position_ids.to(policy.device),

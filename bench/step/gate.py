@@ -30,7 +30,7 @@ def gated(
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
     """The errors of materialised logits in the compute dtype, and each candidate's record."""
     exact, _ = observe(problem, functools.partial(reference_step, problem, torch.float32))
-    plain = functools.partial(reference_step, problem, problem.plain.dtype)
+    plain = functools.partial(reference_step, problem, problem.plain.machine.compute_dtype)
     reference = errors_of(observe(problem, plain)[0], exact)
     found = {one.name: check(problem, one, exact, reference) for one in candidates}
     return reference, found

@@ -23,8 +23,9 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import ModelConfig
 from aepo_fast.model import attention, load
 from tests.tiny_model import build_tiny_model, build_tiny_tokenizer
+from tests.tiny_run import a_machine
 
-CPU = torch.device("cpu")
+CPU = a_machine()
 SMALL = dict(
     vocab_size=50,
     hidden_size=32,
@@ -103,7 +104,8 @@ def test_folder_without_tokenizer(tmp_path, tiny_model_dir):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_model_loads_for_training(tiny_model_dir, dtype):
-    model = load.load_model(model_config(dtype=dtype), tiny_model_dir, CPU)
+    machine = a_machine(weights=getattr(torch, dtype))
+    model = load.load_model(model_config(dtype=dtype), tiny_model_dir, machine)
     assert model.training and model.is_activation_checkpointing
     assert all(parameter.dtype == getattr(torch, dtype) for parameter in model.parameters())
     assert model.config._attn_implementation == "grouped"

@@ -22,13 +22,13 @@ from aepo_fast.samples import Row, token_index, token_mean, token_offsets
 from aepo_fast.training.optim import build_optimizer
 from aepo_fast.training.update import update
 from tests.aepo_fast.model.test_batch import lone_logprobs, make_rows
-from tests.tiny_run import tiny_config
+from tests.tiny_run import a_machine, tiny_config
 
 
 def policy_of(folder: Path, *, attention: str = "sdpa", layout: str = "auto") -> Policy:
     cfg = ModelConfig(path=str(folder), compute_dtype="float32", attention=attention)  # type: ignore[arg-type]
-    model = load_model(cfg, folder, torch.device("cpu"))
-    return Policy(model, cfg, TrainerConfig(layout=layout, tokens_per_microbatch=40))  # type: ignore[arg-type]
+    model = load_model(cfg, folder, a_machine())
+    return Policy(model, a_machine(), TrainerConfig(layout=layout, tokens_per_microbatch=40))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "grouped"])
@@ -194,8 +194,9 @@ def test_casting_weights_once_and_sparse_embeddings_change_no_gradient(
         compute_dtype="bfloat16",
         gradient_checkpointing=checkpointing,
     )
-    model = load_model(cfg, tiny_model_dir, torch.device("cpu"))
-    policy = Policy(model, cfg, TrainerConfig(tokens_per_microbatch=20))
+    machine = a_machine(compute=torch.bfloat16)
+    model = load_model(cfg, tiny_model_dir, machine)
+    policy = Policy(model, machine, TrainerConfig(tokens_per_microbatch=20))
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
     assert embedding.sparse == (embedding.weight is policy.head.weight)

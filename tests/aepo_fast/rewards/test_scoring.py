@@ -16,7 +16,7 @@ from aepo_fast.method.objective import is_positive
 from aepo_fast.rewards.reward import Reward, RewardError
 from aepo_fast.rewards.scorer import GroupScorer
 from aepo_fast.rollout.sampling import collect
-from aepo_fast.samples import Completion, Prompt, Rollout, RolloutPlan
+from aepo_fast.samples import Completion, Prompt, Request, Rollout, RolloutPlan
 from tests.tiny_run import tiny_config
 
 
@@ -145,8 +145,8 @@ def test_a_long_right_answer_is_penalised_and_positive(tmp_path: Path) -> None:
         reward=RewardConfig(soft_overlong_tokens=4),
         rollout=RolloutConfig(max_new_tokens=6),
     )
-    cfg = replace(cfg, trainer=replace(cfg.trainer, group_size=2))
-    plan = RolloutPlan(0, prompts(1), prompts(1), 1.2, 0.5, {})
+    requests = [Request((1,), 2, temperature, 0) for temperature in (1.0, 1.2)]
+    plan = RolloutPlan(0, prompts(1), prompts(1), 1.2, 0.5, requests, {})
     rollout = collect(
         Sampled(),
         Recorder().reward(),

@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from aepo_fast.config.sections import ModelConfig, TrainerConfig
+from aepo_fast.config.sections import TrainerConfig
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.canary import Canary, StaleWeightsError
 from aepo_fast.rollout.hf import HfRollout
 from aepo_fast.samples import Completion, Row
 from aepo_fast.training.step_metrics import sampling_metrics
+from tests.tiny_run import a_machine
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14)]
 
@@ -24,11 +25,10 @@ def model(tiny_model_dir: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
 
 
-def parts(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> tuple[HfRollout, Policy]:
+def parts(model: PreTrainedModel, dtype: torch.dtype) -> tuple[HfRollout, Policy]:
     # In another dtype, the engine holds weights of its own, as vLLM does.
     engine = HfRollout(model, dtype=dtype, eos_ids=(), batch_rows=8)
-    cfg = ModelConfig(path=str(folder), compute_dtype="float32", gradient_checkpointing=False)
-    return engine, Policy(model, cfg, TrainerConfig(device="cpu"))
+    return engine, Policy(model, a_machine(), TrainerConfig())
 
 
 def nudge(model: PreTrainedModel, size: float) -> None:
@@ -41,9 +41,9 @@ def nudge(model: PreTrainedModel, size: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_passes_while_the_engine_has_the_trainers_weights(
-    model: PreTrainedModel, tiny_model_dir: Path, dtype: torch.dtype
+    model: PreTrainedModel, dtype: torch.dtype
 ) -> None:
-    engine, policy = parts(model, tiny_model_dir, dtype)
+    engine, policy = parts(model, dtype)
     canary = Canary(engine, policy, PROMPTS)
     assert 0 <= canary.fresh < 0.02
     assert canary.check() == canary.check() <= canary.limit  # the same samples every time
@@ -52,10 +52,8 @@ def test_passes_while_the_engine_has_the_trainers_weights(
     assert canary.check() <= canary.limit
 
 
-def test_a_skipped_sync_is_caught_with_both_values(
-    model: PreTrainedModel, tiny_model_dir: Path
-) -> None:
-    engine, policy = parts(model, tiny_model_dir, torch.bfloat16)
+def test_a_skipped_sync_is_caught_with_both_values(model: PreTrainedModel) -> None:
+    engine, policy = parts(model, torch.bfloat16)
     canary = Canary(engine, policy, PROMPTS)
     nudge(model, 0.3)
     with pytest.raises(StaleWeightsError, match=rf"version 0: .*{canary.limit:.4f} is allowed"):
@@ -63,9 +61,9 @@ def test_a_skipped_sync_is_caught_with_both_values(
 
 
 def test_a_difference_that_is_no_number_does_not_pass(
-    model: PreTrainedModel, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, policy = parts(model, tiny_model_dir, torch.float32)
+    engine, policy = parts(model, torch.float32)
     canary = Canary(engine, policy, PROMPTS)
     monkeypatch.setattr(canary, "difference", lambda draw=0: float("nan"))
     with pytest.raises(StaleWeightsError, match="nan"):
@@ -73,9 +71,9 @@ def test_a_difference_that_is_no_number_does_not_pass(
 
 
 def test_one_unlucky_draw_does_not_stop_a_run(
-    model: PreTrainedModel, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, policy = parts(model, tiny_model_dir, torch.bfloat16)
+    engine, policy = parts(model, torch.bfloat16)
     canary = Canary(engine, policy, PROMPTS)
     fresh = canary.fresh
     monkeypatch.setattr(canary, "difference", lambda draw=0: fresh * (1.7 if draw == 0 else 1.1))

@@ -17,6 +17,7 @@ from aepo_fast.rollout.hf import HfRollout, sample_tokens
 from aepo_fast.rollout.packed_linear import PackedLinear, can_pack, packed_linears
 from aepo_fast.samples import Completion, Request
 from aepo_kernels.cpu import library as cpu_library
+from tests.tiny_run import a_machine
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16)]
 
@@ -83,7 +84,7 @@ def test_a_cache_read_in_place_and_a_shared_beginning_change_nothing(
     tiny_model_dir: Path, dtype: torch.dtype
 ) -> None:
     cfg = ModelConfig(path=str(tiny_model_dir), attention="grouped", compute_dtype="bfloat16")
-    model = load_model(cfg, tiny_model_dir, torch.device("cpu"))
+    model = load_model(cfg, tiny_model_dir, a_machine(compute=torch.bfloat16))
     start = tuple(range(20, 32))
     requests = [Request((*start, *end), 6, 1.0, 2) for end in ((5, 6, 7), (9,), (11, 12))]
     engine = HfRollout(model, dtype=dtype, eos_ids=range(40), batch_rows=64)

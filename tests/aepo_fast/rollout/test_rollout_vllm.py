@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from aepo_fast.config.sections import ModelConfig, RolloutConfig, TrainerConfig
+from aepo_fast.config.sections import RolloutConfig, TrainerConfig
 from aepo_fast.model.load import resolve
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.canary import Canary, StaleWeightsError
 from aepo_fast.rollout.engine import RolloutError
 from aepo_fast.samples import Completion, Request, Row
 from aepo_kernels import multiplies_bfloat16
+from tests.tiny_run import a_machine
 
 pytestmark = [
     pytest.mark.vllm,
@@ -63,8 +64,8 @@ def model(folder: str, engine: Any) -> Iterator[PreTrainedModel]:
 
 
 @pytest.fixture
-def policy(model: PreTrainedModel, folder: str) -> Policy:
-    return Policy(model, ModelConfig(path=folder, compute_dtype=DTYPE), TrainerConfig(device="cpu"))
+def policy(model: PreTrainedModel) -> Policy:
+    return Policy(model, a_machine(compute=getattr(torch, DTYPE)), TrainerConfig())
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from aepo_fast.config.sections import ModelConfig, RolloutConfig, TrainerConfig
+from aepo_fast.config.sections import RolloutConfig, TrainerConfig
 from aepo_fast.model.load import resolve
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.canary import Canary, StaleWeightsError
+from tests.tiny_run import a_machine
 
 pytestmark = [
     pytest.mark.vllm,
@@ -67,7 +68,8 @@ def trained(folder: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def canary_of(engine: Any, model: PreTrainedModel, prompts: list[tuple[int, ...]]) -> Canary:
-    policy = Policy(model, ModelConfig(path="-", compute_dtype="bfloat16"), TrainerConfig())
+    machine = a_machine(model.device, weights=model.dtype, compute=torch.bfloat16)
+    policy = Policy(model, machine, TrainerConfig())
     return Canary(engine, policy, prompts)
 
 

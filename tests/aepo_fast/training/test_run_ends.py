@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.resolve import choose_dtypes
+from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import CheckpointConfig, EvalConfig, LoggingConfig, RewardConfig
 from aepo_fast.rewards.math_worker import MathWorker, MathWorkerError
 from aepo_fast.rewards.reward import RewardError
@@ -163,9 +163,9 @@ def test_layers_in_bfloat16_compute_in_nothing_else(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path, tmp_path)
     held = replace(cfg.model, dtype="bfloat16")
     with pytest.raises(ConfigError, match="model.compute_dtype = 'float32'.*held in bfloat16"):
-        choose_dtypes(replace(cfg, model=held))
-    chosen = choose_dtypes(replace(cfg, model=replace(held, compute_dtype="auto")))
-    assert chosen.model.compute_dtype == "bfloat16"
+        resolve_machine(replace(cfg, model=held))
+    machine = resolve_machine(replace(cfg, model=replace(held, compute_dtype="auto")))
+    assert machine.weights_dtype == machine.compute_dtype == torch.bfloat16
 
 
 def test_a_math_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

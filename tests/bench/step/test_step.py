@@ -65,7 +65,7 @@ def test_candidates_take_the_same_step(problem: Problem) -> None:
     assert found["ours"]["layout"] != "padded" == found["ours, padded"]["layout"]
     assert found["ours"]["model_tokens"] < found["ours, padded"]["model_tokens"]
     # In float32 the reference is the truth once more, equal but for what undoing steps rounds.
-    assert (reference["gradient"] > 1e-5) == (problem.plain.dtype != torch.float32)
+    assert (reference["gradient"] > 1e-5) == (problem.plain.machine.compute_dtype != torch.float32)
     after = list(problem.ours.model.parameters())
     for was, now in zip(before, after, strict=True):
         torch.testing.assert_close(now, was, rtol=0, atol=1e-10)
