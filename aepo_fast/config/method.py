@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from aepo_fast.config.conditions import (
@@ -15,10 +15,10 @@ from aepo_fast.config.conditions import (
     settle_defaults,
 )
 from aepo_fast.config.errors import require, require_not_negative, require_positive
+from aepo_fast.method.credit import Advantage, Aggregation
+from aepo_fast.method.policy_losses import POLICY_LOSSES, PolicyLoss
+from aepo_fast.method.user_loss import check_params, find_policy_loss
 
-PolicyLoss = Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo"]
-Advantage = Literal["group_norm", "group_mean"]
-Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 EntropyMethod = Literal[
     "none",
     "bonus",
@@ -33,22 +33,13 @@ EntropyMethod = Literal[
     "ucpo",
     "ds_grpo",
 ]
-# Those that leave the tokens of a row alike, as gspo needs it.
+# Those that leave the tokens of a row alike, as a loss over whole sequences needs it.
 SEQUENCE_ENTROPY_METHODS = ("none", "bonus", "adaptive_bonus", "ucpo", "ds_grpo")
 
 Controller = Literal["observer", "pi", "published", "switch"]
 Form = Literal["split", "rescue", "expected", "one_pass", "dcpo", "resample"]
 Correction = Literal["off", "token_truncate", "sequence_mask", "icepop"]
 
-# What each policy loss uses unless the run says otherwise:
-# advantage, aggregation, clip_low, clip_high.
-POLICY_DEFAULTS: dict[str, tuple[Advantage, Aggregation, float, float]] = {
-    "grpo": ("group_norm", "sequence_mean", 0.2, 0.2),
-    "dr_grpo": ("group_mean", "constant_length", 0.2, 0.2),
-    "dapo": ("group_norm", "token_mean", 0.2, 0.28),
-    "cispo": ("group_norm", "token_mean", 0.2, 0.28),
-    "gspo": ("group_norm", "sequence_mean", 3e-4, 4e-4),
-}
 # What each controller uses unless the run says otherwise. Those of published are the paper's (v7).
 CONTROLLER_DEFAULTS: dict[Controller, dict[str, Any]] = {
     "observer": {
@@ -90,8 +81,22 @@ CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
 _method = partial(one_of, "entropy_method")
 
 
-def _by_policy(index: int) -> Any:
-    return setting(None, chosen=lambda loss: POLICY_DEFAULTS[loss.policy][index])
+_LOSS_WITH_PARAMS = Needs(
+    ("policy",),
+    lambda policy: len(find_policy_loss(policy).own_arguments) > 0,
+    "set {} to a loss with arguments of its own",
+)
+
+
+def _by_policy(name: str, *needs: Needs) -> Any:
+    return setting(None, needs=needs, chosen=lambda loss: getattr(loss.policy_loss, name))
+
+
+def _policy_takes(argument: str) -> Needs:
+    """The condition that the policy loss names `argument`."""
+    known = [name for name, loss in POLICY_LOSSES.items() if loss.takes(argument)]
+    fix = f"set {{}} = {' or '.join(map(repr, known))}"
+    return Needs(("policy",), lambda policy: find_policy_loss(policy).takes(argument), fix)
 
 
 def _by_correction(index: int, *corrections: Correction) -> Any:
@@ -103,15 +108,18 @@ def _by_correction(index: int, *corrections: Correction) -> Any:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The policy loss; None means the default of `policy` (POLICY_DEFAULTS)."""
+    """The policy loss; None means the default of `policy` (POLICY_LOSSES)."""
 
-    policy: PolicyLoss = "grpo"
-    advantage: Advantage | None = _by_policy(0)
-    aggregation: Aggregation | None = _by_policy(1)
-    clip_low: float | None = _by_policy(2)
-    clip_high: float | None = _by_policy(3)
+    # One of POLICY_LOSSES, or "module:function", a loss of the user's (docs/losses.md).
+    policy: str = "grpo"
+    # Arguments of the loss that the trainer does not give.
+    params: dict[str, Any] = setting(default_factory=dict, needs=_LOSS_WITH_PARAMS)
+    advantage: Advantage | None = _by_policy("advantage")
+    aggregation: Aggregation | None = _by_policy("aggregation")
+    clip_low: float | None = _by_policy("clip_low")
+    clip_high: float | None = _by_policy("clip_high")
     # 0 is off
-    dual_clip: float = setting(3.0, needs=one_of("policy", "grpo", "dr_grpo", "dapo"))
+    dual_clip: float = setting(3.0, needs=_policy_takes("dual_clip"))
     kl_coef: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", needs=above_zero("kl_coef"))
     entropy_method: EntropyMethod = "none"
@@ -146,8 +154,18 @@ class LossConfig:
     correction_low: float | None = _by_correction(0, "sequence_mask", "icepop")
     correction_high: float | None = _by_correction(1, "token_truncate", "sequence_mask", "icepop")
 
+    @cached_property
+    def policy_loss(self) -> PolicyLoss:
+        """The loss that `policy` names; raises ConfigError if there is none."""
+        return find_policy_loss(self.policy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings alone: a function of the user's cannot always be pickled."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
     def __post_init__(self) -> None:
         settle_defaults(self)
+        check_params(self.policy_loss, self.params)
         self._check_correction()
         assert self.clip_low is not None
         require_positive("loss", self, "clip_low", "clip_high")
@@ -170,11 +188,11 @@ class LossConfig:
             value = getattr(self, name)
             require(0 < value <= 1, f"loss.{name}", value, "is a share of tokens", "Use (0, 1]")
         require(
-            self.policy != "gspo" or self.entropy_method in SEQUENCE_ENTROPY_METHODS,
+            not self.policy_loss.whole_sequences or self.entropy_method in SEQUENCE_ENTROPY_METHODS,
             "loss.entropy_method",
             self.entropy_method,
-            "acts on single tokens, and gspo weighs whole sequences",
-            f"Use one of {', '.join(SEQUENCE_ENTROPY_METHODS)} with gspo",
+            f"acts on single tokens, and {self.policy} weighs whole sequences",
+            f"Use one of {', '.join(SEQUENCE_ENTROPY_METHODS)} with {self.policy}",
         )
         self._check_rivals()
         refuse_what_does_nothing("loss", self)
@@ -222,11 +240,12 @@ class LossConfig:
                 "Leave them out for the defaults of loss.correction",
             )
         require(
-            self.policy != "gspo" or self.correction in (None, "off", "sequence_mask"),
+            not self.policy_loss.whole_sequences
+            or self.correction in (None, "off", "sequence_mask"),
             "loss.correction",
             self.correction,
-            "weighs single tokens, and gspo weighs whole sequences",
-            'Use "sequence_mask" or "off" with gspo',
+            f"weighs single tokens, and {self.policy} weighs whole sequences",
+            f'Use "sequence_mask" or "off" with {self.policy}',
         )
 
 
