@@ -92,6 +92,23 @@ def _by_policy(name: str, *needs: Needs) -> Any:
     return setting(None, needs=needs, chosen=lambda loss: getattr(loss.policy_loss, name))
 
 
+# The forms whose token ratios are clipped as those of the policy loss.
+_CLIPPED_FORMS = ("split", "expected", "one_pass", "resample")
+
+
+def _clips(argument: str) -> Needs:
+    """The condition that the policy loss or AEPO's term reads a bound of the clip."""
+
+    def holds(policy: str, enabled: bool, form: str) -> bool:
+        loss = find_policy_loss(policy)
+        by_term = enabled and form in _CLIPPED_FORMS and not loss.whole_sequences
+        return by_term or loss.takes(argument)
+
+    keys = ("loss.policy", "aepo.enabled", "aepo.form")
+    fix = f"set {{}} to a loss that takes {argument}, or {{}} = true with {{}} = 'expected'"
+    return Needs(keys, holds, fix)
+
+
 def _policy_takes(argument: str) -> Needs:
     """The condition that the policy loss names `argument`."""
     known = [name for name, loss in POLICY_LOSSES.items() if loss.takes(argument)]
@@ -116,8 +133,8 @@ class LossConfig:
     params: dict[str, Any] = setting(default_factory=dict, needs=_LOSS_WITH_PARAMS)
     advantage: Advantage | None = _by_policy("advantage")
     aggregation: Aggregation | None = _by_policy("aggregation")
-    clip_low: float | None = _by_policy("clip_low")
-    clip_high: float | None = _by_policy("clip_high")
+    clip_low: float | None = _by_policy("clip_low", _clips("clip_low"))
+    clip_high: float | None = _by_policy("clip_high", _clips("clip_high"))
     # 0 is off
     dual_clip: float = setting(3.0, needs=_policy_takes("dual_clip"))
     kl_coef: float = 0.0

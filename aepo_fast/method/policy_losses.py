@@ -90,6 +90,25 @@ def cispo(
     return TokenTerms(-weight * advantage * logprob, low.float(), high.float())
 
 
+def sapo(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+) -> torch.Tensor:
+    """SAPO: -f(r) A with f(r) = sigmoid(tau (r - 1)) * 4 / tau, per token: [N].
+
+    Soft Adaptive Policy Optimization, arXiv 2511.20347, whose temperatures are the defaults:
+    tau_pos for A >= 0, tau_neg for A < 0. The slope f' is 1 at r = 1 and fades on both sides: a
+    soft gate in place of the clip.
+    """
+    ratio = probability_ratio(logprob, old_logprob)
+    tau = torch.where(advantage >= 0, tau_pos, tau_neg).to(ratio.dtype)
+    return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
+
+
 def sequence_means(values: torch.Tensor, row_of_token: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Mean of [N] token values over the tokens of each row: [R]; 0 for a row without tokens."""
     zeros = values.new_zeros(num_rows)
@@ -188,5 +207,6 @@ _TABLE = (
     PolicyLoss("dapo", clipped_surrogate, clip_high=0.28),
     PolicyLoss("cispo", cispo, clip_high=0.28),
     PolicyLoss("gspo", gspo, aggregation="sequence_mean", clip_low=3e-4, clip_high=4e-4),
+    PolicyLoss("sapo", sapo, aggregation="sequence_mean"),
 )
 POLICY_LOSSES = {loss.name: loss for loss in _TABLE}

@@ -80,6 +80,27 @@ def check_params(loss: PolicyLoss, params: Mapping[str, Any]) -> None:
             f"takes {name!r}, which is neither given by the trainer nor set",
             f"{given} loss.params.{name}; the trainer gives {', '.join(GIVEN)}",
         )
+    if params and own and loss.name in POLICY_LOSSES:
+        _check_values(loss, params)
+
+
+def _check_values(loss: PolicyLoss, params: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a loss of the table cannot be computed with the params' values."""
+    tokens = torch.zeros(8)
+    given: dict[str, Any] = dict.fromkeys(GIVEN, tokens) | {
+        "clip_low": loss.clip_low,
+        "clip_high": loss.clip_high,
+        "dual_clip": 3.0,
+        "row_of_token": torch.arange(8) // 2,
+    }
+    try:
+        value = loss.terms(_on_ramps(given)[0], params).loss
+        reason = "" if bool(value.isfinite().all()) else "gives a loss that is not finite"
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = f"gives no loss: {type(error).__name__}: {error}"
+    if reason:
+        fix = f"Leave {', '.join(loss.own_arguments)} out, or give numbers near the defaults"
+        raise ConfigError("loss.params", dict(params), f"{loss.name} {reason}", fix)
 
 
 def _checked(name: str, function: LossFunction) -> LossFunction:

@@ -78,12 +78,16 @@ OF_METHODS = [
         ("ds_grpo_gamma", 0.1, "ds_grpo"),
     ]
 ]
+SAPO = ("loss.policy=sapo",)
 VLLM = "rollout.backend=vllm"
 FILE = "data.sources.0.kind=file"
 TWO, ONE = '[{kind="file", name="a"}, {kind="file", name="b"}]', '[{kind="file", name="a"}]'
 CASES = [
     *OF_METHODS,
-    Case("loss.params", {"tau": 2.0}, "loss.policy", (), ("grpo", "gspo")),
+    choices("loss.params", {"tau_pos": 2.0}, "loss.policy", "sapo", POLICIES),
+    Case("loss.clip_low", 0.1, "aepo.enabled", (True,), (False,), SAPO),
+    Case("loss.clip_high", 0.1, "aepo.form", ("expected", "split"), ("rescue", "dcpo"), SAPO),
+    Case("loss.clip_high", 0.1, "loss.policy", POLICIES[:-1], ("sapo",), (NO_AEPO,)),
     choices("loss.dual_clip", 2.0, "loss.policy", "grpo dr_grpo dapo", POLICIES),
     choices("loss.dual_clip", 0.0, "loss.policy", "grpo dr_grpo dapo", POLICIES),
     Case("loss.kl_estimator", "k1", "loss.kl_coef", (0.1,), (0.0,)),

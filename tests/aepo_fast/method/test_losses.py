@@ -106,6 +106,22 @@ def test_cispo_never_loses_a_gradient() -> None:
     torch.testing.assert_close(terms.loss.detach(), -weight * advantage * logprob.detach())
 
 
+def test_sapo_is_a_soft_gate() -> None:
+    logprob, old, advantage = grid()
+    for taus in ({}, {"tau_pos": 0.5, "tau_neg": 3.0}):
+        loss = policy_losses.sapo(logprob, old, advantage, **taus)
+        (gradient,) = torch.autograd.grad(loss.sum(), logprob)
+        ratios = (logprob - old).exp().tolist()
+        for index, (ratio, adv) in enumerate(zip(ratios, advantage.tolist(), strict=True)):
+            tau = taus.get("tau_pos", 1.0) if adv >= 0 else taus.get("tau_neg", 1.05)
+            sigmoid = 1 / (1 + math.exp(-tau * (ratio - 1)))
+            assert loss[index].item() == pytest.approx(-adv * sigmoid * 4 / tau, rel=1e-6)
+            slope = -adv * 4 * sigmoid * (1 - sigmoid) * ratio
+            assert gradient[index].item() == pytest.approx(slope, rel=1e-6)
+    table = policy_losses.POLICY_LOSSES["sapo"]
+    assert (table.aggregation, table.own_arguments) == ("sequence_mean", ("tau_pos", "tau_neg"))
+
+
 @pytest.mark.parametrize("policy", ["grpo", "dr_grpo", "dapo"])
 def test_policies_of_the_ppo_family_share_the_surrogate(policy: str) -> None:
     logprob, old, advantage = grid()
@@ -114,7 +130,7 @@ def test_policies_of_the_ppo_family_share_the_surrogate(policy: str) -> None:
     assert torch.equal(ours.loss, plain.loss)
 
 
-@pytest.mark.parametrize("policy", ["grpo", "cispo"])
+@pytest.mark.parametrize("policy", ["grpo", "cispo", "sapo"])
 @pytest.mark.parametrize("gap", [-500.0, 500.0])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
 @pytest.mark.parametrize("dual_clip", [0.0, 3.0])

@@ -246,6 +246,12 @@ def test_a_users_loss_trains_resumes_and_round_trips(
             "loss.params",
             "does nothing with loss.policy = 'bad_losses:plain'|arguments of its own",
         ),
+        (
+            ["loss.policy=sapo", "loss.params={tau_pos=0}"],
+            "loss.params",
+            "sapo gives a loss that is",
+        ),
+        (["loss.policy=sapo", "loss.params={tau_pos='a'}"], "loss.params", "sapo gives no loss"),
         (["loss.params={strength=1.0}"], "loss.params", "does nothing with loss.policy = 'grpo'"),
         (
             ["loss.policy=losses_of_papers:gmpo", "loss.entropy_method=clip_cov"],
