@@ -18,6 +18,7 @@ import tomli_w
 
 from aepo_fast.config.conditions import Needs, conditions_of
 from aepo_fast.config.sections import Config
+from aepo_fast.method.policy_losses import POLICY_LOSSES
 
 PAGE = Path(__file__).parent / "configuration.md"
 _HEAD = """# Configuration
@@ -153,13 +154,17 @@ def _default(section: Section, item: dataclasses.Field[Any]) -> str:
 def _chosen_default(section: Section, item: dataclasses.Field[Any]) -> str:
     """The default for each choice of the setting that decides, where the default has an effect."""
     chosen = item.metadata["chosen"]
-    key = _read_by(chosen)
-    hint = get_type_hints(section.kind)[key]
-    (literal,) = [one for one in (hint, *get_args(hint)) if get_origin(one) is Literal]
+    read = _read_by(chosen)
+    if read == "policy_loss":  # what `policy` names
+        key, values = "policy", dict(POLICY_LOSSES)
+    else:
+        hint = get_type_hints(section.kind)[read]
+        (literal,) = [one for one in (hint, *get_args(hint)) if get_origin(one) is Literal]
+        key, values = read, {choice: choice for choice in get_args(literal)}
     needs = [one for one in conditions_of(item) if one.keys == (key,)]
     found: dict[str, list[str]] = {}
-    for choice in get_args(literal):
-        default = chosen(SimpleNamespace(**{key: choice}))
+    for choice, value in values.items():
+        default = chosen(SimpleNamespace(**{read: value}))
         if default is not None and all(one.holds(choice) for one in needs):
             found.setdefault(_toml(default), []).append(choice)
     texts = [f"{default} ({', '.join(choices)})" for default, choices in found.items()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run: says the key, the value, the reason and the next step."""
@@ -29,3 +32,10 @@ def require_not_negative(section: str, obj: object, *names: str) -> None:
     for name in names:
         value = getattr(obj, name)
         require(value >= 0, f"{section}.{name}", value, "must not be negative", "Set 0 or more")
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """The next step after an unknown name: the nearest known one, or all of them."""
+    names = [str(item) for item in known]
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}" if near else f"Known: {', '.join(sorted(names))}"

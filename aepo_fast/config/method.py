@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from aepo_fast.config.conditions import (
@@ -15,10 +15,10 @@ from aepo_fast.config.conditions import (
     settle_defaults,
 )
 from aepo_fast.config.errors import require, require_not_negative, require_positive
+from aepo_fast.method.credit import Advantage, Aggregation
+from aepo_fast.method.policy_losses import POLICY_LOSSES, PolicyLoss
+from aepo_fast.method.user_loss import check_params, find_policy_loss
 
-PolicyLoss = Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo"]
-Advantage = Literal["group_norm", "group_mean"]
-Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 EntropyMethod = Literal[
     "none",
     "bonus",
@@ -33,22 +33,13 @@ EntropyMethod = Literal[
     "ucpo",
     "ds_grpo",
 ]
-# Those that leave the tokens of a row alike, as gspo needs it.
+# Those that leave the tokens of a row alike, as a loss over whole sequences needs it.
 SEQUENCE_ENTROPY_METHODS = ("none", "bonus", "adaptive_bonus", "ucpo", "ds_grpo")
 
 Controller = Literal["observer", "pi", "published", "switch"]
 Form = Literal["split", "rescue", "expected", "one_pass", "dcpo", "resample"]
 Correction = Literal["off", "token_truncate", "sequence_mask", "icepop"]
 
-# What each policy loss uses unless the run says otherwise:
-# advantage, aggregation, clip_low, clip_high.
-POLICY_DEFAULTS: dict[str, tuple[Advantage, Aggregation, float, float]] = {
-    "grpo": ("group_norm", "sequence_mean", 0.2, 0.2),
-    "dr_grpo": ("group_mean", "constant_length", 0.2, 0.2),
-    "dapo": ("group_norm", "token_mean", 0.2, 0.28),
-    "cispo": ("group_norm", "token_mean", 0.2, 0.28),
-    "gspo": ("group_norm", "sequence_mean", 3e-4, 4e-4),
-}
 # What each controller uses unless the run says otherwise. Those of published are the paper's (v7).
 CONTROLLER_DEFAULTS: dict[Controller, dict[str, Any]] = {
     "observer": {
@@ -90,8 +81,39 @@ CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
 _method = partial(one_of, "entropy_method")
 
 
-def _by_policy(index: int) -> Any:
-    return setting(None, chosen=lambda loss: POLICY_DEFAULTS[loss.policy][index])
+_LOSS_WITH_PARAMS = Needs(
+    ("policy",),
+    lambda policy: len(find_policy_loss(policy).own_arguments) > 0,
+    "set {} to a loss with arguments of its own",
+)
+
+
+def _by_policy(name: str, *needs: Needs) -> Any:
+    return setting(None, needs=needs, chosen=lambda loss: getattr(loss.policy_loss, name))
+
+
+# The forms whose token ratios are clipped as those of the policy loss.
+_CLIPPED_FORMS = ("split", "expected", "one_pass", "resample")
+
+
+def _clips(argument: str) -> Needs:
+    """The condition that the policy loss or AEPO's term reads a bound of the clip."""
+
+    def holds(policy: str, enabled: bool, form: str) -> bool:
+        loss = find_policy_loss(policy)
+        by_term = enabled and form in _CLIPPED_FORMS and not loss.whole_sequences
+        return by_term or loss.takes(argument)
+
+    keys = ("loss.policy", "aepo.enabled", "aepo.form")
+    fix = f"set {{}} to a loss that takes {argument}, or {{}} = true with {{}} = 'expected'"
+    return Needs(keys, holds, fix)
+
+
+def _policy_takes(argument: str) -> Needs:
+    """The condition that the policy loss names `argument`."""
+    known = [name for name, loss in POLICY_LOSSES.items() if loss.takes(argument)]
+    fix = f"set {{}} = {' or '.join(map(repr, known))}"
+    return Needs(("policy",), lambda policy: find_policy_loss(policy).takes(argument), fix)
 
 
 def _by_correction(index: int, *corrections: Correction) -> Any:
@@ -105,24 +127,29 @@ def _by_correction(index: int, *corrections: Correction) -> Any:
 class LossConfig:
     """The policy loss and its rivals' entropy methods.
 
-    None means the default of `policy` (POLICY_DEFAULTS).
+    None means the default of `policy` (POLICY_LOSSES).
     """
 
-    policy: PolicyLoss = "grpo"  # the loss of main rows; gspo weighs whole sequences
+    # The loss of main rows: grpo, dr_grpo, dapo, cispo, sapo or gspo, which weighs whole sequences;
+    # or "module:function", a loss of your own. docs/losses.md has them.
+    policy: str = "grpo"
+    # Arguments of the loss that the trainer does not give.
+    params: dict[str, Any] = setting(default_factory=dict, needs=_LOSS_WITH_PARAMS)
     # Reward minus the mean of the prompt's samples; group_norm divides it by their spread.
-    advantage: Advantage | None = _by_policy(0)
+    advantage: Advantage | None = _by_policy("advantage")
     # How tokens are averaged: all alike, first within each sample, or by rollout.max_new_tokens.
-    aggregation: Aggregation | None = _by_policy(1)
+    aggregation: Aggregation | None = _by_policy("aggregation")
     # Lower clip: the ratio of new to old probability counts as 1 - clip_low at least.
-    clip_low: float | None = _by_policy(2)
-    clip_high: float | None = _by_policy(3)  # upper clip: 1 + clip_high at most
+    clip_low: float | None = _by_policy("clip_low", _clips("clip_low"))
+    # Upper clip: the ratio counts as 1 + clip_high at most.
+    clip_high: float | None = _by_policy("clip_high", _clips("clip_high"))
     # With a negative advantage A, the loss of a token is at most dual_clip abs(A); 0 is off.
-    dual_clip: float = setting(3.0, needs=one_of("policy", "grpo", "dr_grpo", "dapo"))
+    dual_clip: float = setting(3.0, needs=_policy_takes("dual_clip"))
     # Weight of the divergence from the reference, the model before training; 0 is off.
     kl_coef: float = 0.0
     # Estimator of that divergence: k1, k2 or k3 of Schulman.
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", needs=above_zero("kl_coef"))
-    # Another method than AEPO to hold or use entropy. docs/entropy.md has the laws.
+    # Another method than AEPO to hold or use entropy. docs/entropy.md explains them.
     entropy_method: EntropyMethod = "none"
     # The bonus's coefficient; with adaptive_bonus it is the first one.
     entropy_coef: float = setting(1e-3, needs=_method("bonus", "adaptive_bonus"))
@@ -174,8 +201,18 @@ class LossConfig:
     # Upper bound of this ratio, see docs/rollouts.md.
     correction_high: float | None = _by_correction(1, "token_truncate", "sequence_mask", "icepop")
 
+    @cached_property
+    def policy_loss(self) -> PolicyLoss:
+        """The loss that `policy` names; raises ConfigError if there is none."""
+        return find_policy_loss(self.policy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings alone: a function of the user's cannot always be pickled."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
     def __post_init__(self) -> None:
         settle_defaults(self)
+        check_params(self.policy_loss, self.params)
         self._check_correction()
         assert self.clip_low is not None
         require_positive("loss", self, "clip_low", "clip_high")
@@ -198,11 +235,11 @@ class LossConfig:
             value = getattr(self, name)
             require(0 < value <= 1, f"loss.{name}", value, "is a share of tokens", "Use (0, 1]")
         require(
-            self.policy != "gspo" or self.entropy_method in SEQUENCE_ENTROPY_METHODS,
+            not self.policy_loss.whole_sequences or self.entropy_method in SEQUENCE_ENTROPY_METHODS,
             "loss.entropy_method",
             self.entropy_method,
-            "acts on single tokens, and gspo weighs whole sequences",
-            f"Use one of {', '.join(SEQUENCE_ENTROPY_METHODS)} with gspo",
+            f"acts on single tokens, and {self.policy} weighs whole sequences",
+            f"Use one of {', '.join(SEQUENCE_ENTROPY_METHODS)} with {self.policy}",
         )
         self._check_rivals()
         refuse_what_does_nothing("loss", self)
@@ -250,11 +287,12 @@ class LossConfig:
                 "Leave them out for the defaults of loss.correction",
             )
         require(
-            self.policy != "gspo" or self.correction in (None, "off", "sequence_mask"),
+            not self.policy_loss.whole_sequences
+            or self.correction in (None, "off", "sequence_mask"),
             "loss.correction",
             self.correction,
-            "weighs single tokens, and gspo weighs whole sequences",
-            'Use "sequence_mask" or "off" with gspo',
+            f"weighs single tokens, and {self.policy} weighs whole sequences",
+            f'Use "sequence_mask" or "off" with {self.policy}',
         )
 
 

@@ -333,7 +333,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.loss.correction is None:
             needed = self.rollout.backend == "vllm" or self.rollout.steps_ahead
-            chosen = "token_truncate" if needed and self.loss.policy != "gspo" else "off"
+            per_token = not self.loss.policy_loss.whole_sequences
+            chosen = "token_truncate" if needed and per_token else "off"
             object.__setattr__(self, "loss", replace(self.loss, correction=chosen))
         require(
             self.rollout.steps_ahead == 0 or self.loss.correction != "off",
@@ -350,13 +351,13 @@ class Config:
             "Set group_size to 2 or more, e.g. 8",
         )
         require(
-            self.loss.policy != "gspo"
+            not self.loss.policy_loss.whole_sequences
             or not self.aepo.enabled
             or self.aepo.form not in ("one_pass", "dcpo"),
             "aepo.form",
             self.aepo.form,
-            "weighs the loss of single tokens, and gspo has one of whole sequences",
-            'Use form = "split", "expected" or "resample" with gspo',
+            f"weighs the loss of single tokens, and {self.loss.policy} has one of whole sequences",
+            f'Use form = "split", "expected" or "resample" with {self.loss.policy}',
         )
         require(
             self.loss.entropy_method != "era"

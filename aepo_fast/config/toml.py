@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.errors import ConfigError, suggest
 from aepo_fast.config.sections import Config
 
 SHIPPED = Path(__file__).parent / "presets"
@@ -34,7 +34,7 @@ def config_path(name_or_path: str) -> Path:
     if name_or_path in shipped:
         return shipped[name_or_path]
     reason = "is neither a file nor a shipped config"
-    raise ConfigError("CONFIG", name_or_path, reason, _suggest(name_or_path, shipped))
+    raise ConfigError("CONFIG", name_or_path, reason, suggest(name_or_path, shipped))
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
@@ -116,7 +116,7 @@ def _build(cls: type[Any], data: dict[str, Any], prefix: str) -> Any:
         if key not in hints:
             where = f"[{prefix.rstrip('.')}]" if prefix else "the configuration"
             reason = f"{where} has no such key"
-            fix = _other_section(key, hints) or _suggest(key, hints)
+            fix = _other_section(key, hints) or suggest(key, hints)
             raise ConfigError(prefix + key, value, reason, fix)
     for field in dataclasses.fields(cls):
         missing = (dataclasses.MISSING, dataclasses.MISSING)
@@ -151,7 +151,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         )
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise ConfigError(key, value, "is not one of its values", _suggest(value, arguments))
+            raise ConfigError(key, value, "is not one of its values", suggest(value, arguments))
         return value
     if origin in (types.UnionType, typing.Union):
         (inner,) = (argument for argument in arguments if argument is not type(None))
@@ -166,9 +166,3 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         reason = f"is of type {type(value).__name__}"
         raise ConfigError(key, value, reason, f"Give it a value of type {hint.__name__}")
     return value
-
-
-def _suggest(name: object, known: typing.Iterable[str]) -> str:
-    names = [str(item) for item in known]
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]}" if near else f"Known: {', '.join(sorted(names))}"

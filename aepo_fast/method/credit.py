@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
+
+Advantage = Literal["group_norm", "group_mean"]
+Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 
 
 def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, mode: str) -> torch.Tensor:

@@ -111,10 +111,11 @@ def build_objective(
             columns["selected"][main] = selected.float()
     if reference is not None:
         columns["reference_logprob"] = reference.logprob
+    whole = loss.policy_loss.whole_sequences
     return Objective(
         columns=columns,
         token_loss=make_token_loss(loss, aepo, context),
-        sequence_loss=make_sequence_loss(loss, aepo, context) if loss.policy == "gspo" else None,
+        sequence_loss=make_sequence_loss(loss, aepo, context) if whole else None,
         second_temperature=second_temperature(loss, aepo, context.temperature),
         passive_rows=_passive_rows(cfg, per_row, minibatch, context),
     )
@@ -214,6 +215,8 @@ def _passive_rows(
     """Rows whose coefficients are zero whatever the model says, hence need no backward pass."""
     active = (per_row["weight"] * per_row["advantage"] != 0) | (per_row["aux_weight"] != 0)
     if cfg.loss.kl_coef > 0 or cfg.loss.entropy_method in ("bonus", "adaptive_bonus", "kl_cov"):
+        active |= per_row["main"] > 0
+    if not cfg.loss.policy_loss.needs_advantage:
         active |= per_row["main"] > 0
     aepo, heated = cfg.aepo, context.temperature != 1
     if aepo.enabled and (aepo.form in ("one_pass", "dcpo") or aepo.form == "expected" and heated):

@@ -1,14 +1,35 @@
-"""Policy losses on token vectors: what each method minimises per token, before aggregation.
+"""Policy losses on token vectors: what each one minimises before aggregation, and their table.
 
-Every function is elementwise over its [N] arguments, so a loss may be computed chunk by chunk.
-Log-probs are in nats at temperature 1; old log-probs and advantages carry no gradient.
+A loss is a function that names the arguments it wants (`GIVEN`). Every loss of single tokens is
+elementwise over its [N] arguments, so it may be computed chunk by chunk. A loss that names
+`row_of_token` weighs whole sequences and is called on whole rows. Log-probs are in nats at
+temperature 1; old log-probs and advantages carry no gradient.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
+
+from aepo_fast.method.credit import Advantage, Aggregation
+
+# What the trainer gives to a loss that names it; any other argument is one of the loss's own.
+GIVEN = (
+    "logprob",
+    "old_logprob",
+    "advantage",
+    "entropy",
+    "second_logprob",
+    "clip_low",
+    "clip_high",
+    "dual_clip",
+    "row_of_token",
+)
 
 # exp of a larger log-ratio would overflow fp32 before the clip can act.
 MAX_LOG_RATIO = 20.0
@@ -69,22 +90,23 @@ def cispo(
     return TokenTerms(-weight * advantage * logprob, low.float(), high.float())
 
 
-def policy_token_loss(
-    policy: str,
+def sapo(
     logprob: torch.Tensor,
     old_logprob: torch.Tensor,
     advantage: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
     *,
-    dual_clip: float,
-) -> TokenTerms:
-    """The token-level loss named by LossConfig.policy; "gspo" has `gspo_loss` instead."""
-    if policy == "cispo":
-        return cispo(logprob, old_logprob, advantage, clip_low, clip_high)
-    return clipped_surrogate(
-        logprob, old_logprob, advantage, clip_low, clip_high, dual_clip=dual_clip
-    )
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+) -> torch.Tensor:
+    """SAPO: -f(r) A with f(r) = sigmoid(tau (r - 1)) * 4 / tau, per token: [N].
+
+    Soft Adaptive Policy Optimization, arXiv 2511.20347, whose temperatures are the defaults:
+    tau_pos for A >= 0, tau_neg for A < 0. The slope f' is 1 at r = 1 and fades on both sides: a
+    soft gate in place of the clip.
+    """
+    ratio = probability_ratio(logprob, old_logprob)
+    tau = torch.where(advantage >= 0, tau_pos, tau_neg).to(ratio.dtype)
+    return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
 
 
 def sequence_means(values: torch.Tensor, row_of_token: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -94,21 +116,23 @@ def sequence_means(values: torch.Tensor, row_of_token: torch.Tensor, num_rows: i
     return zeros.index_add(0, row_of_token, values) / counts.clamp(min=1)
 
 
-def gspo_loss(
+def gspo(
     logprob: torch.Tensor,
     old_logprob: torch.Tensor,
-    row_of_token: torch.Tensor,
     advantage: torch.Tensor,
     clip_low: float,
     clip_high: float,
+    row_of_token: torch.Tensor,
 ) -> TokenTerms:
     """GSPO: -min(s A, clip(s) A) per sequence, s = exp(mean_t log r_t) (arXiv 2507.18071).
 
-    logprob, old_logprob, row_of_token: [N]. advantage: [R]. Returns terms of [R].
+    logprob, old_logprob, advantage (equal along a row), row_of_token: [N]. Returns terms of [R].
     """
-    mean_logprob = sequence_means(logprob, row_of_token, len(advantage))
-    mean_old = sequence_means(old_logprob, row_of_token, len(advantage))
-    return clipped_surrogate(mean_logprob, mean_old, advantage, clip_low, clip_high)
+    num_rows = int(row_of_token[-1]) + 1
+    mean_logprob = sequence_means(logprob, row_of_token, num_rows)
+    mean_old = sequence_means(old_logprob, row_of_token, num_rows)
+    mean_advantage = sequence_means(advantage, row_of_token, num_rows)
+    return clipped_surrogate(mean_logprob, mean_old, mean_advantage, clip_low, clip_high)
 
 
 def kl_to_reference(
@@ -124,3 +148,65 @@ def kl_to_reference(
     if estimator == "k2":
         return difference.square() / 2
     return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - difference - 1
+
+
+LossFunction = Callable[..., torch.Tensor | TokenTerms]
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A policy loss: its function, and what a run uses with it unless the run says otherwise.
+
+    needs_advantage: the loss has no gradient where the advantage is 0, so such rows need no
+    backward pass.
+    """
+
+    name: str
+    function: LossFunction
+    advantage: Advantage = "group_norm"
+    aggregation: Aggregation = "token_mean"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    needs_advantage: bool = True
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The arguments that the function names."""
+        return inspect.signature(self.function).parameters
+
+    def takes(self, argument: str) -> bool:
+        """Whether the function names `argument`."""
+        return argument in self.parameters
+
+    @property
+    def whole_sequences(self) -> bool:
+        """Whether it gives one loss per row, [R], and not one per token, [N]."""
+        return self.takes("row_of_token")
+
+    @property
+    def own_arguments(self) -> tuple[str, ...]:
+        """The arguments that `[loss.params]` fills."""
+        return tuple(name for name in self.parameters if name not in GIVEN)
+
+    def terms(self, given: Mapping[str, Any], params: Mapping[str, Any]) -> TokenTerms:
+        """The loss, [N] or [R], with zeros for the clip flags of a loss that reports none.
+
+        given: values of the names in GIVEN; only those that the function names are passed on.
+        """
+        wanted = {name: given[name] for name in self.parameters if name in GIVEN}
+        result = self.function(**wanted, **params)
+        if isinstance(result, TokenTerms):
+            return result
+        unclipped = torch.zeros_like(result.detach())
+        return TokenTerms(result, unclipped, unclipped)
+
+
+_TABLE = (
+    PolicyLoss("grpo", clipped_surrogate, aggregation="sequence_mean"),
+    PolicyLoss("dr_grpo", clipped_surrogate, "group_mean", "constant_length"),
+    PolicyLoss("dapo", clipped_surrogate, clip_high=0.28),
+    PolicyLoss("cispo", cispo, clip_high=0.28),
+    PolicyLoss("gspo", gspo, aggregation="sequence_mean", clip_low=3e-4, clip_high=4e-4),
+    PolicyLoss("sapo", sapo, aggregation="sequence_mean"),
+)
+POLICY_LOSSES = {loss.name: loss for loss in _TABLE}

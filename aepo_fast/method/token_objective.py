@@ -79,9 +79,7 @@ def make_token_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) ->
         advantage = _advantage(loss, aepo, column, entropy, rho, context)
         advantage = rivals.token_advantage(loss, advantage, logprob, context.lever)
         scored = rivals.scored_logprobs(loss, column, logprob, old, second_logprob)
-        terms = policy_losses.policy_token_loss(
-            loss.policy, *scored, advantage, *_clip(loss), dual_clip=loss.dual_clip
-        )
+        terms = _policy_terms(loss, *scored, advantage, entropy, second_logprob, None)
         correction = _correction(loss, column, old)
         per_token = correction * _with_selection(loss, terms.loss, logprob, old, column)
         metrics = _metrics(column["main"], terms, entropy, old - logprob)
@@ -112,7 +110,7 @@ def make_token_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) ->
 
 
 def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) -> SequenceLoss:
-    """GSPO over the rows of a micro-batch, with AEPO's term and the regularisers."""
+    """The loss over the rows of a micro-batch, with AEPO's term and the regularisers."""
 
     def sequence_loss(
         logprob: torch.Tensor,
@@ -121,19 +119,14 @@ def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext)
         row_of_token: torch.Tensor,
         column: Columns,
     ) -> tuple[torch.Tensor, Metrics]:
-        num_rows = int(row_of_token[-1]) + 1
         old = column.get("old_logprob", logprob.detach())
-
-        def per_row(values: torch.Tensor) -> torch.Tensor:
-            return policy_losses.sequence_means(values, row_of_token, num_rows)
-
-        terms = policy_losses.gspo_loss(
-            logprob, old, row_of_token, per_row(column["advantage"]), *_clip(loss)
+        terms = _policy_terms(
+            loss, logprob, old, column["advantage"], entropy, second_logprob, row_of_token
         )
         # Columns are equal along a row, so a row's weight is the sum of its tokens' weights.
         correction = _correction(loss, column, old)
         weight = correction * column["weight"]
-        row_weight = logprob.new_zeros(num_rows).index_add(0, row_of_token, weight)
+        row_weight = torch.zeros_like(terms.clipped_low).index_add(0, row_of_token, weight)
         total = (row_weight * terms.loss).sum()
         spread = policy_losses.TokenTerms(*(part[row_of_token] for part in terms))
         metrics = _metrics(column["main"], spread, entropy, old - logprob)
@@ -155,9 +148,38 @@ def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext)
     return sequence_loss
 
 
+def _policy_terms(
+    loss: LossConfig,
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    entropy: torch.Tensor,
+    second_logprob: torch.Tensor | None,
+    row_of_token: torch.Tensor | None,
+) -> policy_losses.TokenTerms:
+    """The policy loss of tokens, [N], or with row_of_token of rows, [R]."""
+    given = {
+        "logprob": logprob,
+        "old_logprob": old_logprob,
+        "advantage": advantage,
+        "entropy": entropy,
+        "second_logprob": second_logprob,
+        "clip_low": loss.clip_low,
+        "clip_high": loss.clip_high,
+        "dual_clip": loss.dual_clip,
+        "row_of_token": row_of_token,
+    }
+    return loss.policy_loss.terms(given, loss.params)
+
+
 def _clip(loss: LossConfig) -> tuple[float, float]:
     assert loss.clip_low is not None and loss.clip_high is not None
     return loss.clip_low, loss.clip_high
+
+
+def _token_clip(loss: LossConfig) -> tuple[float, float]:
+    """The clip of AEPO's token ratios."""
+    return _TOKEN_CLIP if loss.policy_loss.whole_sequences else _clip(loss)
 
 
 def _correction(loss: LossConfig, column: Columns, old: torch.Tensor) -> torch.Tensor:
@@ -239,7 +261,7 @@ def _heated(
     """AEPO's term in the forms that vanish at T = 1, [N], or None where it does."""
     if not aepo.enabled or context.temperature == 1:
         return None
-    low, high = _TOKEN_CLIP if loss.policy == "gspo" else _clip(loss)
+    low, high = _token_clip(loss)
     if aepo.form == "split":
         advantage = (context.temperature - 1) * column["surprise"]
         return policy_losses.clipped_surrogate(logprob, old, advantage, low, high).loss
@@ -259,8 +281,7 @@ def _resampled(
     loss: LossConfig, logprob: torch.Tensor, old: torch.Tensor, column: Columns
 ) -> tuple[torch.Tensor, Metrics]:
     """AEPO's resampling term over the auxiliary positives, and its clip count."""
-    clip = _TOKEN_CLIP if loss.policy == "gspo" else _clip(loss)
-    terms = aepo_terms.resample_token_loss(logprob, old, *clip)
+    terms = aepo_terms.resample_token_loss(logprob, old, *_token_clip(loss))
     on_aux = (column["aux_weight"] > 0).float()
     metrics = {
         MetricSum.AUX_TOKENS: on_aux.sum(),

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from aepo_fast.config.sections import DataConfig, RewardConfig
+from aepo_fast.config.user_code import import_function
 from aepo_fast.data.tasks import score_task, task_verifier
 from aepo_fast.rewards.math_worker import MathWorker
 from aepo_fast.rewards.user_function import (
     Scorer,
     columns_of,
-    import_function,
     run_with_timeout,
     user_scorer,
 )
@@ -93,7 +93,7 @@ def build_reward(cfg: RewardConfig, data: DataConfig) -> Reward:
     if cfg.function in ("task", "math_verify"):
         scorer = _builtin_scorer(cfg, data)
         return Reward(cfg.function, ("answer",), scorer, stop)
-    function = import_function(cfg.function)
+    function = import_function("reward.function", cfg.function)
     scorer = user_scorer(function, cfg)
     return Reward(cfg.function, columns_of(function), scorer, stop)
 

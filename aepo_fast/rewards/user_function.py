@@ -1,17 +1,13 @@
-"""A reward function of the user's: found by name, called with TRL's arguments."""
+"""A reward function of the user's, called with TRL's arguments."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
-import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import RewardConfig
 from aepo_fast.samples import Prompt
 
@@ -21,24 +17,6 @@ _OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 # One value, or the exception in its place, per completion.
 Scorer = Callable[[Sequence[Prompt], Sequence[str], Sequence[Sequence[int]]], list[Any]]
-
-
-def import_function(name: str) -> Callable[..., Any]:
-    """Import "module:function", from the working directory too; raises ConfigError."""
-    module_name, function_name = name.split(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module does when imported
-        reason = f"importing {module_name!r} failed: {type(error).__name__}: {error}"
-        fix = "Correct the module, or run where it can be imported"
-        raise ConfigError("reward.function", name, reason, fix) from error
-    function = vars(module).get(function_name)
-    if not callable(function):
-        reason = f"the module {module_name!r} has no function {function_name!r}"
-        raise ConfigError("reward.function", name, reason, "Correct the name")
-    return function
 
 
 def columns_of(function: Callable[..., Any]) -> tuple[str, ...]:

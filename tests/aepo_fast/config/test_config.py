@@ -11,12 +11,12 @@ import pytest
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.method import (
     CONTROLLER_DEFAULTS,
-    POLICY_DEFAULTS,
     AepoConfig,
     Controller,
     LossConfig,
 )
 from aepo_fast.config.toml import dump_config, load_config, shipped_configs
+from aepo_fast.method.policy_losses import POLICY_LOSSES
 from bench.entropy.settings import SETTINGS, SIZES, Size
 
 MINIMAL = """
@@ -112,8 +112,16 @@ def test_controllers_bring_their_defaults_and_give_way_to_the_user(
 
 
 def test_policies_bring_their_defaults_and_give_way_to_the_user() -> None:
-    for policy, expected in POLICY_DEFAULTS.items():
-        cfg = LossConfig(policy=policy)  # type: ignore[arg-type]
+    published = {
+        "grpo": ("group_norm", "sequence_mean", 0.2, 0.2),
+        "dr_grpo": ("group_mean", "constant_length", 0.2, 0.2),
+        "dapo": ("group_norm", "token_mean", 0.2, 0.28),
+        "cispo": ("group_norm", "token_mean", 0.2, 0.28),
+        "gspo": ("group_norm", "sequence_mean", 3e-4, 4e-4),
+    }
+    assert published.keys() <= POLICY_LOSSES.keys()
+    for policy, expected in published.items():
+        cfg = LossConfig(policy=policy)
         assert (cfg.advantage, cfg.aggregation, cfg.clip_low, cfg.clip_high) == expected
     assert LossConfig(policy="dapo", clip_high=0.3).clip_high == 0.3
 

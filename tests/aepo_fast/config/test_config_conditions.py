@@ -14,17 +14,19 @@ import pytest
 from aepo_fast.cli.evaluate import _configuration
 from aepo_fast.config.conditions import conditions_of
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.method import Controller, EntropyMethod, Form, LossConfig, PolicyLoss
+from aepo_fast.config.method import Controller, EntropyMethod, Form, LossConfig
 from aepo_fast.config.sections import Config, RolloutConfig, TrainerConfig
 from aepo_fast.config.toml import dump_config, load_config, shipped_configs
+from aepo_fast.method.policy_losses import POLICY_LOSSES
 from aepo_fast.training.optim import learning_rate
 
 SOURCE = '[[data.sources]]\nkind = "reasoning_gym"\nname = "products"\n'
 MINIMAL = f'[model]\npath = "some/model"\n{SOURCE}'
 KINDS, BACKENDS = ("reasoning_gym", "file", "hub"), ("hf", "vllm")
-METHODS, FORMS, CONTROLLERS, POLICIES = (
-    typing.get_args(choice) for choice in (EntropyMethod, Form, Controller, PolicyLoss)
+METHODS, FORMS, CONTROLLERS = (
+    typing.get_args(choice) for choice in (EntropyMethod, Form, Controller)
 )
+POLICIES = tuple(POLICY_LOSSES)
 CORRECTIONS = ("off", "token_truncate", "sequence_mask", "icepop")
 NO_AEPO = "aepo.enabled=false"  # with which every entropy_method goes
 
@@ -76,11 +78,16 @@ OF_METHODS = [
         ("ds_grpo_gamma", 0.1, "ds_grpo"),
     ]
 ]
+SAPO = ("loss.policy=sapo",)
 VLLM = "rollout.backend=vllm"
 FILE = "data.sources.0.kind=file"
 TWO, ONE = '[{kind="file", name="a"}, {kind="file", name="b"}]', '[{kind="file", name="a"}]'
 CASES = [
     *OF_METHODS,
+    choices("loss.params", {"tau_pos": 2.0}, "loss.policy", "sapo", POLICIES),
+    Case("loss.clip_low", 0.1, "aepo.enabled", (True,), (False,), SAPO),
+    Case("loss.clip_high", 0.1, "aepo.form", ("expected", "split"), ("rescue", "dcpo"), SAPO),
+    Case("loss.clip_high", 0.1, "loss.policy", POLICIES[:-1], ("sapo",), (NO_AEPO,)),
     choices("loss.dual_clip", 2.0, "loss.policy", "grpo dr_grpo dapo", POLICIES),
     choices("loss.dual_clip", 0.0, "loss.policy", "grpo dr_grpo dapo", POLICIES),
     Case("loss.kl_estimator", "k1", "loss.kl_coef", (0.1,), (0.0,)),

@@ -13,7 +13,7 @@ import torch
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.method.aepo_terms import expected_token_loss, one_pass_token_loss, temperature_ratio
 from aepo_fast.method.objective import Objective, build_objective, second_temperature
-from aepo_fast.method.policy_losses import gspo_loss
+from aepo_fast.method.policy_losses import gspo
 from aepo_fast.method.token_objective import StepContext
 from aepo_fast.samples import Completion, Row, Scores
 from aepo_kernels import linear_token_loss
@@ -292,7 +292,7 @@ def test_at_t_1_the_sequence_loss_is_plain_gspo(tmp_path: Path) -> None:
         logprob, torch.ones(total), None, row_of_token, objective.columns
     )
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0])
-    terms = gspo_loss(logprob, logprob.detach(), row_of_token, advantage, 3e-4, 4e-4)
+    terms = gspo(logprob, logprob.detach(), advantage[row_of_token], 3e-4, 4e-4, row_of_token)
     found, wanted = (
         torch.autograd.grad(x, logprob, retain_graph=True)[0] for x in (value, terms.loss.mean())
     )

@@ -24,6 +24,28 @@ def grid() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (old + ratio.log()).requires_grad_(), old, advantage
 
 
+def terms_of(
+    policy: str,
+    logprob: torch.Tensor,
+    old: torch.Tensor,
+    advantage: torch.Tensor,
+    low: float,
+    high: float,
+    *,
+    dual_clip: float,
+) -> policy_losses.TokenTerms:
+    """The terms of a loss of the table, called as the trainer calls it."""
+    given = {
+        "logprob": logprob,
+        "old_logprob": old,
+        "advantage": advantage,
+        "clip_low": low,
+        "clip_high": high,
+        "dual_clip": dual_clip,
+    }
+    return policy_losses.POLICY_LOSSES[policy].terms(given, {})
+
+
 def clip_by_hand(
     ratio: float, advantage: float, low: float, high: float, dual: float
 ) -> tuple[float, float]:
@@ -76,9 +98,7 @@ def test_the_gradient_at_the_exact_boundary_follows_torch(side: str, advantage: 
 
 def test_cispo_never_loses_a_gradient() -> None:
     logprob, old, advantage = grid()
-    terms = policy_losses.policy_token_loss(
-        "cispo", logprob, old, advantage, 0.2, 0.28, dual_clip=3.0
-    )
+    terms = policy_losses.cispo(logprob, old, advantage, 0.2, 0.28)
     (gradient,) = torch.autograd.grad(terms.loss.sum(), logprob)
     ratio = (logprob - old).detach().exp()
     weight = torch.tensor([min(max(value, 0.8), 1.28) for value in ratio.tolist()]).double()
@@ -86,17 +106,31 @@ def test_cispo_never_loses_a_gradient() -> None:
     torch.testing.assert_close(terms.loss.detach(), -weight * advantage * logprob.detach())
 
 
+def test_sapo_is_a_soft_gate() -> None:
+    logprob, old, advantage = grid()
+    for taus in ({}, {"tau_pos": 0.5, "tau_neg": 3.0}):
+        loss = policy_losses.sapo(logprob, old, advantage, **taus)
+        (gradient,) = torch.autograd.grad(loss.sum(), logprob)
+        ratios = (logprob - old).exp().tolist()
+        for index, (ratio, adv) in enumerate(zip(ratios, advantage.tolist(), strict=True)):
+            tau = taus.get("tau_pos", 1.0) if adv >= 0 else taus.get("tau_neg", 1.05)
+            sigmoid = 1 / (1 + math.exp(-tau * (ratio - 1)))
+            assert loss[index].item() == pytest.approx(-adv * sigmoid * 4 / tau, rel=1e-6)
+            slope = -adv * 4 * sigmoid * (1 - sigmoid) * ratio
+            assert gradient[index].item() == pytest.approx(slope, rel=1e-6)
+    table = policy_losses.POLICY_LOSSES["sapo"]
+    assert (table.aggregation, table.own_arguments) == ("sequence_mean", ("tau_pos", "tau_neg"))
+
+
 @pytest.mark.parametrize("policy", ["grpo", "dr_grpo", "dapo"])
 def test_policies_of_the_ppo_family_share_the_surrogate(policy: str) -> None:
     logprob, old, advantage = grid()
-    ours = policy_losses.policy_token_loss(
-        policy, logprob, old, advantage, 0.2, 0.28, dual_clip=3.0
-    )
+    ours = terms_of(policy, logprob, old, advantage, 0.2, 0.28, dual_clip=3.0)
     plain = policy_losses.clipped_surrogate(logprob, old, advantage, 0.2, 0.28, dual_clip=3.0)
     assert torch.equal(ours.loss, plain.loss)
 
 
-@pytest.mark.parametrize("policy", ["grpo", "cispo"])
+@pytest.mark.parametrize("policy", ["grpo", "cispo", "sapo"])
 @pytest.mark.parametrize("gap", [-500.0, 500.0])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
 @pytest.mark.parametrize("dual_clip", [0.0, 3.0])
@@ -105,9 +139,7 @@ def test_huge_log_ratios_stay_finite(
 ) -> None:
     logprob = torch.tensor([gap - 600.0], requires_grad=True)
     old, adv = torch.tensor([-600.0]), torch.tensor([advantage])
-    terms = policy_losses.policy_token_loss(
-        policy, logprob, old, adv, 0.2, 0.2, dual_clip=dual_clip
-    )
+    terms = terms_of(policy, logprob, old, adv, 0.2, 0.2, dual_clip=dual_clip)
     (gradient,) = torch.autograd.grad(terms.loss.sum(), logprob)
     assert terms.loss.isfinite().all() and gradient.isfinite().all()
 
@@ -120,7 +152,7 @@ def test_gspo_is_one_ratio_per_sequence() -> None:
     noise = 0.3 * torch.randn(9, generator=generator, dtype=torch.float64)
     logprob = (old + noise).requires_grad_()
     advantage = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    terms = policy_losses.gspo_loss(logprob, old, rows, advantage, 3e-4, 4e-4)
+    terms = policy_losses.gspo(logprob, old, advantage[rows], 3e-4, 4e-4, rows)
     (gradient,) = torch.autograd.grad(terms.loss.sum(), logprob)
     start = 0
     for row, length in enumerate(lengths):
@@ -264,7 +296,8 @@ def test_empty_input() -> None:
         aepo_terms.one_pass_token_loss(empty, none, none, 0.2, 0.2, baseline=True),
     ):
         assert torch.autograd.grad(terms.loss.sum(), empty)[0].shape == (0,)
-    rows = torch.zeros(0, dtype=torch.long)
-    sequences = policy_losses.gspo_loss(empty, none, rows, torch.ones(2), 0.1, 0.1)
-    assert sequences.loss.tolist() == [-1.0, -1.0]  # ratio 1, and no token to pass a gradient to
+    # A row without tokens between two others: ratio 1, and advantage 0, which no token carries.
+    rows, two = torch.tensor([0, 2]), torch.zeros(2)
+    sequences = policy_losses.gspo(two, two, torch.ones(2), 0.1, 0.1, rows)
+    assert sequences.loss.tolist() == [-1.0, 0.0, -1.0]
     assert len(policy_losses.kl_to_reference(empty, none, "k3")) == 0
