@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from aepo_fast.method.entropy_control import Measurement
 from aepo_fast.method.metric_sums import MetricSum
-from aepo_fast.samples import Rollout, RolloutPlan, Row, token_index, token_offsets
+from aepo_fast.samples import Rollout, RolloutPlan, Row, Scores, token_index, token_offsets
 from aepo_fast.training.entropy_metrics import entropy_metrics
 from aepo_fast.training.update import UpdateResult
 
@@ -23,56 +24,57 @@ class StepResult:
     """What a step did, for the log.
 
     advantages: [R] of the rollout's samples. main: indices of the main samples it learned from.
-    logprob, token_entropy: of the policy that sampled, of all samples' tokens: [tokens].
-    entropy: their mean over the main samples, nats, with its standard error and its moving mean.
-    controller, engine: metrics of their own. canary_difference: None without a canary.
+    before: log-probs and entropies of the policy that sampled. measured: their mean entropy over
+    `main`, as the controller was told. entropy_smoothed: its moving mean, nats.
+    canary_difference: nats, None without a canary.
     """
 
     plan: RolloutPlan
     rollout: Rollout
     advantages: torch.Tensor
     main: list[int]
-    logprob: torch.Tensor
-    token_entropy: torch.Tensor
-    entropy: float
-    entropy_stderr: float
-    entropy_smoothed: float
+    before: Scores
     updates: list[UpdateResult]
-    weights_version: int  # after the updates
-    learning_rate: float
-    controller: dict[str, float]
-    engine: dict[str, float]
+    measured: Measurement
+    entropy_smoothed: float
     canary_difference: float | None
     times: StepTimes
 
 
 def step_metrics(
-    step: StepResult, threshold: float, decode: Callable[[Sequence[int]], str]
+    step: StepResult,
+    *,
+    controller: dict[str, float],
+    engine: dict[str, float],
+    learning_rate: float,
+    weights_version: int,
+    threshold: float,
+    decode: Callable[[Sequence[int]], str],
 ) -> dict[str, float]:
     """All metrics of a step, in the order of metrics.jsonl.
 
-    threshold: the task reward from which a sample is correct.
+    controller, engine: metrics of their own. weights_version: after the updates. threshold: the
+    task reward from which a sample is correct.
     """
-    samples, main = step.rollout.rows, step.main
-    version = step.weights_version - sum(one.taken for one in step.updates)
+    rollout, main, before, measured = step.rollout, step.main, step.before, step.measured
+    version = weights_version - measured.updates
     metrics = update_metrics(step.updates)
-    metrics |= sampling_metrics(step.logprob, samples, main, version)
-    # Over all main samples before the updates, not over those of each update before it.
-    metrics |= {"entropy": step.entropy, "entropy_stderr": step.entropy_stderr}
-    metrics |= entropy_metrics(step.rollout, step.token_entropy, main, threshold, decode)
+    metrics |= sampling_metrics(before.logprob, rollout.rows, main, version)
+    # Of the policy that sampled, where update_metrics takes that before each update.
+    metrics |= {"entropy": measured.entropy, "entropy_stderr": measured.stderr}
+    metrics |= entropy_metrics(rollout, before.entropy, main, threshold, decode)
     metrics |= {
         "entropy_smoothed": step.entropy_smoothed,
         "aepo/entropy_target": step.plan.target,
         "aepo/temperature": step.plan.temperature,
-        **step.controller,
-        "learning_rate": step.learning_rate,
-        "weights_version": step.weights_version,
+        **controller,
+        "learning_rate": learning_rate,
+        "weights_version": weights_version,
     }
     if step.canary_difference is not None:
         metrics["sampling/canary_difference"] = step.canary_difference
-    metrics |= rollout_metrics(step.rollout, threshold)
-    metrics |= step.engine
-    return metrics | step.times.metrics() | perf_metrics(step.rollout, step.updates, step.times)
+    metrics |= rollout_metrics(rollout, threshold) | engine
+    return metrics | step.times.metrics() | perf_metrics(rollout, step.updates, step.times)
 
 
 def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:

@@ -39,7 +39,7 @@ from aepo_fast.training.checkpoint import load_optimizer, rng_state, set_rng_sta
 from aepo_fast.training.interrupt import InterruptGuard
 from aepo_fast.training.optim import build_optimizer, learning_rate
 from aepo_fast.training.plan import plan_rollout
-from aepo_fast.training.step_metrics import StepResult, StepTimes
+from aepo_fast.training.step_metrics import StepResult, StepTimes, step_metrics
 from aepo_fast.training.update import UpdateResult, update
 
 _CANARY_PROMPTS = 4
@@ -65,7 +65,7 @@ class Trainer:
         self.rollouts = Rollouts(cfg, self.engine, inputs.reward, inputs.decode, guard.check)
         self.bonus = BonusCoefficient(cfg.loss)
         self.rival = RivalController(cfg.loss)
-        self.smoothed = MovingMean()
+        self.smoothed, self.clock = MovingMean(), StepTimes()
         self.steps_done = self.updates = self.skipped_in_a_row = 0
         if inputs.checkpoint is not None and inputs.state is not None:
             load_optimizer(inputs.checkpoint, self.optimizer)
@@ -84,50 +84,37 @@ class Trainer:
         Raises Interrupted only while the weights are still those of `resume_state`, and
         TrainingError after too many updates in a row without a finite gradient.
         """
-        cfg, clock = self.cfg.trainer, StepTimes()
-        # T from the controller, prompts, auxiliary prompts and requests: made by the step before
-        # where samples are drawn ahead.
+        cfg, self.clock = self.cfg, StepTimes()
+        # T from the controller, prompts, auxiliary prompts and requests; where samples are drawn
+        # ahead, the step before has made them.
         plan = self.rollouts.planned or self._plan(self.steps_done)
-        rollout = self.rollouts.sample(plan, on_tokens, clock.lap)  # one call, and the rewards
+        rollout = self.rollouts.sample(plan, on_tokens, self.clock.lap)  # one call, and the rewards
         self._sample_ahead()
 
-        samples = rollout.rows
-        kind = str(self.cfg.loss.advantage)
+        samples, kind = rollout.rows, str(cfg.loss.advantage)
         advantages = group_advantages(rollout.main_rewards, rollout.groups, kind)
         groups, positives = self._learnable(rollout)
         main = [index for group in groups for index in group]
         old, reference = self._old_logprobs(samples, main + positives, plan.temperature)
-        clock.lap("score")
 
-        context = self._context(rollout, plan.temperature)
-        generator = torch.Generator().manual_seed(seed_of(cfg.seed, self.steps_done, 1))
         updates: list[UpdateResult] = []
+        context, generator = self._context(rollout, plan.temperature), self._generator()
+        known: dict[str, Any] = {"scores": old, "reference": reference, "generator": generator}
         for minibatch in self._minibatches(groups, positives):
-            objective = build_objective(
-                self.cfg,
-                samples,
-                advantages,
-                minibatch,
-                context,
-                scores=old,
-                reference=reference,
-                generator=generator,
-            )
-            updates.append(self._update(samples, minibatch, objective, first=not updates))
+            loss = build_objective(cfg, samples, advantages, minibatch, context, **known)
+            updates.append(self._update(samples, minibatch, loss, first=not updates))
         # Of the policy that sampled. Without a pass before it, the one update measured it.
-        before = updates[0] if old is None else old
+        before = updates[0].before if old is None else old
         entropy, stderr = token_mean(before.entropy, samples, main)
-        clock.lap("train")
 
-        self.rollouts.wait()
-        clock.lap("wait")
+        self._wait_for_samples_ahead()
         taken = sum(one.taken for one in updates)
-        self.controller.update(Measurement(entropy, stderr, plan.temperature, taken))
+        measured = Measurement(entropy, stderr, plan.temperature, taken)
+        self.controller.update(measured)
         self.bonus.update(entropy)
         self.rival.update(entropy)
         smoothed = self.smoothed.update(entropy)
         difference = self._sync_weights()
-        clock.lap("sync")
         self.steps_done += 1
         self.resume_state = self._state()
         return StepResult(
@@ -135,18 +122,24 @@ class Trainer:
             rollout=rollout,
             advantages=advantages,
             main=main,
-            logprob=before.logprob,
-            token_entropy=before.entropy,
-            entropy=entropy,
-            entropy_stderr=stderr,
-            entropy_smoothed=smoothed,
+            before=before,
             updates=updates,
-            weights_version=self.updates,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            controller=self.controller.metrics(),
-            engine=dict(self.engine.metrics),
+            measured=measured,
+            entropy_smoothed=smoothed,
             canary_difference=difference,
-            times=clock,
+            times=self.clock,
+        )
+
+    def metrics(self, result: StepResult) -> dict[str, float]:
+        """All metrics of the step that was just done, in the order of metrics.jsonl."""
+        return step_metrics(
+            result,
+            controller=self.controller.metrics(),
+            engine=self.engine.metrics,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            weights_version=self.updates,
+            threshold=self.cfg.aepo.reward_threshold,
+            decode=self.inputs.decode,
         )
 
     def close(self) -> None:
@@ -162,7 +155,9 @@ class Trainer:
     def _sync_weights(self) -> float | None:
         """Hand the weights to the rollout engine; the canary's difference where there is one."""
         self.engine.sync_weights(self.model, self.updates)
-        return None if self.canary is None else self.canary.check()
+        difference = None if self.canary is None else self.canary.check()
+        self.clock.lap("sync")
+        return difference
 
     def _plan(self, step: int) -> RolloutPlan:
         temperature, target = self.controller.temperature(), self.cfg.aepo.entropy_target
@@ -173,6 +168,10 @@ class Trainer:
         step = self.steps_done + 1
         if self.cfg.rollout.steps_ahead and step < self.cfg.trainer.steps:
             self.rollouts.start(self._plan(step))
+
+    def _wait_for_samples_ahead(self) -> None:
+        self.rollouts.wait()
+        self.clock.lap("wait")
 
     def _old_logprobs(
         self, samples: Sequence[Row], indices: Sequence[int], temperature: float
@@ -188,7 +187,13 @@ class Trainer:
             old = self.policy.score(samples, indices, second_temperature=second, check=check)
         if self.reference is not None:
             reference = self.reference.score(samples, indices, check=check)
+        self.clock.lap("score")
         return old, reference
+
+    def _generator(self) -> torch.Generator:
+        """The step's random stream for losses that choose tokens by chance."""
+        seed = seed_of(self.cfg.trainer.seed, self.steps_done, 1)
+        return torch.Generator().manual_seed(seed)
 
     def _minibatches(self, groups: list[list[int]], positives: list[int]) -> list[list[int]]:
         """Indices of samples of each update of the step, epoch after epoch."""
@@ -218,6 +223,7 @@ class Trainer:
             check=self.guard.check if first else lambda: None,
         )
         self._count(result)
+        self.clock.lap("train")
         return result
 
     def _context(self, rollout: Rollout, temperature: float) -> StepContext:

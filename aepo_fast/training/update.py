@@ -13,7 +13,7 @@ from aepo_fast.method.objective import Objective
 from aepo_fast.method.token_objective import Metrics, taking_slices
 from aepo_fast.model.batch import MicroBatch
 from aepo_fast.model.policy import Policy
-from aepo_fast.samples import Row, token_index, token_offsets
+from aepo_fast.samples import Row, Scores, token_index, token_offsets
 from aepo_fast.training.optim import guarded_step
 
 
@@ -33,6 +33,11 @@ class UpdateResult:
     active_tokens: int  # completion tokens with a gradient
     logprob: torch.Tensor
     entropy: torch.Tensor
+
+    @property
+    def before(self) -> Scores:
+        """The model's log-probs and entropies before the step."""
+        return Scores(self.logprob, self.entropy, None)
 
 
 def update(
