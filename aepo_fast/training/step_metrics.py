@@ -14,7 +14,7 @@ import torch
 
 from aepo_fast.method.entropy_control import Measurement
 from aepo_fast.method.metric_sums import MetricSum
-from aepo_fast.samples import Rollout, RolloutPlan, Row, Scores, token_index, token_offsets
+from aepo_fast.samples import Rollout, RolloutPlan, Sample, TokenValues, token_index, token_offsets
 from aepo_fast.training.entropy_metrics import entropy_metrics
 from aepo_fast.training.update import UpdateResult
 
@@ -33,7 +33,7 @@ class StepResult:
     rollout: Rollout
     advantages: torch.Tensor
     main: list[int]
-    before: Scores
+    before: TokenValues
     updates: list[UpdateResult]
     measured: Measurement
     entropy_smoothed: float
@@ -59,7 +59,7 @@ def step_metrics(
     rollout, main, before, measured = step.rollout, step.main, step.before, step.measured
     version = weights_version - measured.updates
     metrics = update_metrics(step.updates)
-    metrics |= sampling_metrics(before.logprob, rollout.rows, main, version)
+    metrics |= sampling_metrics(before.logprob, rollout.samples, main, version)
     # Of the policy that sampled, where update_metrics takes that before each update.
     metrics |= {"entropy": measured.entropy, "entropy_stderr": measured.stderr}
     metrics |= entropy_metrics(rollout, before.entropy, main, threshold, decode)
@@ -78,19 +78,19 @@ def step_metrics(
 
 
 def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
-    """Rewards and lengths of the main rows, positives of the auxiliary ones; lengths in tokens.
+    """Rewards and lengths of the main samples, positives of the auxiliary ones; lengths in tokens.
 
     threshold: the task reward from which a sample is correct.
     """
-    main = [row for row in rollout.rows if not row.is_aux]
-    aux = [row for row in rollout.rows if row.is_aux]
+    main = [sample for sample in rollout.samples if not sample.is_aux]
+    aux = [sample for sample in rollout.samples if sample.is_aux]
     groups: dict[int, list[float]] = {}
     correct: dict[int, set[str]] = {}
-    for row, text in zip(rollout.rows, rollout.texts, strict=True):
-        if not row.is_aux and row.task_reward is not None:
-            groups.setdefault(row.group, []).append(row.task_reward)
-            if row.task_reward >= threshold:
-                correct.setdefault(row.group, set()).add(text.strip())
+    for sample, text in zip(rollout.samples, rollout.texts, strict=True):
+        if not sample.is_aux and sample.task_reward is not None:
+            groups.setdefault(sample.group, []).append(sample.task_reward)
+            if sample.task_reward >= threshold:
+                correct.setdefault(sample.group, set()).add(text.strip())
     rewards = [value for group in groups.values() for value in group]
     spreads = [statistics.pstdev(group) for group in groups.values()]
     metrics = {
@@ -98,11 +98,11 @@ def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
         "reward_std": statistics.fmean(spreads) if spreads else float("nan"),
         "frac_reward_zero_std": _share([spread == 0 for spread in spreads]),
         "reward_errors": rollout.reward_errors,
-        "completions/mean_length": statistics.fmean(row.length for row in main),
-        "completions/min_length": min(row.length for row in main),
-        "completions/max_length": max(row.length for row in main),
+        "completions/mean_length": statistics.fmean(sample.length for sample in main),
+        "completions/min_length": min(sample.length for sample in main),
+        "completions/max_length": max(sample.length for sample in main),
         "completions/clipped_ratio": _share(
-            [row.completion.finish_reason == "length" for row in main]
+            [sample.completion.finish_reason == "length" for sample in main]
         ),
         "completions/distinct_correct": statistics.fmean(map(len, correct.values()))
         if correct
@@ -111,16 +111,16 @@ def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
     if not aux:
         metrics["aepo/positive_fraction"] = _share([value >= threshold for value in rewards])
     else:
-        values = [row.reward for row in aux if row.reward is not None]
+        values = [sample.reward for sample in aux if sample.reward is not None]
         metrics["aepo/positive_fraction"] = _share([value >= threshold for value in values])
-        metrics["aepo/tokens"] = sum(row.length for row in aux)
+        metrics["aepo/tokens"] = sum(sample.length for sample in aux)
     return metrics
 
 
 def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     """Losses and token means over all optimizer steps of a step."""
     sums: dict[MetricSum, float] = defaultdict(float)
-    for result in results:  # one of a minibatch without rows has none
+    for result in results:  # one of a minibatch without samples has none
         for name, value in result.sums.items():
             sums[name] += value
     main = max(sums[MetricSum.MAIN_TOKENS], 1.0)
@@ -150,24 +150,25 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
 
 
 def sampling_metrics(
-    logprob: torch.Tensor, rows: Sequence[Row], indices: Sequence[int], version: int
+    logprob: torch.Tensor, samples: Sequence[Sample], indices: Sequence[int], version: int
 ) -> dict[str, float]:
-    """How far the sampler's log-probs lie from the trainer's, over the tokens of rows[indices].
+    """How far the sampler's log-probs lie from the trainer's, over the tokens of samples[indices].
 
-    logprob: the trainer's before this step's updates, of all rows' tokens. mismatch_kl is the mean
-    of r - 1 - log r, where r = pi_trainer / pi_sampler, an unbiased estimate of
+    logprob: the trainer's before this step's updates, of all samples' tokens. mismatch_kl is the
+    mean of r - 1 - log r, where r = pi_trainer / pi_sampler, an unbiased estimate of
     KL(sampler || trainer). version: of the trainer's weights; version_lag is how many updates older
     the sampler's were at most.
     """
-    sampled = torch.tensor([x for index in indices for x in rows[index].completion.logprobs])
+    sampled = torch.tensor([x for index in indices for x in samples[index].completion.logprobs])
     if not len(sampled):
         return {}
-    log_ratio = logprob[token_index(token_offsets(rows), indices)] - sampled
+    log_ratio = logprob[token_index(token_offsets(samples), indices)] - sampled
     return {
         "sampling/logp_difference/mean": log_ratio.abs().mean().item(),
         "sampling/logp_difference/max": log_ratio.abs().max().item(),
         "sampling/mismatch_kl": (torch.expm1(log_ratio) - log_ratio).mean().item(),
-        "sampling/version_lag": version - min(rows[i].completion.weights_version for i in indices),
+        "sampling/version_lag": version
+        - min(samples[i].completion.weights_version for i in indices),
     }
 
 

@@ -1,7 +1,7 @@
 """The training step: AEPO as its papers state it, over the parts that do the work.
 
-`Trainer.step` reads as the algorithm of arXiv 2510.08141. Its resampling form draws auxiliary rows;
-the other forms draw none and differ only in the objective.
+`Trainer.step` reads as the algorithm of arXiv 2510.08141. Its resampling form draws auxiliary
+samples; the other forms draw none and differ only in the objective.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from aepo_fast.report.moving_mean import MovingMean
 from aepo_fast.rewards.reward import RewardError
 from aepo_fast.rollout.canary import Canary
 from aepo_fast.rollout.sampling import Rollouts
-from aepo_fast.samples import Rollout, RolloutPlan, Row, Scores, seed_of, token_mean
+from aepo_fast.samples import Rollout, RolloutPlan, Sample, TokenValues, seed_of, token_mean
 from aepo_fast.training.assemble import Inputs, load_models
 from aepo_fast.training.checkpoint import load_optimizer, rng_state, set_rng_state
 from aepo_fast.training.interrupt import InterruptGuard
@@ -91,7 +91,7 @@ class Trainer:
         rollout = self.rollouts.sample(plan, on_tokens, self.clock.lap)  # one call, and the rewards
         self._sample_ahead()
 
-        samples, kind = rollout.rows, str(cfg.loss.advantage)
+        samples, kind = rollout.samples, str(cfg.loss.advantage)
         advantages = group_advantages(rollout.main_rewards, rollout.groups, kind)
         groups, positives = self._learnable(rollout)
         main = [index for group in groups for index in group]
@@ -174,8 +174,8 @@ class Trainer:
         self.clock.lap("wait")
 
     def _old_logprobs(
-        self, samples: Sequence[Row], indices: Sequence[int], temperature: float
-    ) -> tuple[Scores | None, Scores | None]:
+        self, samples: Sequence[Sample], indices: Sequence[int], temperature: float
+    ) -> tuple[TokenValues | None, TokenValues | None]:
         """Log-probs and entropies before the updates, of the policy and of its reference.
 
         None for the policy where a single update measures them, and without a reference.
@@ -184,9 +184,9 @@ class Trainer:
         old = reference = None
         if needs_scores(cfg.loss, cfg.trainer.minibatches * cfg.trainer.epochs):
             second = second_temperature(cfg.loss, cfg.aepo, temperature)
-            old = self.policy.score(samples, indices, second_temperature=second, check=check)
+            old = self.policy.token_values(samples, indices, second_temperature=second, check=check)
         if self.reference is not None:
-            reference = self.reference.score(samples, indices, check=check)
+            reference = self.reference.token_values(samples, indices, check=check)
         self.clock.lap("score")
         return old, reference
 
@@ -208,7 +208,12 @@ class Trainer:
         ]
 
     def _update(
-        self, samples: Sequence[Row], minibatch: Sequence[int], objective: Objective, *, first: bool
+        self,
+        samples: Sequence[Sample],
+        minibatch: Sequence[int],
+        objective: Objective,
+        *,
+        first: bool,
     ) -> UpdateResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg.trainer, self.steps_done)
@@ -228,15 +233,15 @@ class Trainer:
 
     def _context(self, rollout: Rollout, temperature: float) -> StepContext:
         aepo = self.cfg.aepo
-        main = [row for row in rollout.rows if not row.is_aux]
-        aux = [row for row in rollout.rows if row.is_aux]
-        share = sum(is_positive(row, aepo) for row in main) / len(main)
+        main = [sample for sample in rollout.samples if not sample.is_aux]
+        aux = [sample for sample in rollout.samples if sample.is_aux]
+        share = sum(is_positive(sample, aepo) for sample in main) / len(main)
         return StepContext(
             temperature=temperature,
             bonus_coef=self.bonus.value,
             dcpo_mix=dcpo_mix(self._entropy_error(), share, len(main)),
             aux_draws=len(aux),
-            aux_positives=sum(is_positive(row, aepo) for row in aux),
+            aux_positives=sum(is_positive(sample, aepo) for sample in aux),
             num_minibatches=self.cfg.trainer.minibatches,
             entropy=self.controller.entropy or 0.0,
             lever=self.rival.value,
@@ -247,13 +252,13 @@ class Trainer:
         return 0.0 if entropy is None else self.cfg.aepo.entropy_target - entropy
 
     def _learnable(self, rollout: Rollout) -> tuple[list[list[int]], list[int]]:
-        """Rows to learn from: the scored ones of each main group, and the auxiliary positives."""
+        """Indices to learn from: main samples with a reward, by group, and auxiliary positives."""
 
-        def scored(row: Row) -> bool:
-            return row.reward is not None and row.length > 0
+        def has_reward(sample: Sample) -> bool:
+            return sample.reward is not None and sample.length > 0
 
         groups = [
-            [index for index in group if scored(rollout.rows[index])]
+            [index for index in group if has_reward(rollout.samples[index])]
             for group in rollout.main_groups
         ]
         if not any(groups):
@@ -264,8 +269,8 @@ class Trainer:
             )
         positives = [
             index
-            for index, row in enumerate(rollout.rows)
-            if row.is_aux and is_positive(row, self.cfg.aepo)
+            for index, sample in enumerate(rollout.samples)
+            if sample.is_aux and is_positive(sample, self.cfg.aepo)
         ]
         return groups, positives
 
