@@ -54,7 +54,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Row:
+class Sample:
     """One sampled completion with what the loss needs to know about it.
 
     group: index of its prompt among the prompts of the step. is_aux: sampled at AEPO's
@@ -79,42 +79,46 @@ class Row:
         return len(self.completion.completion_ids)
 
 
-def sampler_logprobs(rows: Sequence[Row]) -> torch.Tensor:
-    """The sampler's log-probs of all completion tokens, row after row: fp32 [total tokens]."""
-    return torch.tensor([value for row in rows for value in row.completion.logprobs])
+def sampler_logprobs(samples: Sequence[Sample]) -> torch.Tensor:
+    """The sampler's log-probs of all tokens, sample after sample: fp32 [total tokens]."""
+    return torch.tensor([value for sample in samples for value in sample.completion.logprobs])
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Per-token values of a step's rows, row after row: [total tokens], fp32, on the CPU."""
+class TokenValues:
+    """Log-probs and entropies of a policy, of all tokens of a step's samples, in nats.
+
+    [total tokens] each, sample after sample, fp32, on the CPU. second_logprob: at the second
+    temperature, None where there is none.
+    """
 
     logprob: torch.Tensor
     entropy: torch.Tensor
     second_logprob: torch.Tensor | None
 
 
-def token_offsets(rows: Sequence[Row]) -> torch.Tensor:
-    """Where each row's tokens start in a flat per-token tensor: int64 [R + 1]."""
-    lengths = torch.tensor([row.length for row in rows], dtype=torch.long)
+def token_offsets(samples: Sequence[Sample]) -> torch.Tensor:
+    """Where each sample's tokens start in a flat per-token tensor: int64 [R + 1]."""
+    lengths = torch.tensor([sample.length for sample in samples], dtype=torch.long)
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
-def token_index(offsets: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Flat positions of the tokens of some rows, in their order."""
-    spans = [torch.arange(int(offsets[row]), int(offsets[row + 1])) for row in rows]
+def token_index(offsets: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+    """Flat positions of the tokens of some samples, in their order."""
+    spans = [torch.arange(int(offsets[sample]), int(offsets[sample + 1])) for sample in samples]
     return torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)
 
 
 def token_mean(
-    values: torch.Tensor, rows: Sequence[Row], indices: Sequence[int]
+    values: torch.Tensor, samples: Sequence[Sample], indices: Sequence[int]
 ) -> tuple[float, float]:
-    """Mean of a per-token value over the tokens of rows[indices], and its standard error.
+    """Mean of a per-token value over the tokens of samples[indices], and its standard error.
 
     The error is that of a ratio of sums over prompts, whose samples have more in common than those
     of others: sqrt(G / (G - 1) sum_g (S_g - mean N_g)^2) / N. NaN with fewer than two prompts.
     """
-    offsets = token_offsets(rows)
-    groups = torch.tensor([rows[index].group for index in indices])
+    offsets = token_offsets(samples)
+    groups = torch.tensor([samples[index].group for index in indices])
     sums = torch.stack([values[offsets[i] : offsets[i + 1]].double().sum() for i in indices])
     counts = (offsets[1:] - offsets[:-1])[torch.tensor(indices)].double()
     mean = sums.sum() / counts.sum()
@@ -127,12 +131,12 @@ def token_mean(
 
 @dataclass(frozen=True)
 class Rollout:
-    """The scored rows of a step; groups 0..num_main_groups-1 are main, the others auxiliary.
+    """The scored samples of a step; groups 0..num_main_groups-1 are main, the others auxiliary.
 
-    texts: of each row.
+    texts: of each sample.
     """
 
-    rows: list[Row]
+    samples: list[Sample]
     prompts: list[Prompt]  # of each group
     texts: list[str]
     num_main_groups: int
@@ -142,33 +146,36 @@ class Rollout:
     @property
     def num_tokens(self) -> int:
         """Number of sampled tokens."""
-        return sum(row.length for row in self.rows)
+        return sum(sample.length for sample in self.samples)
 
     @property
     def groups(self) -> torch.Tensor:
-        """Group of each row: int64 [R]."""
-        return torch.tensor([row.group for row in self.rows])
+        """Group of each sample: int64 [R]."""
+        return torch.tensor([sample.group for sample in self.samples])
 
     @property
     def main_rewards(self) -> torch.Tensor:
-        """Reward of each row, NaN for auxiliary rows and where scoring failed: fp32 [R]."""
+        """Reward of each sample, NaN for auxiliary samples and where scoring failed: fp32 [R]."""
         return torch.tensor(
-            [float("nan") if row.is_aux or row.reward is None else row.reward for row in self.rows]
+            [
+                float("nan") if sample.is_aux or sample.reward is None else sample.reward
+                for sample in self.samples
+            ]
         )
 
     @property
     def main_groups(self) -> list[list[int]]:
-        """Row indices of each main group."""
+        """Sample indices of each main group."""
         members: list[list[int]] = [[] for _ in range(self.num_main_groups)]
-        for index, row in enumerate(self.rows):
-            if not row.is_aux:
-                members[row.group].append(index)
+        for index, sample in enumerate(self.samples):
+            if not sample.is_aux:
+                members[sample.group].append(index)
         return members
 
     def state_dict(self) -> dict[str, Any]:
         """All but the prompts, as plain values."""
         return {
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [asdict(sample) for sample in self.samples],
             "texts": self.texts,
             "num_main_groups": self.num_main_groups,
             "reward_errors": self.reward_errors,
@@ -178,12 +185,14 @@ class Rollout:
     @classmethod
     def from_state(cls, state: dict[str, Any], prompts: list[Prompt]) -> Rollout:
         """The rollout whose `state_dict` was saved."""
-        rows = [
-            Row(**{**row, "completion": Completion(**row["completion"])}) for row in state["rows"]
+        samples = [
+            Sample(**{**sample, "completion": Completion(**sample["completion"])})
+            for sample in state["rows"]
         ]
-        # Older checkpoints repeat what each row says of itself.
-        others = {name: value for name, value in state.items() if name != "task_rewards"}
-        return cls(**{**others, "rows": rows, "prompts": prompts})
+        # Older checkpoints repeat what each sample says of itself.
+        own = ("rows", "task_rewards")
+        others = {name: value for name, value in state.items() if name not in own}
+        return cls(samples=samples, prompts=prompts, **others)
 
 
 def seed_of(*parts: int) -> int:

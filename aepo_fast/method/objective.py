@@ -23,7 +23,7 @@ from aepo_fast.method.token_objective import (
     make_sequence_loss,
     make_token_loss,
 )
-from aepo_fast.samples import Row, Scores, sampler_logprobs, token_index, token_offsets
+from aepo_fast.samples import Sample, TokenValues, sampler_logprobs, token_index, token_offsets
 
 _MOST_SURPRISE = 8.0  # nats of a token
 
@@ -68,20 +68,20 @@ def second_temperature(loss: LossConfig, aepo: AepoConfig, temperature: float) -
     return None if aepo.form == "expected" and temperature == 1 else temperature
 
 
-def is_positive(row: Row, aepo: AepoConfig) -> bool:
+def is_positive(row: Sample, aepo: AepoConfig) -> bool:
     """Whether a row counts as positive: by its answer's reward, not by length or advantage."""
     return row.task_reward is not None and row.task_reward >= aepo.reward_threshold
 
 
 def build_objective(
     cfg: Config,
-    rows: Sequence[Row],
+    rows: Sequence[Sample],
     advantages: torch.Tensor,
     minibatch: Sequence[int],
     context: StepContext,
     *,
-    scores: Scores | None,
-    reference: Scores | None,
+    scores: TokenValues | None,
+    reference: TokenValues | None,
     generator: torch.Generator,
 ) -> Objective:
     """The objective of rows[minibatch], normalised over that minibatch's main rows.
@@ -123,7 +123,7 @@ def build_objective(
 
 def _row_columns(
     cfg: Config,
-    rows: Sequence[Row],
+    rows: Sequence[Sample],
     lengths: torch.Tensor,
     advantages: torch.Tensor,
     minibatch: Sequence[int],
@@ -165,7 +165,7 @@ def _row_columns(
     return columns
 
 
-def _surprise(rows: Sequence[Row], correct: torch.Tensor) -> torch.Tensor:
+def _surprise(rows: Sequence[Sample], correct: torch.Tensor) -> torch.Tensor:
     """Surprise weights of the correct samples within their groups, 0 for all others: [R].
 
     From the sampler's log-probs, which are those of the policy before the step's updates. A token
@@ -183,7 +183,7 @@ def _surprise(rows: Sequence[Row], correct: torch.Tensor) -> torch.Tensor:
 
 def _select(
     loss: LossConfig,
-    scores: Scores,
+    scores: TokenValues,
     advantage: torch.Tensor,
     main: torch.Tensor,
     generator: torch.Generator,

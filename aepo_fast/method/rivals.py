@@ -25,7 +25,7 @@ import torch
 
 from aepo_fast.config.method import LossConfig
 from aepo_fast.method.policy_losses import sequence_means
-from aepo_fast.samples import Row, Scores
+from aepo_fast.samples import Sample, TokenValues
 
 # Those that need the log-probs and entropies of whole rows before the update.
 ROW_METHODS = ("era", "ucpo", "ds_grpo")
@@ -116,7 +116,10 @@ def scored_logprobs(
 
 
 def row_columns(
-    loss: LossConfig, rows: Sequence[Row], per_row: dict[str, torch.Tensor], scores: Scores | None
+    loss: LossConfig,
+    rows: Sequence[Sample],
+    per_row: dict[str, torch.Tensor],
+    scores: TokenValues | None,
 ) -> dict[str, torch.Tensor]:
     """The per-row columns, [R] each, that ROW_METHODS change or add; none for other methods.
 

@@ -1,4 +1,4 @@
-"""From sampled rows to the tensors of a forward pass: packed, prompt-sharing or padded.
+"""From samples to the tensors of a forward pass: packed, prompt-sharing or padded.
 
 All three layouts give each completion token the same context and position, so they give the same
 log-probs up to rounding; they differ in how many other tokens the model has to process.
@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from aepo_fast.samples import Row
+from aepo_fast.samples import Sample
 
 Layout = Literal["packed", "shared", "padded"]
 # What a micro-batch costs beside its tokens, in tokens: all weights are read once more, and their
@@ -26,8 +26,9 @@ class MicroBatch:
 
     input_ids, position_ids: [B, L]. attention_mask: None (packed: position_ids restart),
     bool [B, 1, L, L] (shared) or int [B, L] (padded). select: [N], flat positions in [B * L] whose
-    output predicts a completion token. targets: [N], those tokens. row_of_token: [N], indices into
-    `rows`; tokens of a row are consecutive and in order. rows: indices into the step's rows.
+    output predicts a completion token. targets: [N], those tokens. sample_of_token: [N], indices
+    into `samples`; tokens of a sample are consecutive and in order. samples: indices into the
+    step's samples.
     """
 
     input_ids: torch.Tensor
@@ -35,8 +36,8 @@ class MicroBatch:
     attention_mask: torch.Tensor | None
     select: torch.Tensor
     targets: torch.Tensor
-    row_of_token: torch.Tensor
-    rows: tuple[int, ...]
+    sample_of_token: torch.Tensor
+    samples: tuple[int, ...]
 
 
 @dataclass
@@ -44,29 +45,29 @@ class _Element:
     """One line of the batch: a prompt and the completions that follow it."""
 
     prompt: tuple[int, ...]
-    rows: list[int]
+    samples: list[int]
     length: int
 
 
 def make_microbatches(
-    rows: Sequence[Row],
+    samples: Sequence[Sample],
     indices: Sequence[int],
     *,
     layout: Layout,
     max_tokens: int,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[MicroBatch]:
-    """Split rows[indices] into micro-batches of at most `max_tokens` model tokens each.
+    """Split samples[indices] into micro-batches of at most `max_tokens` model tokens each.
 
-    A single row longer than `max_tokens` gets a micro-batch of its own. Rows without completion
-    tokens are left out. Tensors are on the CPU. batch_tokens: padding that one micro-batch fewer is
-    worth.
+    A single sample longer than `max_tokens` gets a micro-batch of its own. Samples without
+    completion tokens are left out. Tensors are on the CPU. batch_tokens: padding that one
+    micro-batch fewer is worth.
     """
-    elements = _elements(rows, indices, shared=layout == "shared", max_tokens=max_tokens)
+    elements = _elements(samples, indices, shared=layout == "shared", max_tokens=max_tokens)
     elements.sort(key=lambda element: -element.length)
     if layout == "packed":
-        return [_packed(rows, batch) for batch in _fill(elements, max_tokens)]
-    return [_lines(rows, batch) for batch in _split(elements, max_tokens, batch_tokens)]
+        return [_packed(samples, batch) for batch in _fill(elements, max_tokens)]
+    return [_lines(samples, batch) for batch in _split(elements, max_tokens, batch_tokens)]
 
 
 def _fill(elements: list[_Element], max_tokens: int) -> list[list[_Element]]:
@@ -102,12 +103,12 @@ def _split(elements: list[_Element], max_tokens: int, batch_tokens: int) -> list
 
 
 def _elements(
-    rows: Sequence[Row], indices: Sequence[int], *, shared: bool, max_tokens: int
+    samples: Sequence[Sample], indices: Sequence[int], *, shared: bool, max_tokens: int
 ) -> list[_Element]:
     elements: list[_Element] = []
     open_for: dict[tuple[int, ...], _Element] = {}
     for index in indices:
-        completion = rows[index].completion
+        completion = samples[index].completion
         if not completion.completion_ids:
             continue
         # The last token predicts nothing, so the model never sees it.
@@ -117,7 +118,7 @@ def _elements(
             element = _Element(completion.prompt_ids, [], len(completion.prompt_ids))
             elements.append(element)
             open_for[completion.prompt_ids] = element
-        element.rows.append(index)
+        element.samples.append(index)
         element.length += extra
     return elements
 
@@ -128,17 +129,17 @@ class _Tokens:
     def __init__(self) -> None:
         self.select: list[torch.Tensor] = []
         self.targets: list[torch.Tensor] = []
-        self.row_of_token: list[torch.Tensor] = []
-        self.rows: list[int] = []
+        self.sample_of_token: list[torch.Tensor] = []
+        self.samples: list[int] = []
 
-    def add(self, row: int, ids: tuple[int, ...], prompt_end: int, start: int) -> None:
+    def add(self, sample: int, ids: tuple[int, ...], prompt_end: int, start: int) -> None:
         """Add a completion predicted first at `prompt_end`, then from `start` on."""
         positions = torch.arange(start - 1, start + len(ids) - 1)
         positions[0] = prompt_end
         self.select.append(positions)
         self.targets.append(torch.tensor(ids))
-        self.row_of_token.append(torch.full((len(ids),), len(self.rows)))
-        self.rows.append(row)
+        self.sample_of_token.append(torch.full((len(ids),), len(self.samples)))
+        self.samples.append(sample)
 
     def finish(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
@@ -149,12 +150,12 @@ class _Tokens:
             mask,
             torch.cat(self.select),
             torch.cat(self.targets),
-            torch.cat(self.row_of_token),
-            tuple(self.rows),
+            torch.cat(self.sample_of_token),
+            tuple(self.samples),
         )
 
 
-def _lines(rows: Sequence[Row], batch: list[_Element]) -> MicroBatch:
+def _lines(samples: Sequence[Sample], batch: list[_Element]) -> MicroBatch:
     width = batch[0].length
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     positions = torch.zeros(len(batch), width, dtype=torch.long)
@@ -167,16 +168,16 @@ def _lines(rows: Sequence[Row], batch: list[_Element]) -> MicroBatch:
         positions[line, :end] = torch.arange(end)
         segments[line, :end] = 0
         cursor = end
-        for number, row in enumerate(element.rows, start=1):
-            completion = rows[row].completion.completion_ids
+        for number, sample in enumerate(element.samples, start=1):
+            completion = samples[sample].completion.completion_ids
             stop = cursor + len(completion) - 1
             ids[line, cursor:stop] = torch.tensor(completion[:-1], dtype=torch.long)
             positions[line, cursor:stop] = torch.arange(end, end + stop - cursor)
             segments[line, cursor:stop] = number
             base = line * width
-            tokens.add(row, completion, base + end - 1, base + cursor)
+            tokens.add(sample, completion, base + end - 1, base + cursor)
             cursor = stop
-    if all(len(element.rows) == 1 for element in batch):
+    if all(len(element.samples) == 1 for element in batch):
         return tokens.finish(ids, positions, (segments >= 0).long())
     visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     # Padding sees itself: a row of attention with nothing to see would be NaN.
@@ -184,18 +185,18 @@ def _lines(rows: Sequence[Row], batch: list[_Element]) -> MicroBatch:
     return tokens.finish(ids, positions, mask)
 
 
-def _packed(rows: Sequence[Row], batch: list[_Element]) -> MicroBatch:
+def _packed(samples: Sequence[Sample], batch: list[_Element]) -> MicroBatch:
     width = sum(element.length for element in batch)
     ids = torch.zeros(1, width, dtype=torch.long)
     positions = torch.zeros(1, width, dtype=torch.long)
     tokens = _Tokens()
     cursor = 0
     for element in batch:
-        (row,) = element.rows
-        completion = rows[row].completion.completion_ids
+        (sample,) = element.samples
+        completion = samples[sample].completion.completion_ids
         end = cursor + len(element.prompt)
         ids[0, cursor : cursor + element.length] = torch.tensor(element.prompt + completion[:-1])
         positions[0, cursor : cursor + element.length] = torch.arange(element.length)
-        tokens.add(row, completion, end - 1, end)
+        tokens.add(sample, completion, end - 1, end)
         cursor += element.length
     return tokens.finish(ids, positions, None)

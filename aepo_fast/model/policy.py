@@ -20,7 +20,7 @@ from aepo_fast.model.batch import (
     make_microbatches,
 )
 from aepo_fast.model.load import backbone_of, head_of, recurrent_layers, takes_positions
-from aepo_fast.samples import Row, Scores, token_index, token_offsets
+from aepo_fast.samples import Sample, TokenValues, token_index, token_offsets
 from aepo_kernels import (
     LogprobOutput,
     TokenLossOutput,
@@ -99,11 +99,11 @@ class Policy:
         with self.machine.autocast(), torch.autocast(self.device.type, enabled=False):
             yield
 
-    def microbatches(self, rows: Sequence[Row], indices: Sequence[int]) -> list[MicroBatch]:
-        """Lay rows[indices] out for the model."""
+    def microbatches(self, samples: Sequence[Sample], indices: Sequence[int]) -> list[MicroBatch]:
+        """Lay samples[indices] out for the model."""
         cost = GPU_BATCH_TOKENS if self.machine.is_gpu else BATCH_TOKENS
         return make_microbatches(
-            rows, indices, layout=self.layout, max_tokens=self.max_tokens, batch_tokens=cost
+            samples, indices, layout=self.layout, max_tokens=self.max_tokens, batch_tokens=cost
         )
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
@@ -165,24 +165,27 @@ class Policy:
         }
 
     @torch.no_grad()
-    def score(
+    def token_values(
         self,
-        rows: Sequence[Row],
+        samples: Sequence[Sample],
         indices: Sequence[int],
         *,
         second_temperature: float | None = None,
         check: Callable[[], None] = lambda: None,
-    ) -> Scores:
-        """Score rows[indices] without gradients, the others as 0; `check` runs in between."""
-        offsets = token_offsets(rows)
+    ) -> TokenValues:
+        """Log-probs and entropies of samples[indices], without gradients, 0 for all others.
+
+        `check` is called before every micro-batch and may raise.
+        """
+        offsets = token_offsets(samples)
         columns = [torch.zeros(int(offsets[-1])) for _ in range(3)]
         with self.same_weights():
-            for batch in self.microbatches(rows, indices):
+            for batch in self.microbatches(samples, indices):
                 check()
                 output = self.logprobs(batch, second_temperature=second_temperature)
-                index = token_index(offsets, batch.rows)
+                index = token_index(offsets, batch.samples)
                 columns[0][index] = output.logprob.cpu()
                 columns[1][index] = output.entropy.cpu()
                 if output.second_logprob is not None:
                     columns[2][index] = output.second_logprob.cpu()
-        return Scores(columns[0], columns[1], columns[2] if second_temperature else None)
+        return TokenValues(columns[0], columns[1], columns[2] if second_temperature else None)

@@ -20,23 +20,23 @@ class RolloutLog:
         self.rows_per_step = rows_per_step
 
     def write(self, step: int, rollout: Rollout, advantages: torch.Tensor) -> None:
-        """Write evenly spaced rows of a step; -1 rows a step writes all."""
-        count = len(rollout.rows)
+        """Write evenly spaced samples of a step; -1 samples a step writes all."""
+        count = len(rollout.samples)
         wanted = count if self.rows_per_step < 0 else min(self.rows_per_step, count)
         with self.path.open("a", encoding="utf-8") as file:
             for position in range(wanted):
                 index = position * count // wanted
-                row = rollout.rows[index]
+                sample = rollout.samples[index]
                 record: dict[str, Any] = {
                     "step": step,
-                    "prompt": rollout.prompts[row.group].messages[-1]["content"],
+                    "prompt": rollout.prompts[sample.group].messages[-1]["content"],
                     "completion": rollout.texts[index],
-                    "completion_ids": list(row.completion.completion_ids),
-                    "reward": row.reward,
-                    "advantage": None if row.is_aux else round(float(advantages[index]), 6),
-                    "temperature": row.completion.temperature,
-                    "finish_reason": row.completion.finish_reason,
-                    "weights_version": row.completion.weights_version,
+                    "completion_ids": list(sample.completion.completion_ids),
+                    "reward": sample.reward,
+                    "advantage": None if sample.is_aux else round(float(advantages[index]), 6),
+                    "temperature": sample.completion.temperature,
+                    "finish_reason": sample.completion.finish_reason,
+                    "weights_version": sample.completion.weights_version,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

@@ -8,7 +8,7 @@ import torch
 
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.engine import RolloutEngine
-from aepo_fast.samples import Request, Row
+from aepo_fast.samples import Request, Sample
 
 # What differs between two engines with the same weights varies from sample to sample; stale
 # weights differ by more than half as much again.
@@ -59,14 +59,14 @@ class Canary:
             for index, prompt in enumerate(self.prompts)
         ]
         groups = self.engine.generate(requests, max_new_tokens=self.max_new_tokens)
-        rows = [
-            Row(completion, group, False, None)
+        samples = [
+            Sample(completion, group, False, None)
             for group, completions in enumerate(groups)
             for completion in completions
         ]
-        scores = self.policy.score(rows, range(len(rows)))
-        sampled = torch.tensor([x for row in rows for x in row.completion.logprobs])
-        return (scores.logprob - sampled).abs().mean().item()
+        values = self.policy.token_values(samples, range(len(samples)))
+        sampled = torch.tensor([x for sample in samples for x in sample.completion.logprobs])
+        return (values.logprob - sampled).abs().mean().item()
 
     def check(self) -> float:
         """The difference now; raises StaleWeightsError where it is beyond the limit."""

@@ -13,7 +13,7 @@ from aepo_fast.config.sections import Config
 from aepo_fast.rewards.reward import Reward, soft_overlong_penalty
 from aepo_fast.rewards.scorer import GroupScorer
 from aepo_fast.rollout.engine import RolloutEngine
-from aepo_fast.samples import Rollout, RolloutPlan, Row
+from aepo_fast.samples import Rollout, RolloutPlan, Sample
 
 
 def collect(
@@ -42,7 +42,7 @@ def collect(
         sampling_s = time.perf_counter() - start
         lap("rollout")
         scored = scorer.results()
-    rows = []
+    samples = []
     for index, (group, scores) in enumerate(zip(groups, scored, strict=True)):
         is_aux = index >= len(plan.prompts)
         for completion, value in zip(group, scores.rewards, strict=True):
@@ -51,10 +51,10 @@ def collect(
                 cfg.rollout.max_new_tokens,
                 cfg.reward.soft_overlong_tokens,
             )
-            rows.append(Row(completion, index, is_aux, value, 0.0 if is_aux else penalty))
+            samples.append(Sample(completion, index, is_aux, value, 0.0 if is_aux else penalty))
     lap("reward")
     return Rollout(
-        rows=rows,
+        samples=samples,
         prompts=everyone,
         texts=[text for group in scored for text in group.texts],
         num_main_groups=len(plan.prompts),
@@ -145,7 +145,7 @@ class Rollouts:
         """Take over what was sampled ahead; raises ConfigError if `plan` has other prompts."""
         everyone = [*plan.prompts, *plan.aux_prompts]
         rollout = Rollout.from_state(state["rollout"], everyone)
-        sampled = rollout.num_main_groups, 1 + max(row.group for row in rollout.rows)
+        sampled = rollout.num_main_groups, 1 + max(sample.group for sample in rollout.samples)
         if sampled != (len(plan.prompts), len(everyone)):
             raise ConfigError(
                 "trainer.prompts_per_step",

@@ -17,19 +17,19 @@ def entropy_metrics(
     threshold: float,
     decode: Callable[[Sequence[int]], str],
 ) -> dict[str, float]:
-    """Token means of the entropy over parts of the rows `indices`, NaN for a part without tokens.
+    """Token means of the entropy over parts of samples[indices], NaN for a part without tokens.
 
-    entropy: nats, of the tokens of all rows: [tokens]. indices: main rows that have a task reward,
-    which counts as correct from `threshold` on.
+    entropy: nats, of the tokens of all samples: [tokens]. indices: main samples that have a task
+    reward, which counts as correct from `threshold` on.
     """
-    offsets = token_offsets(rollout.rows)
+    offsets = token_offsets(rollout.samples)
     correct = torch.zeros(len(entropy), dtype=torch.bool)
     answer = correct.clone()
     for index in indices:
         first, last = int(offsets[index]), int(offsets[index + 1])
-        reward = rollout.rows[index].task_reward
+        reward = rollout.samples[index].task_reward
         correct[first:last] = reward is not None and reward >= threshold
-        ids = rollout.rows[index].completion.completion_ids
+        ids = rollout.samples[index].completion.completion_ids
         found = answer_tokens(rollout.texts[index], ids, decode)
         answer[first + found.start : first + found.stop] = True
     tokens = token_index(offsets, indices)

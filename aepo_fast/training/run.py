@@ -22,7 +22,6 @@ from aepo_fast.training.checkpoint import complete_checkpoints, save_checkpoint
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
 from aepo_fast.training.memory import keep_freed_memory
-from aepo_fast.training.step_metrics import step_metrics
 from aepo_fast.training.trainer import Trainer, TrainingError
 from aepo_kernels import whole_sums
 
@@ -114,9 +113,8 @@ class _Run:
         number = self.trainer.steps_done + 1
         with self.logger.progress(f"step {number}") as advance:
             result = self.trainer.step(advance)
-        threshold, decode = cfg.aepo.reward_threshold, self.trainer.inputs.decode
         last = number == cfg.trainer.steps
-        metrics: dict[str, Any] = {"step": number, **step_metrics(result, threshold, decode)}
+        metrics: dict[str, Any] = {"step": number, **self.trainer.metrics(result)}
         metrics["kernel/backend"] = self.trainer.policy.machine.head_backend
         metrics["kernel/rows"] = self.trainer.policy.row_kernels
         try:

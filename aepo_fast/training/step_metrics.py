@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from aepo_fast.method.entropy_control import Measurement
 from aepo_fast.method.metric_sums import MetricSum
-from aepo_fast.samples import Rollout, RolloutPlan, Row, token_index, token_offsets
+from aepo_fast.samples import Rollout, RolloutPlan, Sample, TokenValues, token_index, token_offsets
 from aepo_fast.training.entropy_metrics import entropy_metrics
 from aepo_fast.training.update import UpdateResult
 
@@ -23,72 +24,73 @@ class StepResult:
     """What a step did, for the log.
 
     advantages: [R] of the rollout's samples. main: indices of the main samples it learned from.
-    logprob, token_entropy: of the policy that sampled, of all samples' tokens: [tokens].
-    entropy: their mean over the main samples, nats, with its standard error and its moving mean.
-    controller, engine: metrics of their own. canary_difference: None without a canary.
+    before: log-probs and entropies of the policy that sampled. measured: their mean entropy over
+    `main`, as the controller was told. entropy_smoothed: its moving mean, nats.
+    canary_difference: nats, None without a canary.
     """
 
     plan: RolloutPlan
     rollout: Rollout
     advantages: torch.Tensor
     main: list[int]
-    logprob: torch.Tensor
-    token_entropy: torch.Tensor
-    entropy: float
-    entropy_stderr: float
-    entropy_smoothed: float
+    before: TokenValues
     updates: list[UpdateResult]
-    weights_version: int  # after the updates
-    learning_rate: float
-    controller: dict[str, float]
-    engine: dict[str, float]
+    measured: Measurement
+    entropy_smoothed: float
     canary_difference: float | None
     times: StepTimes
 
 
 def step_metrics(
-    step: StepResult, threshold: float, decode: Callable[[Sequence[int]], str]
+    step: StepResult,
+    *,
+    controller: dict[str, float],
+    engine: dict[str, float],
+    learning_rate: float,
+    weights_version: int,
+    threshold: float,
+    decode: Callable[[Sequence[int]], str],
 ) -> dict[str, float]:
     """All metrics of a step, in the order of metrics.jsonl.
 
-    threshold: the task reward from which a sample is correct.
+    controller, engine: metrics of their own. weights_version: after the updates. threshold: the
+    task reward from which a sample is correct.
     """
-    samples, main = step.rollout.rows, step.main
-    version = step.weights_version - sum(one.taken for one in step.updates)
+    rollout, main, before, measured = step.rollout, step.main, step.before, step.measured
+    version = weights_version - measured.updates
     metrics = update_metrics(step.updates)
-    metrics |= sampling_metrics(step.logprob, samples, main, version)
-    # Over all main samples before the updates, not over those of each update before it.
-    metrics |= {"entropy": step.entropy, "entropy_stderr": step.entropy_stderr}
-    metrics |= entropy_metrics(step.rollout, step.token_entropy, main, threshold, decode)
+    metrics |= sampling_metrics(before.logprob, rollout.samples, main, version)
+    # Of the policy that sampled, where update_metrics takes that before each update.
+    metrics |= {"entropy": measured.entropy, "entropy_stderr": measured.stderr}
+    metrics |= entropy_metrics(rollout, before.entropy, main, threshold, decode)
     metrics |= {
         "entropy_smoothed": step.entropy_smoothed,
         "aepo/entropy_target": step.plan.target,
         "aepo/temperature": step.plan.temperature,
-        **step.controller,
-        "learning_rate": step.learning_rate,
-        "weights_version": step.weights_version,
+        **controller,
+        "learning_rate": learning_rate,
+        "weights_version": weights_version,
     }
     if step.canary_difference is not None:
         metrics["sampling/canary_difference"] = step.canary_difference
-    metrics |= rollout_metrics(step.rollout, threshold)
-    metrics |= step.engine
-    return metrics | step.times.metrics() | perf_metrics(step.rollout, step.updates, step.times)
+    metrics |= rollout_metrics(rollout, threshold) | engine
+    return metrics | step.times.metrics() | perf_metrics(rollout, step.updates, step.times)
 
 
 def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
-    """Rewards and lengths of the main rows, positives of the auxiliary ones; lengths in tokens.
+    """Rewards and lengths of the main samples, positives of the auxiliary ones; lengths in tokens.
 
     threshold: the task reward from which a sample is correct.
     """
-    main = [row for row in rollout.rows if not row.is_aux]
-    aux = [row for row in rollout.rows if row.is_aux]
+    main = [sample for sample in rollout.samples if not sample.is_aux]
+    aux = [sample for sample in rollout.samples if sample.is_aux]
     groups: dict[int, list[float]] = {}
     correct: dict[int, set[str]] = {}
-    for row, text in zip(rollout.rows, rollout.texts, strict=True):
-        if not row.is_aux and row.task_reward is not None:
-            groups.setdefault(row.group, []).append(row.task_reward)
-            if row.task_reward >= threshold:
-                correct.setdefault(row.group, set()).add(text.strip())
+    for sample, text in zip(rollout.samples, rollout.texts, strict=True):
+        if not sample.is_aux and sample.task_reward is not None:
+            groups.setdefault(sample.group, []).append(sample.task_reward)
+            if sample.task_reward >= threshold:
+                correct.setdefault(sample.group, set()).add(text.strip())
     rewards = [value for group in groups.values() for value in group]
     spreads = [statistics.pstdev(group) for group in groups.values()]
     metrics = {
@@ -96,11 +98,11 @@ def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
         "reward_std": statistics.fmean(spreads) if spreads else float("nan"),
         "frac_reward_zero_std": _share([spread == 0 for spread in spreads]),
         "reward_errors": rollout.reward_errors,
-        "completions/mean_length": statistics.fmean(row.length for row in main),
-        "completions/min_length": min(row.length for row in main),
-        "completions/max_length": max(row.length for row in main),
+        "completions/mean_length": statistics.fmean(sample.length for sample in main),
+        "completions/min_length": min(sample.length for sample in main),
+        "completions/max_length": max(sample.length for sample in main),
         "completions/clipped_ratio": _share(
-            [row.completion.finish_reason == "length" for row in main]
+            [sample.completion.finish_reason == "length" for sample in main]
         ),
         "completions/distinct_correct": statistics.fmean(map(len, correct.values()))
         if correct
@@ -109,16 +111,16 @@ def rollout_metrics(rollout: Rollout, threshold: float) -> dict[str, float]:
     if not aux:
         metrics["aepo/positive_fraction"] = _share([value >= threshold for value in rewards])
     else:
-        values = [row.reward for row in aux if row.reward is not None]
+        values = [sample.reward for sample in aux if sample.reward is not None]
         metrics["aepo/positive_fraction"] = _share([value >= threshold for value in values])
-        metrics["aepo/tokens"] = sum(row.length for row in aux)
+        metrics["aepo/tokens"] = sum(sample.length for sample in aux)
     return metrics
 
 
 def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     """Losses and token means over all optimizer steps of a step."""
     sums: dict[MetricSum, float] = defaultdict(float)
-    for result in results:  # one of a minibatch without rows has none
+    for result in results:  # one of a minibatch without samples has none
         for name, value in result.sums.items():
             sums[name] += value
     main = max(sums[MetricSum.MAIN_TOKENS], 1.0)
@@ -148,24 +150,25 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
 
 
 def sampling_metrics(
-    logprob: torch.Tensor, rows: Sequence[Row], indices: Sequence[int], version: int
+    logprob: torch.Tensor, samples: Sequence[Sample], indices: Sequence[int], version: int
 ) -> dict[str, float]:
-    """How far the sampler's log-probs lie from the trainer's, over the tokens of rows[indices].
+    """How far the sampler's log-probs lie from the trainer's, over the tokens of samples[indices].
 
-    logprob: the trainer's before this step's updates, of all rows' tokens. mismatch_kl is the mean
-    of r - 1 - log r, where r = pi_trainer / pi_sampler, an unbiased estimate of
+    logprob: the trainer's before this step's updates, of all samples' tokens. mismatch_kl is the
+    mean of r - 1 - log r, where r = pi_trainer / pi_sampler, an unbiased estimate of
     KL(sampler || trainer). version: of the trainer's weights; version_lag is how many updates older
     the sampler's were at most.
     """
-    sampled = torch.tensor([x for index in indices for x in rows[index].completion.logprobs])
+    sampled = torch.tensor([x for index in indices for x in samples[index].completion.logprobs])
     if not len(sampled):
         return {}
-    log_ratio = logprob[token_index(token_offsets(rows), indices)] - sampled
+    log_ratio = logprob[token_index(token_offsets(samples), indices)] - sampled
     return {
         "sampling/logp_difference/mean": log_ratio.abs().mean().item(),
         "sampling/logp_difference/max": log_ratio.abs().max().item(),
         "sampling/mismatch_kl": (torch.expm1(log_ratio) - log_ratio).mean().item(),
-        "sampling/version_lag": version - min(rows[i].completion.weights_version for i in indices),
+        "sampling/version_lag": version
+        - min(samples[i].completion.weights_version for i in indices),
     }
 
 

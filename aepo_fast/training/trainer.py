@@ -1,7 +1,7 @@
 """The training step: AEPO as its papers state it, over the parts that do the work.
 
-`Trainer.step` reads as the algorithm of arXiv 2510.08141. Its resampling form draws auxiliary rows;
-the other forms draw none and differ only in the objective.
+`Trainer.step` reads as the algorithm of arXiv 2510.08141. Its resampling form draws auxiliary
+samples; the other forms draw none and differ only in the objective.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from aepo_fast.report.moving_mean import MovingMean
 from aepo_fast.rewards.reward import RewardError
 from aepo_fast.rollout.canary import Canary
 from aepo_fast.rollout.sampling import Rollouts
-from aepo_fast.samples import Rollout, RolloutPlan, Row, Scores, seed_of, token_mean
+from aepo_fast.samples import Rollout, RolloutPlan, Sample, TokenValues, seed_of, token_mean
 from aepo_fast.training.assemble import Inputs, load_models
 from aepo_fast.training.checkpoint import load_optimizer, rng_state, set_rng_state
 from aepo_fast.training.interrupt import InterruptGuard
 from aepo_fast.training.optim import build_optimizer, learning_rate
 from aepo_fast.training.plan import plan_rollout
-from aepo_fast.training.step_metrics import StepResult, StepTimes
+from aepo_fast.training.step_metrics import StepResult, StepTimes, step_metrics
 from aepo_fast.training.update import UpdateResult, update
 
 _CANARY_PROMPTS = 4
@@ -65,7 +65,7 @@ class Trainer:
         self.rollouts = Rollouts(cfg, self.engine, inputs.reward, inputs.decode, guard.check)
         self.bonus = BonusCoefficient(cfg.loss)
         self.rival = RivalController(cfg.loss)
-        self.smoothed = MovingMean()
+        self.smoothed, self.clock = MovingMean(), StepTimes()
         self.steps_done = self.updates = self.skipped_in_a_row = 0
         if inputs.checkpoint is not None and inputs.state is not None:
             load_optimizer(inputs.checkpoint, self.optimizer)
@@ -84,50 +84,37 @@ class Trainer:
         Raises Interrupted only while the weights are still those of `resume_state`, and
         TrainingError after too many updates in a row without a finite gradient.
         """
-        cfg, clock = self.cfg.trainer, StepTimes()
-        # T from the controller, prompts, auxiliary prompts and requests: made by the step before
-        # where samples are drawn ahead.
+        cfg, self.clock = self.cfg, StepTimes()
+        # T from the controller, prompts, auxiliary prompts and requests; where samples are drawn
+        # ahead, the step before has made them.
         plan = self.rollouts.planned or self._plan(self.steps_done)
-        rollout = self.rollouts.sample(plan, on_tokens, clock.lap)  # one call, and the rewards
+        rollout = self.rollouts.sample(plan, on_tokens, self.clock.lap)  # one call, and the rewards
         self._sample_ahead()
 
-        samples = rollout.rows
-        kind = str(self.cfg.loss.advantage)
+        samples, kind = rollout.samples, str(cfg.loss.advantage)
         advantages = group_advantages(rollout.main_rewards, rollout.groups, kind)
         groups, positives = self._learnable(rollout)
         main = [index for group in groups for index in group]
         old, reference = self._old_logprobs(samples, main + positives, plan.temperature)
-        clock.lap("score")
 
-        context = self._context(rollout, plan.temperature)
-        generator = torch.Generator().manual_seed(seed_of(cfg.seed, self.steps_done, 1))
         updates: list[UpdateResult] = []
+        context, generator = self._context(rollout, plan.temperature), self._generator()
+        known: dict[str, Any] = {"scores": old, "reference": reference, "generator": generator}
         for minibatch in self._minibatches(groups, positives):
-            objective = build_objective(
-                self.cfg,
-                samples,
-                advantages,
-                minibatch,
-                context,
-                scores=old,
-                reference=reference,
-                generator=generator,
-            )
-            updates.append(self._update(samples, minibatch, objective, first=not updates))
+            loss = build_objective(cfg, samples, advantages, minibatch, context, **known)
+            updates.append(self._update(samples, minibatch, loss, first=not updates))
         # Of the policy that sampled. Without a pass before it, the one update measured it.
-        before = updates[0] if old is None else old
+        before = updates[0].before if old is None else old
         entropy, stderr = token_mean(before.entropy, samples, main)
-        clock.lap("train")
 
-        self.rollouts.wait()
-        clock.lap("wait")
+        self._wait_for_samples_ahead()
         taken = sum(one.taken for one in updates)
-        self.controller.update(Measurement(entropy, stderr, plan.temperature, taken))
+        measured = Measurement(entropy, stderr, plan.temperature, taken)
+        self.controller.update(measured)
         self.bonus.update(entropy)
         self.rival.update(entropy)
         smoothed = self.smoothed.update(entropy)
         difference = self._sync_weights()
-        clock.lap("sync")
         self.steps_done += 1
         self.resume_state = self._state()
         return StepResult(
@@ -135,18 +122,24 @@ class Trainer:
             rollout=rollout,
             advantages=advantages,
             main=main,
-            logprob=before.logprob,
-            token_entropy=before.entropy,
-            entropy=entropy,
-            entropy_stderr=stderr,
-            entropy_smoothed=smoothed,
+            before=before,
             updates=updates,
-            weights_version=self.updates,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            controller=self.controller.metrics(),
-            engine=dict(self.engine.metrics),
+            measured=measured,
+            entropy_smoothed=smoothed,
             canary_difference=difference,
-            times=clock,
+            times=self.clock,
+        )
+
+    def metrics(self, result: StepResult) -> dict[str, float]:
+        """All metrics of the step that was just done, in the order of metrics.jsonl."""
+        return step_metrics(
+            result,
+            controller=self.controller.metrics(),
+            engine=self.engine.metrics,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            weights_version=self.updates,
+            threshold=self.cfg.aepo.reward_threshold,
+            decode=self.inputs.decode,
         )
 
     def close(self) -> None:
@@ -162,7 +155,9 @@ class Trainer:
     def _sync_weights(self) -> float | None:
         """Hand the weights to the rollout engine; the canary's difference where there is one."""
         self.engine.sync_weights(self.model, self.updates)
-        return None if self.canary is None else self.canary.check()
+        difference = None if self.canary is None else self.canary.check()
+        self.clock.lap("sync")
+        return difference
 
     def _plan(self, step: int) -> RolloutPlan:
         temperature, target = self.controller.temperature(), self.cfg.aepo.entropy_target
@@ -174,9 +169,13 @@ class Trainer:
         if self.cfg.rollout.steps_ahead and step < self.cfg.trainer.steps:
             self.rollouts.start(self._plan(step))
 
+    def _wait_for_samples_ahead(self) -> None:
+        self.rollouts.wait()
+        self.clock.lap("wait")
+
     def _old_logprobs(
-        self, samples: Sequence[Row], indices: Sequence[int], temperature: float
-    ) -> tuple[Scores | None, Scores | None]:
+        self, samples: Sequence[Sample], indices: Sequence[int], temperature: float
+    ) -> tuple[TokenValues | None, TokenValues | None]:
         """Log-probs and entropies before the updates, of the policy and of its reference.
 
         None for the policy where a single update measures them, and without a reference.
@@ -185,10 +184,16 @@ class Trainer:
         old = reference = None
         if needs_scores(cfg.loss, cfg.trainer.minibatches * cfg.trainer.epochs):
             second = second_temperature(cfg.loss, cfg.aepo, temperature)
-            old = self.policy.score(samples, indices, second_temperature=second, check=check)
+            old = self.policy.token_values(samples, indices, second_temperature=second, check=check)
         if self.reference is not None:
-            reference = self.reference.score(samples, indices, check=check)
+            reference = self.reference.token_values(samples, indices, check=check)
+        self.clock.lap("score")
         return old, reference
+
+    def _generator(self) -> torch.Generator:
+        """The step's random stream for losses that choose tokens by chance."""
+        seed = seed_of(self.cfg.trainer.seed, self.steps_done, 1)
+        return torch.Generator().manual_seed(seed)
 
     def _minibatches(self, groups: list[list[int]], positives: list[int]) -> list[list[int]]:
         """Indices of samples of each update of the step, epoch after epoch."""
@@ -203,7 +208,12 @@ class Trainer:
         ]
 
     def _update(
-        self, samples: Sequence[Row], minibatch: Sequence[int], objective: Objective, *, first: bool
+        self,
+        samples: Sequence[Sample],
+        minibatch: Sequence[int],
+        objective: Objective,
+        *,
+        first: bool,
     ) -> UpdateResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg.trainer, self.steps_done)
@@ -218,19 +228,20 @@ class Trainer:
             check=self.guard.check if first else lambda: None,
         )
         self._count(result)
+        self.clock.lap("train")
         return result
 
     def _context(self, rollout: Rollout, temperature: float) -> StepContext:
         aepo = self.cfg.aepo
-        main = [row for row in rollout.rows if not row.is_aux]
-        aux = [row for row in rollout.rows if row.is_aux]
-        share = sum(is_positive(row, aepo) for row in main) / len(main)
+        main = [sample for sample in rollout.samples if not sample.is_aux]
+        aux = [sample for sample in rollout.samples if sample.is_aux]
+        share = sum(is_positive(sample, aepo) for sample in main) / len(main)
         return StepContext(
             temperature=temperature,
             bonus_coef=self.bonus.value,
             dcpo_mix=dcpo_mix(self._entropy_error(), share, len(main)),
             aux_draws=len(aux),
-            aux_positives=sum(is_positive(row, aepo) for row in aux),
+            aux_positives=sum(is_positive(sample, aepo) for sample in aux),
             num_minibatches=self.cfg.trainer.minibatches,
             entropy=self.controller.entropy or 0.0,
             lever=self.rival.value,
@@ -241,13 +252,13 @@ class Trainer:
         return 0.0 if entropy is None else self.cfg.aepo.entropy_target - entropy
 
     def _learnable(self, rollout: Rollout) -> tuple[list[list[int]], list[int]]:
-        """Rows to learn from: the scored ones of each main group, and the auxiliary positives."""
+        """Indices to learn from: main samples with a reward, by group, and auxiliary positives."""
 
-        def scored(row: Row) -> bool:
-            return row.reward is not None and row.length > 0
+        def has_reward(sample: Sample) -> bool:
+            return sample.reward is not None and sample.length > 0
 
         groups = [
-            [index for index in group if scored(rollout.rows[index])]
+            [index for index in group if has_reward(rollout.samples[index])]
             for group in rollout.main_groups
         ]
         if not any(groups):
@@ -258,8 +269,8 @@ class Trainer:
             )
         positives = [
             index
-            for index, row in enumerate(rollout.rows)
-            if row.is_aux and is_positive(row, self.cfg.aepo)
+            for index, sample in enumerate(rollout.samples)
+            if sample.is_aux and is_positive(sample, self.cfg.aepo)
         ]
         return groups, positives
 

@@ -13,7 +13,7 @@ from aepo_fast.method.objective import Objective
 from aepo_fast.method.token_objective import Metrics, taking_slices
 from aepo_fast.model.batch import MicroBatch
 from aepo_fast.model.policy import Policy
-from aepo_fast.samples import Row, token_index, token_offsets
+from aepo_fast.samples import Sample, TokenValues, token_index, token_offsets
 from aepo_fast.training.optim import guarded_step
 
 
@@ -21,8 +21,8 @@ from aepo_fast.training.optim import guarded_step
 class UpdateResult:
     """What an optimizer step did; `sums` are over its tokens, those that its loss makes.
 
-    logprob, entropy: the model's before the step, of the tokens of all rows, 0 for rows outside:
-    [tokens].
+    logprob, entropy: the model's before the step, of the tokens of all samples, 0 for those
+    outside: [tokens].
     """
 
     loss: float
@@ -34,24 +34,29 @@ class UpdateResult:
     logprob: torch.Tensor
     entropy: torch.Tensor
 
+    @property
+    def before(self) -> TokenValues:
+        """The model's log-probs and entropies before the step."""
+        return TokenValues(self.logprob, self.entropy, None)
+
 
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    rows: Sequence[Row],
+    samples: Sequence[Sample],
     indices: Sequence[int],
     objective: Objective,
     *,
     max_grad_norm: float,
     check: Callable[[], None],
 ) -> UpdateResult:
-    """Accumulate the gradient of `objective` over rows[indices] and step.
+    """Accumulate the gradient of `objective` over samples[indices] and step.
 
     The objective's weights already hold the global denominators, so the micro-batches' losses
     simply add up. `check` is called before every micro-batch and may raise to abandon the step;
     the model is then unchanged.
     """
-    offsets = token_offsets(rows)
+    offsets = token_offsets(samples)
     total = torch.zeros((), device=policy.device)
     sums: Metrics = {}
     logprob, entropy = torch.zeros(2, int(offsets[-1]))
@@ -59,18 +64,18 @@ def update(
     policy.model.train()
     active = [index for index in indices if index not in objective.passive_rows]
     passive = [index for index in indices if index in objective.passive_rows]
-    batches = [(batch, True) for batch in policy.microbatches(rows, active)]
-    batches += [(batch, False) for batch in policy.microbatches(rows, passive)]
+    batches = [(batch, True) for batch in policy.microbatches(samples, active)]
+    batches += [(batch, False) for batch in policy.microbatches(samples, passive)]
     try:
         with policy.same_weights():
             for batch, with_gradient in batches:
                 check()
-                index = token_index(offsets, batch.rows)
+                index = token_index(offsets, batch.samples)
                 columns = {
                     name: values[index].to(policy.device)
                     for name, values in objective.columns.items()
                 }
-                # Rows without a gradient are only measured, which leaves out their backward pass.
+                # Samples without a gradient are only measured: they need no backward pass.
                 with torch.set_grad_enabled(with_gradient):
                     done = _forward_backward(policy, batch, objective, columns)
                 total += done.loss
@@ -110,9 +115,9 @@ def _forward_backward(
     if objective.sequence_loss is not None:
         # The ratio of a sequence is known only after its last token: recompute (4 GEMMs).
         output = policy.logprobs(batch, second_temperature=objective.second_temperature)
-        rows = batch.row_of_token.to(policy.device)
+        samples = batch.sample_of_token.to(policy.device)
         loss, metrics = objective.sequence_loss(
-            output.logprob, output.entropy, output.second_logprob, rows, columns
+            output.logprob, output.entropy, output.second_logprob, samples, columns
         )
         if loss.requires_grad:
             loss.backward()

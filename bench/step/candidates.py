@@ -25,7 +25,7 @@ from aepo_fast.method.token_objective import StepContext
 from aepo_fast.model.batch import MicroBatch
 from aepo_fast.model.load import head_of, load_model
 from aepo_fast.model.policy import Policy
-from aepo_fast.samples import Completion, Row, token_index, token_offsets
+from aepo_fast.samples import Completion, Sample, token_index, token_offsets
 from aepo_fast.training.optim import build_optimizer, guarded_step
 from aepo_fast.training.update import UpdateResult, update
 from bench.peers import materialised, trl
@@ -50,7 +50,7 @@ class Problem:
     """
 
     cfg: Config
-    rows: list[Row]
+    rows: list[Sample]
     objective: Objective
     optimizer: torch.optim.Optimizer
     ours: Policy
@@ -75,7 +75,7 @@ class Candidate:
 
 def make_rows(
     prompts: int, samples: int, prompt_tokens: int, tokens: int, vocab: int, seed: int
-) -> tuple[list[Row], Tensor]:
+) -> tuple[list[Sample], Tensor]:
     """Random rows of FEWEST_TOKENS to `tokens` tokens, and their advantages [R].
 
     The advantages of one group in three are zero, as where all its samples got the same reward.
@@ -91,7 +91,7 @@ def make_rows(
         lengths = torch.randint(FEWEST_TOKENS, tokens + 1, (samples,), generator=random)
         for length in lengths.tolist():
             completion = Completion(prompt, draw(length), (0.0,) * length, "length", 1.0, 0)
-            rows.append(Row(completion, group, False, 0.0))
+            rows.append(Sample(completion, group, False, 0.0))
     advantages = torch.randn(len(rows), generator=random)
     advantages[: prompts // 3 * samples] = 0
     return rows, advantages
@@ -214,7 +214,7 @@ def plain_step(problem: Problem, policy: Policy, scores: Scores) -> UpdateResult
     model_tokens = 0
     policy.model.train()
     for batch in policy.microbatches(problem.rows, range(len(problem.rows))):
-        index = token_index(offsets, batch.rows)
+        index = token_index(offsets, batch.samples)
         columns = {
             name: values[index].to(policy.device) for name, values in objective.columns.items()
         }

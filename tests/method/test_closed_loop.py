@@ -19,7 +19,7 @@ from aepo_fast.method.credit import group_advantages
 from aepo_fast.method.entropy_control import Measurement, aepo_draws
 from aepo_fast.method.objective import build_objective
 from aepo_fast.method.token_objective import StepContext, taking_slices
-from aepo_fast.samples import Completion, Row, token_mean
+from aepo_fast.samples import Completion, Sample, token_mean
 from aepo_fast.training.optim import build_optimizer, guarded_step
 from aepo_kernels import linear_token_loss
 from tests.tiny_run import tiny_config
@@ -32,8 +32,8 @@ STEPS = {0.9: (900, 500), 0.5: (600, 300)}
 
 
 @cache
-def row(state: int, action: int, reward: float, group: int, is_aux: bool) -> Row:
-    return Row(Completion((state,), (action,), (0.0,), "stop", 1.0, 0), group, is_aux, reward)
+def row(state: int, action: int, reward: float, group: int, is_aux: bool) -> Sample:
+    return Sample(Completion((state,), (action,), (0.0,), "stop", 1.0, 0), group, is_aux, reward)
 
 
 class Toy:
@@ -49,7 +49,7 @@ class Toy:
         torch.nn.init.zeros_(self.head.weight)
         self.optimizer = build_optimizer(self.head, cfg.trainer)
 
-    def sample(self, states: torch.Tensor, temperature: float, *, first: int = 0) -> list[Row]:
+    def sample(self, states: torch.Tensor, temperature: float, *, first: int = 0) -> list[Sample]:
         """GROUP rows per state; those of auxiliary prompts have groups from `first` on."""
         law = torch.softmax(self.head.weight.detach().T[states] / temperature, -1)
         drawn = torch.multinomial(law, GROUP, replacement=True, generator=self.generator)

@@ -15,7 +15,7 @@ from aepo_fast.config.sections import Config, RolloutConfig
 from aepo_fast.method.correction import sequence_correction, token_correction
 from aepo_fast.method.objective import build_objective, needs_scores
 from aepo_fast.method.token_objective import StepContext
-from aepo_fast.samples import Completion, Row, Scores
+from aepo_fast.samples import Completion, Sample, TokenValues
 from tests.tiny_run import tiny_config
 
 # nats; equal laws, small and large differences, and ones whose exp overflows
@@ -75,10 +75,10 @@ def test_the_corrected_gradient_is_that_of_samples_of_the_trainer() -> None:
     torch.testing.assert_close(corrected, exact, atol=1e-12, rtol=1e-12)
 
 
-def sampled_row(index: int, length: int, is_aux: bool, difference: float) -> Row:
+def sampled_row(index: int, length: int, is_aux: bool, difference: float) -> Sample:
     logprobs = tuple(-1.0 - difference for _ in range(length))
     completion = Completion((1,), (2,) * length, logprobs, "stop", 1.3 if is_aux else 1.0, 0)
-    return Row(completion, index // 2, is_aux, float(index % 2 == 0))
+    return Sample(completion, index // 2, is_aux, float(index % 2 == 0))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_main_rows_are_weighted_and_auxiliary_rows_never(
             aepo=AepoConfig(controller="published", alpha=0.5),
         )
         assert needs_scores(loss, 1) == (correction == "sequence_mask")
-        known = Scores(logprob.detach(), torch.zeros(len(logprob)), None)
+        known = TokenValues(logprob.detach(), torch.zeros(len(logprob)), None)
         objective = build_objective(
             cfg,
             rows,

@@ -15,7 +15,7 @@ from aepo_fast.method.aepo_terms import expected_token_loss, one_pass_token_loss
 from aepo_fast.method.objective import Objective, build_objective, second_temperature
 from aepo_fast.method.policy_losses import gspo
 from aepo_fast.method.token_objective import StepContext
-from aepo_fast.samples import Completion, Row, Scores
+from aepo_fast.samples import Completion, Sample, TokenValues
 from aepo_kernels import linear_token_loss
 from tests.tiny_run import tiny_config
 
@@ -175,9 +175,9 @@ REWARDS = [1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
 LENGTHS = [3, 2, 1, 4, 2, 5, 1, 3]
 
 
-def some_rows(shift: float) -> list[Row]:
+def some_rows(shift: float) -> list[Sample]:
     return [
-        Row(
+        Sample(
             Completion((1, 2), (3,) * length, (-2.0 - shift,) * length, "stop", 1.0, 0),
             index // 4,
             False,
@@ -216,7 +216,7 @@ def test_correct_samples_get_the_term_weighed_by_ratio_and_correction(
     temperature, alpha, shift = 1.4, 0.3, 0.2
     generator = torch.Generator().manual_seed(3)
     total = sum(LENGTHS)
-    scored = Scores(torch.full((total,), -2.0), torch.ones(total), torch.full((total,), -1.8))
+    scored = TokenValues(torch.full((total,), -2.0), torch.ones(total), torch.full((total,), -1.8))
     moved = torch.tensor([-1.0, -0.1, 0.0, 0.1, 1.0])  # log-ratios within and beyond the clip
     logprob = (scored.logprob + moved[torch.randint(5, (total,), generator=generator)])[:total]
     second = -1.5 - torch.rand(total, generator=generator)

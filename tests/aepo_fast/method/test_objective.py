@@ -17,7 +17,7 @@ from aepo_fast.method.metric_sums import MetricSum
 from aepo_fast.method.objective import Objective, build_objective
 from aepo_fast.method.policy_losses import clipped_surrogate, kl_to_reference
 from aepo_fast.method.token_objective import Metrics, StepContext
-from aepo_fast.samples import Completion, Row, Scores
+from aepo_fast.samples import Completion, Sample, TokenValues
 from tests.tiny_run import tiny_config
 
 NAN = float("nan")
@@ -105,14 +105,14 @@ def test_gradients_are_equal_however_rows_are_split(mode: str, num_parts: int, m
     torch.testing.assert_close(gradient(parts), whole, atol=1e-14, rtol=1e-12)
 
 
-def rows_of(groups: int, size: int, aux: int, generator: torch.Generator) -> list[Row]:
+def rows_of(groups: int, size: int, aux: int, generator: torch.Generator) -> list[Sample]:
     rows = []
     for index in range(groups * size + aux):
         length = int(torch.randint(1, 6, (1,), generator=generator))
         reward = float(torch.randint(0, 2, (1,), generator=generator))
         is_aux = index >= groups * size
         completion = Completion((1, 2), (3,) * length, (0.0,) * length, "stop", 1.0, 0)
-        rows.append(Row(completion, groups if is_aux else index // size, is_aux, reward))
+        rows.append(Sample(completion, groups if is_aux else index // size, is_aux, reward))
     return rows
 
 
@@ -220,7 +220,7 @@ def test_the_auxiliary_share_is_the_same_in_every_minibatch(tmp_path: Path) -> N
 
 
 def gradient_of(
-    output: Path, loss: LossConfig, rows: list[Row], logprob: torch.Tensor, **scores: Any
+    output: Path, loss: LossConfig, rows: list[Sample], logprob: torch.Tensor, **scores: Any
 ) -> tuple[torch.Tensor, Metrics, dict[str, torch.Tensor]]:
     """Gradient by the log-probs, metrics and columns of all rows' objective; no main advantage."""
     cfg = replace(tiny_config(output, output), loss=loss, aepo=RESAMPLE)
@@ -253,7 +253,7 @@ def test_the_kl_to_the_reference_is_that_of_main_tokens(
     rows = rows_of(2, 3, 2, generator)
     total = sum(row.length for row in rows)
     logprob = (-3 * torch.rand(total, generator=generator)).requires_grad_()
-    reference = Scores(-3 * torch.rand(total, generator=generator), torch.zeros(total), None)
+    reference = TokenValues(-3 * torch.rand(total, generator=generator), torch.zeros(total), None)
     loss = LossConfig(policy=policy)
     without, _, _ = gradient_of(tmp_path, loss, rows, logprob)
     loss = replace(loss, kl_coef=0.05, kl_estimator=estimator)
@@ -274,7 +274,7 @@ def test_auxiliary_tokens_are_clipped_as_tokens(
     rows = [replace(row, task_reward=1.0) for row in rows_of(2, 2, 3, generator)]
     old = torch.full((sum(row.length for row in rows),), -2.0)
     logprob = (old + shift).requires_grad_()
-    scores = Scores(old, torch.zeros(len(old)), None)
+    scores = TokenValues(old, torch.zeros(len(old)), None)
     loss = LossConfig(policy=policy)
     found, metrics, columns = gradient_of(tmp_path, loss, rows, logprob, scores=scores)
     expected = torch.zeros(len(old)) if clipped else -columns["aux_weight"] * math.exp(shift)

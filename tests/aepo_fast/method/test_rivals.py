@@ -17,7 +17,7 @@ from aepo_fast.method.credit import group_advantages
 from aepo_fast.method.objective import Objective, build_objective, needs_scores
 from aepo_fast.method.rivals import RivalController
 from aepo_fast.method.token_objective import StepContext, taking_slices
-from aepo_fast.samples import Completion, Row, Scores
+from aepo_fast.samples import Completion, Sample, TokenValues
 from aepo_kernels import linear_token_loss
 from tests.tiny_run import tiny_config
 
@@ -28,29 +28,31 @@ GROUPS = [0, 0, 0, 0, 1, 1, 2, 2]
 REWARDS = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
 
 
-def some_rows() -> list[Row]:
+def some_rows() -> list[Sample]:
     return [
-        Row(
+        Sample(
             Completion((1, 2), (3,) * length, (0.0,) * length, "stop", 1.0, 0), group, False, reward
         )
         for length, group, reward in zip(LENGTHS, GROUPS, REWARDS, strict=True)
     ]
 
 
-def some_scores(seed: int = 0) -> Scores:
+def some_scores(seed: int = 0) -> TokenValues:
     """Log-probs near and far from 0, entropies, and log-probs at another temperature; float64."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(LENGTHS)
     logprob = -3 * torch.rand(total, generator=generator, dtype=torch.float64).square()
     entropy = 2 * torch.rand(total, generator=generator, dtype=torch.float64)
-    return Scores(logprob, entropy, 1.7 * logprob)
+    return TokenValues(logprob, entropy, 1.7 * logprob)
 
 
 def advantages() -> torch.Tensor:
     return group_advantages(torch.tensor(REWARDS), torch.tensor(GROUPS), "group_norm")
 
 
-def objective_of(output: Path, loss: LossConfig, scores: Scores, lever: float = 0.0) -> Objective:
+def objective_of(
+    output: Path, loss: LossConfig, scores: TokenValues, lever: float = 0.0
+) -> Objective:
     cfg = replace(tiny_config(output, output), loss=loss, aepo=AepoConfig(enabled=False))
     rows = some_rows()
     return build_objective(
@@ -66,7 +68,7 @@ def objective_of(output: Path, loss: LossConfig, scores: Scores, lever: float = 
 
 
 def gradient_of(
-    objective: Objective, scores: Scores, keep: torch.Tensor
+    objective: Objective, scores: TokenValues, keep: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients by the two log-probs of the tokens `keep`, at the policy that sampled."""
     logprob = scores.logprob[keep].clone().requires_grad_()
@@ -80,7 +82,7 @@ def gradient_of(
     return (zeros if found[0] is None else found[0], zeros if found[1] is None else found[1])
 
 
-def by_hand(loss: LossConfig, scores: Scores, lever: float) -> list[float]:
+def by_hand(loss: LossConfig, scores: TokenValues, lever: float) -> list[float]:
     """Each token's advantage as the papers have it, row by row, at ratio 1."""
     logprobs = [part.tolist() for part in scores.logprob.split(LENGTHS)]
     means = [sum(part) / len(part) for part in logprobs]
@@ -204,7 +206,9 @@ def test_era_has_the_gradient_of_scaled_logits_through_the_head(tmp_path: Path) 
         return (scale * logits).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
     first, second = at(1.0), at(3.0)
-    scores = Scores(first.detach().float(), some_scores().entropy.float(), second.detach().float())
+    scores = TokenValues(
+        first.detach().float(), some_scores().entropy.float(), second.detach().float()
+    )
     objective = objective_of(tmp_path, loss, scores)
     column = objective.columns
     chosen = torch.where(column["scaled"] > 0, second, first)

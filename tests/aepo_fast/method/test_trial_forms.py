@@ -13,7 +13,7 @@ from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.method.aepo_terms import surprise_weights
 from aepo_fast.method.objective import Objective, build_objective, second_temperature
 from aepo_fast.method.token_objective import StepContext
-from aepo_fast.samples import Completion, Row
+from aepo_fast.samples import Completion, Sample
 from tests.tiny_run import tiny_config
 
 # Two groups of four: half right, and all right. Each sample has its own log-prob a token.
@@ -40,7 +40,7 @@ def test_surprise_weights_are_bounded_deviations_that_add_up_to_nothing() -> Non
 
 def objective_of(output: Path, form: Any, temperature: float, policy: Any = "grpo") -> Objective:
     rows = [
-        Row(
+        Sample(
             Completion((1, 2), (3,) * length, (logprob,) * length, "stop", 1.0, 0),
             index // 4,
             False,

@@ -1,4 +1,4 @@
-"""Scores, layouts under autocast and eager attention, and the gradients of an update."""
+"""Log-probs, layouts under autocast and eager attention, and the gradients of an update."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from aepo_fast.method.objective import Objective, build_objective
 from aepo_fast.method.token_objective import StepContext
 from aepo_fast.model.load import load_model
 from aepo_fast.model.policy import Policy, choose_layout
-from aepo_fast.samples import Row, token_index, token_mean, token_offsets
+from aepo_fast.samples import Sample, token_index, token_mean, token_offsets
 from aepo_fast.training.optim import build_optimizer
 from aepo_fast.training.update import update
-from tests.aepo_fast.model.test_batch import lone_logprobs, make_rows
+from tests.aepo_fast.model.test_batch import lone_logprobs, make_samples
 from tests.tiny_run import a_machine, tiny_config
 
 
@@ -33,27 +33,29 @@ def policy_of(folder: Path, *, attention: str = "sdpa", layout: str = "auto") ->
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "grouped"])
 @pytest.mark.parametrize("layout", ["shared", "padded", "packed"])
-def test_scores_are_the_models_own_logprobs(
+def test_token_values_are_the_models_own_logprobs(
     tiny_model_dir: Path, attention: str, layout: str
 ) -> None:
     policy = policy_of(tiny_model_dir, attention=attention, layout=layout)
-    rows = make_rows([4, 1, 0, 9, 3])
-    scores = policy.score(rows, range(5), second_temperature=1.3)
-    expected = torch.cat([lone_logprobs(policy.model, row).detach() for row in rows if row.length])
-    torch.testing.assert_close(scores.logprob, expected, atol=2e-5, rtol=1e-5)
-    assert scores.second_logprob is not None
-    assert (scores.entropy > 0).all() and (scores.second_logprob != scores.logprob).all()
+    samples = make_samples([4, 1, 0, 9, 3])
+    values = policy.token_values(samples, range(5), second_temperature=1.3)
+    expected = torch.cat(
+        [lone_logprobs(policy.model, sample).detach() for sample in samples if sample.length]
+    )
+    torch.testing.assert_close(values.logprob, expected, atol=2e-5, rtol=1e-5)
+    assert values.second_logprob is not None
+    assert (values.entropy > 0).all() and (values.second_logprob != values.logprob).all()
 
 
 def test_token_means_are_over_the_chosen_rows() -> None:
-    rows = make_rows([2, 3, 1])
+    samples = make_samples([2, 3, 1])
     values = torch.tensor([1.0, 2.0, 9.0, 9.0, 9.0, 6.0])
-    assert token_mean(values, rows, [0, 2])[0] == 3.0
-    assert token_index(token_offsets(rows), [2, 0]).tolist() == [5, 0, 1]
+    assert token_mean(values, samples, [0, 2])[0] == 3.0
+    assert token_index(token_offsets(samples), [2, 0]).tolist() == [5, 0, 1]
 
 
-def ragged(prompts: int, generator: torch.Generator) -> tuple[list[Row], torch.Tensor]:
-    """Rows of 1 to 5 samples a prompt and 0 to 7 tokens, with values that a prompt's rows share."""
+def ragged(prompts: int, generator: torch.Generator) -> tuple[list[Sample], torch.Tensor]:
+    """1 to 5 samples a prompt of 0 to 7 tokens, with values that a prompt's samples share."""
     lengths, groups, shared = [], [], []
     for group in range(prompts):
         level = torch.randn((), generator=generator).item()
@@ -61,33 +63,34 @@ def ragged(prompts: int, generator: torch.Generator) -> tuple[list[Row], torch.T
             lengths.append(int(torch.randint(0, 8, (), generator=generator)))
             groups.append(group)
             shared += [level] * lengths[-1]
-    rows = [
-        replace(row, group=group) for row, group in zip(make_rows(lengths), groups, strict=True)
+    samples = [
+        replace(sample, group=group)
+        for sample, group in zip(make_samples(lengths), groups, strict=True)
     ]
-    return rows, torch.tensor(shared) + 0.3 * torch.randn(len(shared), generator=generator)
+    return samples, torch.tensor(shared) + 0.3 * torch.randn(len(shared), generator=generator)
 
 
 def by_prompt(
-    values: torch.Tensor, rows: list[Row], indices: list[int]
+    values: torch.Tensor, samples: list[Sample], indices: list[int]
 ) -> tuple[list[float], list[float]]:
     """Sums and counts of the tokens of each prompt, one token after the other."""
     sums: dict[int, float] = {}
     counts: dict[int, float] = {}
     for index in indices:
-        first = sum(row.length for row in rows[:index])
-        group = rows[index].group
-        for value in values[first : first + rows[index].length].tolist():
+        first = sum(sample.length for sample in samples[:index])
+        group = samples[index].group
+        for value in values[first : first + samples[index].length].tolist():
             sums[group] = sums.get(group, 0.0) + value
-        counts[group] = counts.get(group, 0.0) + rows[index].length
+        counts[group] = counts.get(group, 0.0) + samples[index].length
     return [sums.get(group, 0.0) for group in counts], list(counts.values())
 
 
 def test_the_standard_error_is_that_of_a_ratio_over_prompts() -> None:
-    rows, values = ragged(9, torch.Generator().manual_seed(0))
-    assert any(row.length == 0 for row in rows)
-    for indices in (list(range(len(rows))), list(range(0, len(rows), 2)), [5, 0, 3, 1, 7]):
-        mean, error = token_mean(values, rows, indices)
-        sums, counts = by_prompt(values, rows, indices)
+    samples, values = ragged(9, torch.Generator().manual_seed(0))
+    assert any(sample.length == 0 for sample in samples)
+    for indices in (list(range(len(samples))), list(range(0, len(samples), 2)), [5, 0, 3, 1, 7]):
+        mean, error = token_mean(values, samples, indices)
+        sums, counts = by_prompt(values, samples, indices)
         truth = sum(sums) / sum(counts)
         squares = sum((s - truth * n) ** 2 for s, n in zip(sums, counts, strict=True))
         num = len(sums)
@@ -97,9 +100,9 @@ def test_the_standard_error_is_that_of_a_ratio_over_prompts() -> None:
 
 
 def test_the_standard_error_is_that_of_prompts_drawn_again() -> None:
-    rows, values = ragged(60, torch.Generator().manual_seed(1))
-    _, error = token_mean(values, rows, range(len(rows)))
-    sums, counts = (torch.tensor(x) for x in by_prompt(values, rows, list(range(len(rows)))))
+    samples, values = ragged(60, torch.Generator().manual_seed(1))
+    _, error = token_mean(values, samples, range(len(samples)))
+    sums, counts = (torch.tensor(x) for x in by_prompt(values, samples, list(range(len(samples)))))
     generator = torch.Generator().manual_seed(2)
     drawn = torch.randint(len(sums), (4000, len(sums)), generator=generator)
     again = sums[drawn].sum(1) / counts[drawn].sum(1)
@@ -110,12 +113,14 @@ def test_the_standard_error_is_that_of_prompts_drawn_again() -> None:
 
 
 def test_the_error_of_equal_values_is_zero_and_that_of_one_prompt_unknown() -> None:
-    rows = [replace(row, group=index // 2) for index, row in enumerate(make_rows([2, 3, 1, 0]))]
-    assert token_mean(torch.full((6,), 1.5), rows, range(4)) == (1.5, 0.0)
-    mean, error = token_mean(torch.arange(6.0), rows, [0, 1])
+    samples = [
+        replace(sample, group=index // 2) for index, sample in enumerate(make_samples([2, 3, 1, 0]))
+    ]
+    assert token_mean(torch.full((6,), 1.5), samples, range(4)) == (1.5, 0.0)
+    mean, error = token_mean(torch.arange(6.0), samples, [0, 1])
     assert mean == 2.0 and math.isnan(error)
     # A prompt of which nothing was sampled is one among the prompts still.
-    assert math.isfinite(token_mean(torch.arange(6.0), rows, [0, 1, 3])[1])
+    assert math.isfinite(token_mean(torch.arange(6.0), samples, [0, 1, 3])[1])
 
 
 def test_a_sliding_window_is_never_hidden_behind_a_shared_prompt(tiny_model_dir: Path) -> None:
@@ -153,9 +158,11 @@ def build(folder: Path, model_type: str, **settings: Any) -> Path:
 def test_a_window_of_the_whole_model_is_kept(model_type: str, tmp_path: Path) -> None:
     policy = policy_of(build(tmp_path / "windowed", model_type, sliding_window=4))
     assert not getattr(policy.model.config, "layer_types", None)
-    rows = make_rows([4, 1, 9, 3])
-    expected = torch.cat([lone_logprobs(policy.model, row).detach() for row in rows])
-    torch.testing.assert_close(policy.score(rows, range(4)).logprob, expected, atol=2e-5, rtol=0)
+    samples = make_samples([4, 1, 9, 3])
+    expected = torch.cat([lone_logprobs(policy.model, sample).detach() for sample in samples])
+    torch.testing.assert_close(
+        policy.token_values(samples, range(4)).logprob, expected, atol=2e-5, rtol=0
+    )
     assert policy.layout == "padded"
     with pytest.raises(ConfigError, match="trainer.layout"):
         choose_layout(policy.model, "shared")
@@ -200,8 +207,8 @@ def test_casting_weights_once_and_sparse_embeddings_change_no_gradient(
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
     assert embedding.sparse == (embedding.weight is policy.head.weight)
-    rows = make_rows([4, 1, 9, 3])
-    batches = policy.microbatches(rows, range(4))
+    samples = make_samples([4, 1, 9, 3])
+    batches = policy.microbatches(samples, range(4))
     assert len(batches) > 1
 
     def gradients(context: AbstractContextManager[None], sparse: bool) -> list[torch.Tensor]:
@@ -220,11 +227,11 @@ def test_casting_weights_once_and_sparse_embeddings_change_no_gradient(
 
 
 def test_an_update_takes_columns_by_their_names(tiny_model_dir: Path, tmp_path: Path) -> None:
-    rows = make_rows([4, 1, 9, 3])
+    samples = make_samples([4, 1, 9, 3])
     cfg = tiny_config(tiny_model_dir, tmp_path)
     objective = build_objective(
         cfg,
-        rows,
+        samples,
         torch.tensor([1.0, -1.0, 0.5, -0.5]),
         range(4),
         StepContext(1.0, 0.0, 0.0, 0, 0, 1),
@@ -239,7 +246,7 @@ def test_an_update_takes_columns_by_their_names(tiny_model_dir: Path, tmp_path: 
         policy = policy_of(tiny_model_dir)
         optimizer = build_optimizer(policy.model, cfg.trainer)
         done = update(
-            policy, optimizer, rows, range(4), chosen, max_grad_norm=1.0, check=lambda: None
+            policy, optimizer, samples, range(4), chosen, max_grad_norm=1.0, check=lambda: None
         )
         assert done.taken and done.loss != 0
         return done.loss, list(policy.model.parameters())

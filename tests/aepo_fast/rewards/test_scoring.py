@@ -156,13 +156,14 @@ def test_a_long_right_answer_is_penalised_and_positive(tmp_path: Path) -> None:
         on_tokens=lambda _: None,
         lap=lambda _: None,
     )
-    assert [row.reward for row in rollout.rows] == [0.5, -0.5, 1.0, 0.0]  # auxiliary ones are not
+    # Auxiliary ones are not penalised.
+    assert [sample.reward for sample in rollout.samples] == [0.5, -0.5, 1.0, 0.0]
     assert rollout.main_rewards[:2].tolist() == [0.5, -0.5]
-    assert [row.task_reward for row in rollout.rows] == [1.0, 0.0, 1.0, 0.0]
-    assert [is_positive(row, AepoConfig()) for row in rollout.rows] == [True, False] * 2
+    assert [sample.task_reward for sample in rollout.samples] == [1.0, 0.0, 1.0, 0.0]
+    assert [is_positive(sample, AepoConfig()) for sample in rollout.samples] == [True, False] * 2
     state = rollout.state_dict()
     assert Rollout.from_state(state, rollout.prompts) == rollout
-    # The rows hold the task rewards; older checkpoints have them once more.
+    # The samples hold the task rewards; older checkpoints have them once more.
     assert "task_rewards" not in state
     older = {**state, "task_rewards": [1.0, 0.0, 1.0, 0.0]}
     assert Rollout.from_state(older, rollout.prompts) == rollout

@@ -13,7 +13,7 @@ from aepo_fast.config.sections import TrainerConfig
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.canary import Canary, StaleWeightsError
 from aepo_fast.rollout.hf import HfRollout
-from aepo_fast.samples import Completion, Row
+from aepo_fast.samples import Completion, Sample
 from aepo_fast.training.step_metrics import sampling_metrics
 from tests.tiny_run import a_machine
 
@@ -84,16 +84,16 @@ def test_one_unlucky_draw_does_not_stop_a_run(
 
 
 def test_sampling_metrics_are_those_of_the_chosen_rows() -> None:
-    def row(logprobs: tuple[float, ...]) -> Row:
+    def sample(logprobs: tuple[float, ...]) -> Sample:
         ids = tuple(range(len(logprobs)))
-        return Row(Completion((1,), ids, logprobs, "stop", 1.0, 0), 0, False, 1.0)
+        return Sample(Completion((1,), ids, logprobs, "stop", 1.0, 0), 0, False, 1.0)
 
-    rows = [row((-1.0, -2.0)), row((-5.0,)), row((-0.5,))]
+    samples = [sample((-1.0, -2.0)), sample((-5.0,)), sample((-0.5,))]
     trainer = torch.tensor([-1.1, -2.0, 100.0, -0.3])
-    metrics = sampling_metrics(trainer, rows, [0, 2], version=3)
+    metrics = sampling_metrics(trainer, samples, [0, 2], version=3)
     assert metrics["sampling/logp_difference/mean"] == pytest.approx(0.1)
     assert metrics["sampling/logp_difference/max"] == pytest.approx(0.2)
     expected = sum(math.expm1(d) - d for d in (-0.1, 0.0, 0.2)) / 3
     assert metrics["sampling/mismatch_kl"] == pytest.approx(expected, rel=1e-4)
     assert metrics["sampling/version_lag"] == 3
-    assert sampling_metrics(trainer, rows, [], version=3) == {}
+    assert sampling_metrics(trainer, samples, [], version=3) == {}

@@ -16,7 +16,7 @@ from aepo_fast.model.load import resolve
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.canary import Canary, StaleWeightsError
 from aepo_fast.rollout.engine import RolloutError
-from aepo_fast.samples import Completion, Request, Row
+from aepo_fast.samples import Completion, Request, Sample
 from aepo_kernels import multiplies_bfloat16
 from tests.tiny_run import a_machine
 
@@ -104,11 +104,11 @@ def test_samples_at_mixed_temperatures_carry_the_law_they_were_drawn_from(
     differences = []
     for request, group in zip(requests, groups, strict=True):
         assert len({one.completion_ids for one in group}) > 1
-        rows = [Row(one, 0, False, None) for one in group]
-        scores = policy.score(rows, range(3), second_temperature=request.temperature)
-        assert scores.second_logprob is not None
+        samples = [Sample(one, 0, False, None) for one in group]
+        values = policy.token_values(samples, range(3), second_temperature=request.temperature)
+        assert values.second_logprob is not None
         sampled = torch.tensor([x for one in group for x in one.logprobs])
-        differences.append((scores.second_logprob - sampled).abs())
+        differences.append((values.second_logprob - sampled).abs())
         for one in group:
             assert one.prompt_ids == request.prompt_ids and one.weights_version == 0
             stopped = one.completion_ids[-1] in engine.eos_ids

@@ -15,7 +15,7 @@ from aepo_fast.config.sections import CheckpointConfig
 from aepo_fast.report.logger import read_lines
 from aepo_fast.report.moving_mean import MovingMean
 from aepo_fast.report.plot import with_smoothed
-from aepo_fast.samples import Completion, Prompt, Rollout, Row
+from aepo_fast.samples import Completion, Prompt, Rollout, Sample
 from aepo_fast.training.checkpoint import complete_checkpoints
 from aepo_fast.training.entropy_metrics import entropy_metrics
 from aepo_fast.training.run import train
@@ -31,19 +31,19 @@ def decode(ids: Sequence[int]) -> str:
     return "".join(chr(token) for token in ids if token != END)
 
 
-def rollout(*samples: tuple[int, str, float | None], aux_from: int = 99) -> Rollout:
-    """Samples (prompt, text, task reward), each with an end token."""
-    rows = []
-    for group, text, reward in samples:
+def rollout(*given: tuple[int, str, float | None], aux_from: int = 99) -> Rollout:
+    """Samples from (prompt, text, task reward), each with an end token."""
+    samples = []
+    for group, text, reward in given:
         ids = (*map(ord, text), END)
         completion = Completion((5,), ids, (-1.0,) * len(ids), "stop", 1.0, 0)
         # A length penalty is no part of the answer's reward.
-        rows.append(Row(completion, group, group >= aux_from, reward, -0.5))
+        samples.append(Sample(completion, group, group >= aux_from, reward, -0.5))
     return Rollout(
-        rows=rows,
-        prompts=[Prompt("", (), {}, 0, (5,))] * (1 + max(row.group for row in rows)),
-        texts=[text for _, text, _ in samples],
-        num_main_groups=len({row.group for row in rows if not row.is_aux}),
+        samples=samples,
+        prompts=[Prompt("", (), {}, 0, (5,))] * (1 + max(sample.group for sample in samples)),
+        texts=[text for _, text, _ in given],
+        num_main_groups=len({sample.group for sample in samples if not sample.is_aux}),
         reward_errors=0,
         sampling_s=1.0,
     )
@@ -52,8 +52,8 @@ def rollout(*samples: tuple[int, str, float | None], aux_from: int = 99) -> Roll
 def measured(made: Rollout, entropy: list[float]) -> dict[str, float]:
     main = [
         index
-        for index, row in enumerate(made.rows)
-        if not row.is_aux and row.task_reward is not None
+        for index, sample in enumerate(made.samples)
+        if not sample.is_aux and sample.task_reward is not None
     ]
     return entropy_metrics(made, torch.tensor(entropy), main, 1.0, decode)
 
@@ -131,9 +131,9 @@ def test_the_parts_make_up_the_whole_in_a_run(
     def step(self: Trainer, *args: object) -> object:
         result = plain(self, *args)
         lengths = [
-            (row.length, row.task_reward >= 1)
-            for row in result.rollout.rows
-            if not row.is_aux and row.task_reward is not None
+            (sample.length, sample.task_reward >= 1)
+            for sample in result.rollout.samples
+            if not sample.is_aux and sample.task_reward is not None
         ]
         right = sum(length for length, good in lengths if good)
         shares.append(right / sum(length for length, _ in lengths))
