@@ -36,6 +36,12 @@ EntropyMethod = Literal[
 # Those that leave the tokens of a row alike, as a loss over whole sequences needs it.
 SEQUENCE_ENTROPY_METHODS = ("none", "bonus", "adaptive_bonus", "ucpo", "ds_grpo")
 
+# Those that score with a second temperature of their own, and the forms that leave it to them.
+SECOND_TEMPERATURE_METHODS = ("era",)
+ONE_TEMPERATURE_FORMS = ("split", "rescue", "resample")
+# The forms that weigh the loss of single tokens, which a loss over whole sequences has not.
+TOKEN_FORMS = ("one_pass", "dcpo")
+
 Controller = Literal["observer", "pi", "published", "switch"]
 Form = Literal["split", "rescue", "expected", "one_pass", "dcpo", "resample"]
 Correction = Literal["off", "token_truncate", "sequence_mask", "icepop"]
@@ -154,7 +160,7 @@ class LossConfig:
     clip_cov_low: float = setting(1.0, needs=_method("clip_cov"))
     clip_cov_high: float = setting(5.0, needs=_method("clip_cov"))
     kl_cov_coef: float = setting(1.0, needs=_method("kl_cov"))
-    # Rivals of entropy_rivals.py, with the defaults of their papers; ds_grpo_gamma is ours.
+    # Rivals (aepo_fast/method/rivals.py), with the defaults of their papers; ds_grpo_gamma is ours.
     entropic_kp: float = setting(1.0, needs=_method("entropic"))  # per nat
     entropic_ki: float = setting(0.01, needs=_method("entropic"))  # per nat and step
     # Tokens likelier than this are acted on.

@@ -14,6 +14,7 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config
 from aepo_fast.data.sampler import PromptSampler
 from aepo_fast.method.entropy_control import EntropyController, aepo_draws
+from aepo_fast.method.forms import make_form
 from aepo_fast.rewards.reward import Reward, soft_overlong_penalty
 from aepo_fast.rewards.scorer import GroupScorer
 from aepo_fast.rollout.engine import RolloutEngine
@@ -189,7 +190,7 @@ class Rollouts:
 
     def _auxiliary(self, step: int, prompts: Sequence[Prompt]) -> list[Prompt]:
         aepo = self.cfg.aepo
-        if not aepo.enabled or aepo.form != "resample":
+        if not make_form(aepo).draws_auxiliary:
             return []
         # A stream of its own: drawing auxiliary prompts leaves the minibatches as GRPO has them.
         rng = np.random.default_rng([self.cfg.trainer.seed, step, 1])

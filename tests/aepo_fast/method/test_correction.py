@@ -14,7 +14,7 @@ from aepo_fast.config.method import CORRECTION_DEFAULTS, AepoConfig, LossConfig
 from aepo_fast.config.sections import Config, RolloutConfig
 from aepo_fast.method.correction import sequence_correction, token_correction
 from aepo_fast.method.objective import build_objective, needs_scores
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.samples import Completion, Row, Scores
 from tests.tiny_run import tiny_config
 

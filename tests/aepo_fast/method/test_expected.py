@@ -14,7 +14,7 @@ from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.method.aepo_terms import expected_token_loss, one_pass_token_loss, temperature_ratio
 from aepo_fast.method.objective import Objective, build_objective, second_temperature
 from aepo_fast.method.policy_losses import gspo
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.samples import Completion, Row, Scores
 from aepo_kernels import linear_token_loss
 from tests.tiny_run import tiny_config

@@ -16,7 +16,8 @@ from aepo_fast.method.credit import group_advantages, plan_minibatches, token_we
 from aepo_fast.method.metric_sums import MetricSum
 from aepo_fast.method.objective import Objective, build_objective
 from aepo_fast.method.policy_losses import clipped_surrogate, kl_to_reference
-from aepo_fast.method.token_objective import Metrics, StepContext
+from aepo_fast.method.token_objective import Metrics
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.samples import Completion, Row, Scores
 from tests.tiny_run import tiny_config
 

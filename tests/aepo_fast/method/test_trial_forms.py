@@ -12,7 +12,7 @@ import torch
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.method.aepo_terms import surprise_weights
 from aepo_fast.method.objective import Objective, build_objective, second_temperature
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.samples import Completion, Row
 from tests.tiny_run import tiny_config
 

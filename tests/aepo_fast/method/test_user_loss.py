@@ -20,7 +20,7 @@ from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import dump_config, load_config
 from aepo_fast.method.objective import Objective, build_objective
 from aepo_fast.method.policy_losses import POLICY_LOSSES
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.method.user_loss import _checked, find_policy_loss
 from aepo_fast.samples import Completion, Row, Scores
 from aepo_fast.training.run import train
