@@ -36,6 +36,12 @@ EntropyMethod = Literal[
 # Those that leave the tokens of a row alike, as a loss over whole sequences needs it.
 SEQUENCE_ENTROPY_METHODS = ("none", "bonus", "adaptive_bonus", "ucpo", "ds_grpo")
 
+# Those that score with a second temperature of their own, and the forms that leave it to them.
+SECOND_TEMPERATURE_METHODS = ("era",)
+ONE_TEMPERATURE_FORMS = ("split", "rescue", "resample")
+# The forms that weigh the loss of single tokens, which a loss over whole sequences has not.
+TOKEN_FORMS = ("one_pass", "dcpo")
+
 Controller = Literal["observer", "pi", "published", "switch"]
 Form = Literal["split", "rescue", "expected", "one_pass", "dcpo", "resample"]
 Correction = Literal["off", "token_truncate", "sequence_mask", "icepop"]

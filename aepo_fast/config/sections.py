@@ -19,7 +19,13 @@ from aepo_fast.config.conditions import (
     setting,
 )
 from aepo_fast.config.errors import ConfigError, require, require_not_negative, require_positive
-from aepo_fast.config.method import AepoConfig, LossConfig
+from aepo_fast.config.method import (
+    ONE_TEMPERATURE_FORMS,
+    SECOND_TEMPERATURE_METHODS,
+    TOKEN_FORMS,
+    AepoConfig,
+    LossConfig,
+)
 
 __all__ = [
     "AepoConfig",
@@ -353,16 +359,16 @@ class Config:
         require(
             not self.loss.policy_loss.whole_sequences
             or not self.aepo.enabled
-            or self.aepo.form not in ("one_pass", "dcpo"),
+            or self.aepo.form not in TOKEN_FORMS,
             "aepo.form",
             self.aepo.form,
             f"weighs the loss of single tokens, and {self.loss.policy} has one of whole sequences",
             f'Use form = "split", "expected" or "resample" with {self.loss.policy}',
         )
         require(
-            self.loss.entropy_method != "era"
+            self.loss.entropy_method not in SECOND_TEMPERATURE_METHODS
             or not self.aepo.enabled
-            or self.aepo.form in ("split", "rescue", "resample"),
+            or self.aepo.form in ONE_TEMPERATURE_FORMS,
             "loss.entropy_method",
             self.loss.entropy_method,
             f"needs the second temperature that aepo.form = {self.aepo.form!r} takes",

@@ -66,7 +66,7 @@ def plan_minibatches(
     num_minibatches: int,
     rng: np.random.Generator,
 ) -> list[list[int]]:
-    """Row indices of each minibatch.
+    """Sample indices of each minibatch.
 
     main_groups: rows of each prompt; groups are shuffled and kept whole, their numbers differ by
     at most one over the minibatches. positives: auxiliary rows with a gradient, spread the same

@@ -13,19 +13,18 @@ import torch
 
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.config.sections import Config
-from aepo_fast.method import aepo_terms, regularisers, rivals
 from aepo_fast.method.correction import sequence_correction
 from aepo_fast.method.credit import token_weights
+from aepo_fast.method.forms import make_form
+from aepo_fast.method.rivals import make_regulariser
 from aepo_fast.method.token_objective import (
     SequenceLoss,
-    StepContext,
     TokenLoss,
     make_sequence_loss,
     make_token_loss,
 )
+from aepo_fast.method.tokens import Columns, StepContext
 from aepo_fast.samples import Sample, TokenValues, sampler_logprobs, token_index, token_offsets
-
-_MOST_SURPRISE = 8.0  # nats of a token
 
 
 @dataclass(frozen=True)
@@ -46,26 +45,18 @@ class Objective:
 
 def needs_scores(loss: LossConfig, num_updates: int) -> bool:
     """Whether log-probs before the first update are needed: several updates, or whole sequences."""
-    selects = loss.entropy_method in (
-        "top_entropy",
-        "clip_cov",
-        "kl_cov",
-        *rivals.ROW_METHODS,
-    )
-    return num_updates > 1 or selects or loss.correction == "sequence_mask"
+    whole = make_regulariser(loss).needs_scores or loss.correction == "sequence_mask"
+    return num_updates > 1 or whole
 
 
 def second_temperature(loss: LossConfig, aepo: AepoConfig, temperature: float) -> float | None:
     """The temperature of the second log-prob, None where the loss needs none.
 
-    It is AEPO's T in the forms that score twice; at T = 1 the expected form is zero. ERA scores at
-    logits times its scale, and goes with none of these forms.
+    It is AEPO's T in the forms that score twice, unless the entropy method takes one of its own,
+    which it does beside none of these forms.
     """
-    if loss.entropy_method == "era":
-        return 1 / loss.era_scale
-    if not aepo.enabled or aepo.form in ("resample", "split", "rescue"):
-        return None
-    return None if aepo.form == "expected" and temperature == 1 else temperature
+    own = make_regulariser(loss).second_temperature()
+    return make_form(aepo).second_temperature(temperature) if own is None else own
 
 
 def is_positive(row: Sample, aepo: AepoConfig) -> bool:
@@ -92,23 +83,12 @@ def build_objective(
     loss, aepo = cfg.loss, cfg.aepo
     lengths = torch.tensor([row.length for row in rows])
     per_row = _row_columns(cfg, rows, lengths, advantages, minibatch, context)
-    per_row |= rivals.row_columns(loss, rows, per_row, scores)
+    per_row |= make_regulariser(loss).row_columns(rows, per_row, scores)
     columns = {name: values.repeat_interleave(lengths) for name, values in per_row.items()}
-    if loss.correction not in (None, "off"):
+    if loss.correction in ("token_truncate", "icepop"):
         columns["sampler_logprob"] = sampler_logprobs(rows)
     if scores is not None:
-        columns["old_logprob"] = scores.logprob
-        if loss.correction == "sequence_mask":
-            sampled = columns.pop("sampler_logprob")
-            columns["correction"] = sequence_correction(loss, scores.logprob, sampled, lengths)
-        if scores.second_logprob is not None:
-            columns["old_second_logprob"] = scores.second_logprob
-        index = token_index(token_offsets(rows), minibatch)
-        main = index[columns["main"][index] > 0]
-        selected = _select(loss, scores, columns["advantage"], main, generator)
-        if selected is not None:
-            columns["selected"] = torch.zeros(len(columns["main"]))
-            columns["selected"][main] = selected.float()
+        columns |= _scored_columns(loss, rows, columns, minibatch, scores, generator)
     if reference is not None:
         columns["reference_logprob"] = reference.logprob
     whole = loss.policy_loss.whole_sequences
@@ -119,6 +99,31 @@ def build_objective(
         second_temperature=second_temperature(loss, aepo, context.temperature),
         passive_rows=_passive_rows(cfg, per_row, minibatch, context),
     )
+
+
+def _scored_columns(
+    loss: LossConfig,
+    rows: Sequence[Sample],
+    columns: Columns,
+    minibatch: Sequence[int],
+    scores: TokenValues,
+    generator: torch.Generator,
+) -> Columns:
+    """The columns that the log-probs and entropies of the policy that sampled give."""
+    scored = {"old_logprob": scores.logprob}
+    if loss.correction == "sequence_mask":
+        lengths = torch.tensor([row.length for row in rows])
+        sampled = sampler_logprobs(rows)
+        scored["correction"] = sequence_correction(loss, scores.logprob, sampled, lengths)
+    if scores.second_logprob is not None:
+        scored["old_second_logprob"] = scores.second_logprob
+    index = token_index(token_offsets(rows), minibatch)
+    main = index[columns["main"][index] > 0]
+    selected = make_regulariser(loss).select(scores, columns["advantage"], main, generator)
+    if selected is not None:
+        scored["selected"] = torch.zeros(len(columns["main"]))
+        scored["selected"][main] = selected.float()
+    return scored
 
 
 def _row_columns(
@@ -156,54 +161,7 @@ def _row_columns(
         "main": main.float(),
         "positive": (main & positive).float(),
     }
-    if cfg.aepo.enabled and cfg.aepo.form == "split":
-        columns["surprise"] = _surprise(rows, main & positive)
-    if cfg.aepo.enabled and cfg.aepo.form == "rescue":
-        groups = torch.tensor([row.group for row in rows])
-        unsolved = groups[main & ~positive].unique()
-        columns["solved"] = (main & ~torch.isin(groups, unsolved)).float()
-    return columns
-
-
-def _surprise(rows: Sequence[Sample], correct: torch.Tensor) -> torch.Tensor:
-    """Surprise weights of the correct samples within their groups, 0 for all others: [R].
-
-    From the sampler's log-probs, which are those of the policy before the step's updates. A token
-    counts no more than _MOST_SURPRISE: one odd token does not make a sample a new answer.
-    """
-    weights = torch.zeros(len(rows))
-    groups = torch.tensor([row.group for row in rows])
-    for group in groups[correct].unique():
-        members = (correct & (groups == group)).nonzero().flatten()
-        logprobs = [torch.tensor(rows[int(i)].completion.logprobs) for i in members]
-        surprise = torch.stack([(-lp).clamp(max=_MOST_SURPRISE).mean() for lp in logprobs])
-        weights[members] = aepo_terms.surprise_weights(surprise)
-    return weights
-
-
-def _select(
-    loss: LossConfig,
-    scores: TokenValues,
-    advantage: torch.Tensor,
-    main: torch.Tensor,
-    generator: torch.Generator,
-) -> torch.Tensor | None:
-    if loss.entropy_method == "top_entropy":
-        return regularisers.top_entropy_mask(scores.entropy[main], loss.top_entropy_fraction)
-    if loss.entropy_method == "clip_cov":
-        return regularisers.clip_cov_mask(
-            scores.logprob[main],
-            advantage[main],
-            fraction=loss.cov_fraction,
-            low=loss.clip_cov_low,
-            high=loss.clip_cov_high,
-            generator=generator,
-        )
-    if loss.entropy_method == "kl_cov":
-        return regularisers.kl_cov_mask(
-            scores.logprob[main], advantage[main], fraction=loss.cov_fraction
-        )
-    return None
+    return columns | make_form(cfg.aepo).row_columns(rows, main, main & positive)
 
 
 def _passive_rows(
@@ -214,15 +172,9 @@ def _passive_rows(
 ) -> frozenset[int]:
     """Rows whose coefficients are zero whatever the model says, hence need no backward pass."""
     active = (per_row["weight"] * per_row["advantage"] != 0) | (per_row["aux_weight"] != 0)
-    if cfg.loss.kl_coef > 0 or cfg.loss.entropy_method in ("bonus", "adaptive_bonus", "kl_cov"):
+    loss = cfg.loss
+    acts_everywhere = make_regulariser(loss).all_rows_active or not loss.policy_loss.needs_advantage
+    if loss.kl_coef > 0 or acts_everywhere:
         active |= per_row["main"] > 0
-    if not cfg.loss.policy_loss.needs_advantage:
-        active |= per_row["main"] > 0
-    aepo, heated = cfg.aepo, context.temperature != 1
-    if aepo.enabled and (aepo.form in ("one_pass", "dcpo") or aepo.form == "expected" and heated):
-        active |= per_row["positive"] > 0
-    if aepo.enabled and aepo.form == "split" and heated:
-        active |= per_row["surprise"] != 0
-    if aepo.enabled and aepo.form == "rescue" and heated:
-        active |= per_row["solved"] != 0
+    active |= make_form(cfg.aepo).active_rows(per_row, context.temperature)
     return frozenset(index for index in minibatch if not active[index])

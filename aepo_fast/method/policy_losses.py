@@ -2,7 +2,7 @@
 
 A loss is a function that names the arguments it wants (`GIVEN`). Every loss of single tokens is
 elementwise over its [N] arguments, so it may be computed chunk by chunk. A loss that names
-`row_of_token` weighs whole sequences and is called on whole rows. Log-probs are in nats at
+`sample_of_token` weighs whole sequences and is called on whole rows. Log-probs are in nats at
 temperature 1; old log-probs and advantages carry no gradient.
 """
 
@@ -28,7 +28,7 @@ GIVEN = (
     "clip_low",
     "clip_high",
     "dual_clip",
-    "row_of_token",
+    "sample_of_token",
 )
 
 # exp of a larger log-ratio would overflow fp32 before the clip can act.
@@ -109,11 +109,13 @@ def sapo(
     return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
 
 
-def sequence_means(values: torch.Tensor, row_of_token: torch.Tensor, num_rows: int) -> torch.Tensor:
+def sequence_means(
+    values: torch.Tensor, sample_of_token: torch.Tensor, num_rows: int
+) -> torch.Tensor:
     """Mean of [N] token values over the tokens of each row: [R]; 0 for a row without tokens."""
     zeros = values.new_zeros(num_rows)
-    counts = zeros.index_add(0, row_of_token, torch.ones_like(values))
-    return zeros.index_add(0, row_of_token, values) / counts.clamp(min=1)
+    counts = zeros.index_add(0, sample_of_token, torch.ones_like(values))
+    return zeros.index_add(0, sample_of_token, values) / counts.clamp(min=1)
 
 
 def gspo(
@@ -122,16 +124,16 @@ def gspo(
     advantage: torch.Tensor,
     clip_low: float,
     clip_high: float,
-    row_of_token: torch.Tensor,
+    sample_of_token: torch.Tensor,
 ) -> TokenTerms:
     """GSPO: -min(s A, clip(s) A) per sequence, s = exp(mean_t log r_t) (arXiv 2507.18071).
 
-    logprob, old_logprob, advantage (equal along a row), row_of_token: [N]. Returns terms of [R].
+    logprob, old_logprob, advantage (equal along a row), sample_of_token: [N]. Returns terms of [R].
     """
-    num_rows = int(row_of_token[-1]) + 1
-    mean_logprob = sequence_means(logprob, row_of_token, num_rows)
-    mean_old = sequence_means(old_logprob, row_of_token, num_rows)
-    mean_advantage = sequence_means(advantage, row_of_token, num_rows)
+    num_rows = int(sample_of_token[-1]) + 1
+    mean_logprob = sequence_means(logprob, sample_of_token, num_rows)
+    mean_old = sequence_means(old_logprob, sample_of_token, num_rows)
+    mean_advantage = sequence_means(advantage, sample_of_token, num_rows)
     return clipped_surrogate(mean_logprob, mean_old, mean_advantage, clip_low, clip_high)
 
 
@@ -181,7 +183,7 @@ class PolicyLoss:
     @property
     def whole_sequences(self) -> bool:
         """Whether it gives one loss per row, [R], and not one per token, [N]."""
-        return self.takes("row_of_token")
+        return self.takes("sample_of_token")
 
     @property
     def own_arguments(self) -> tuple[str, ...]:

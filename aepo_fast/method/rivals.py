@@ -1,4 +1,4 @@
-"""Five rivals that steer entropy through the advantage or the scored law, chosen by one key.
+"""Five rivals that steer entropy through the advantage or the scored law, and all methods' table.
 
 What `loss.entropy_method` does, with A the advantage, pi the token's probability, H the entropy:
 
@@ -25,126 +25,169 @@ import torch
 
 from aepo_fast.config.method import LossConfig
 from aepo_fast.method.policy_losses import sequence_means
+from aepo_fast.method.regularisers import (
+    AdaptiveBonus,
+    Bonus,
+    ClipCov,
+    EntropyAdvantage,
+    KlCov,
+    Regulariser,
+    TopEntropy,
+)
+from aepo_fast.method.tokens import Columns, Tokens
 from aepo_fast.samples import Sample, TokenValues
 
-# Those that need the log-probs and entropies of whole rows before the update.
-ROW_METHODS = ("era", "ucpo", "ds_grpo")
 # ERA judges a response by its tokens of highest entropy, UCPO bounds 1/q.
 _ERA_TOP_SHARE = 0.2
 _UCPO_MIN_Q = 1e-6
 
 
-class RivalController:
-    """a of "entropic" and zeta of "repo_r", moved by each step's entropy; 0 for other methods.
+class Entropic(Regulariser):
+    """EntroPIC; its lever is a.
 
-    EntroPIC: the integral holds the errors before the last, as in its code, and is not bounded.
-    The paper's error is of the batch being trained; here it is of the step before, whose entropy is
-    known in time, and a is 0 until then. REPO-R: below H0 a positive zeta doubles and a negative
-    one halves, above it the reverse; where |zeta| would fall below its minimum the sign changes.
-    The paper takes the initial entropy as H0, here it is the setting.
+    The integral holds the errors before the last, as in its code, and is not bounded. The paper's
+    error is of the batch being trained; here it is of the step before, whose entropy is known in
+    time, and a is 0 until then. Its code adds -a r |A| to the loss, outside the clip; scaling A is
+    the same wherever the clip does not act, and serves all policy losses.
     """
 
-    def __init__(self, cfg: LossConfig) -> None:
-        self.cfg = cfg
-        self.value = cfg.repo_r_zeta if cfg.entropy_method == "repo_r" else 0.0
-        self.integral = 0.0
+    def next_lever(self, lever: float, integral: float, entropy: float) -> tuple[float, float]:
+        """clip(Kp (H - H0) + Ki sum of past errors, -1, 1)."""
+        error = entropy - self.loss.adaptive_target
+        signal = self.loss.entropic_kp * error + self.loss.entropic_ki * integral
+        return min(1.0, max(-1.0, signal)), integral + error
 
-    def update(self, entropy: float) -> None:
-        """Take in the entropy of a step; one that is not finite is not a measurement."""
-        if not math.isfinite(entropy):
-            return
-        cfg, error = self.cfg, entropy - self.cfg.adaptive_target
-        if cfg.entropy_method == "entropic":
-            signal = cfg.entropic_kp * error + cfg.entropic_ki * self.integral
-            self.value = min(1.0, max(-1.0, signal))
-            self.integral += error
-        elif cfg.entropy_method == "repo_r":
-            wanted = 1.0 if error < 0 else -1.0
-            size = abs(self.value) * (2.0 if self.value * wanted > 0 else 0.5)
-            sign = math.copysign(1.0, self.value)
-            if size < cfg.repo_r_zeta_min:
-                size, sign = cfg.repo_r_zeta_min, -sign
-            self.value = sign * min(size, cfg.repo_r_zeta_max)
-
-    def state_dict(self) -> dict[str, float | str]:
-        """What a checkpoint needs."""
-        method = self.cfg.entropy_method
-        return {"method": method, "value": self.value, "integral": self.integral}
-
-    def load_state_dict(self, state: dict[str, float | str]) -> None:
-        """Go on from a saved state; what another method left is no starting value."""
-        if state["method"] == self.cfg.entropy_method:
-            self.value, self.integral = float(state["value"]), float(state["integral"])
+    def scale_advantage(
+        self, advantage: torch.Tensor, logprob: torch.Tensor, lever: float
+    ) -> torch.Tensor:
+        """A (1 + a sign A) on likely tokens; pi is that of the current policy."""
+        logprob, sign = logprob.detach(), advantage.sign()
+        likely = logprob > math.log(self.loss.entropic_min_prob)
+        return torch.where(likely, advantage * (1 + lever * sign), advantage)
 
 
-def token_advantage(
-    loss: LossConfig, advantage: torch.Tensor, logprob: torch.Tensor, value: float
-) -> torch.Tensor:
-    """The advantage under "entropic" or "repo_r", [N], `value` being their controller's.
+class RepoR(Regulariser):
+    """REPO-R; its lever is zeta.
 
-    EntroPIC's code adds -a r |A| to the loss, outside the clip; scaling A is the same wherever the
-    clip does not act, and serves all policy losses. Both take pi of the current policy.
+    Below H0 a positive zeta doubles and a negative one halves, above it the reverse; where |zeta|
+    would fall below its minimum the sign changes. The paper takes the initial entropy as H0, here
+    it is the setting.
     """
-    logprob, sign = logprob.detach(), advantage.sign()
-    if loss.entropy_method == "entropic":
-        likely = logprob > math.log(loss.entropic_min_prob)
-        return torch.where(likely, advantage * (1 + value * sign), advantage)
-    if loss.entropy_method == "repo_r":
-        return advantage * (1 - value * sign * logprob).clamp(min=0)
-    return advantage
+
+    def first_lever(self) -> float:
+        """The setting."""
+        return self.loss.repo_r_zeta
+
+    def next_lever(self, lever: float, integral: float, entropy: float) -> tuple[float, float]:
+        """zeta doubled or halved."""
+        loss, wanted = self.loss, 1.0 if entropy < self.loss.adaptive_target else -1.0
+        size = abs(lever) * (2.0 if lever * wanted > 0 else 0.5)
+        sign = math.copysign(1.0, lever)
+        if size < loss.repo_r_zeta_min:
+            size, sign = loss.repo_r_zeta_min, -sign
+        return sign * min(size, loss.repo_r_zeta_max), integral
+
+    def scale_advantage(
+        self, advantage: torch.Tensor, logprob: torch.Tensor, lever: float
+    ) -> torch.Tensor:
+        """A (1 - sign(A) zeta log pi), no change of sign; pi is that of the current policy."""
+        logprob, sign = logprob.detach(), advantage.sign()
+        return advantage * (1 - lever * sign * logprob).clamp(min=0)
 
 
-def scored_logprobs(
-    loss: LossConfig,
-    column: dict[str, torch.Tensor],
-    logprob: torch.Tensor,
-    old: torch.Tensor,
-    second_logprob: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two log-probs of the policy loss's ratio, [N]: under ERA partly those at logits x k.
+class Era(Regulariser):
+    """ERA: rows of A > 0 and low entropy are scored with their logits times k."""
 
-    second_logprob, differentiable, and the column old_second_logprob are at temperature 1/k.
-    """
-    if loss.entropy_method != "era":
-        return logprob, old
-    assert second_logprob is not None
-    scaled = column["scaled"] > 0
-    return (
-        torch.where(scaled, second_logprob, logprob),
-        torch.where(scaled, column["old_second_logprob"], old),
-    )
+    needs_scores = True
+
+    def second_temperature(self) -> float | None:
+        """1/k, that of logits times k."""
+        return 1 / self.loss.era_scale
+
+    def row_columns(
+        self, rows: Sequence[Sample], per_row: Columns, scores: TokenValues | None
+    ) -> Columns:
+        """scaled: 1 for the rows that are scored so."""
+        assert scores is not None
+        lengths = torch.tensor([row.length for row in rows])
+        low = response_entropy(scores.entropy, lengths) < self.loss.era_entropy_low
+        return {"scaled": ((per_row["main"] > 0) & low & (per_row["advantage"] > 0)).float()}
+
+    def scored_logprobs(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partly those at temperature 1/k, as are second_logprob and old_second_logprob."""
+        assert tokens.second_logprob is not None
+        scaled = tokens.column["scaled"] > 0
+        old_second = tokens.column["old_second_logprob"]
+        return (
+            torch.where(scaled, tokens.second_logprob, tokens.logprob),
+            torch.where(scaled, old_second, tokens.old_logprob),
+        )
 
 
-def row_columns(
-    loss: LossConfig,
-    rows: Sequence[Sample],
-    per_row: dict[str, torch.Tensor],
-    scores: TokenValues | None,
-) -> dict[str, torch.Tensor]:
-    """The per-row columns, [R] each, that ROW_METHODS change or add; none for other methods.
+class Ucpo(Regulariser):
+    """UCPO: the advantages of a group's correct rows by the rarity of each (`ucpo_weights`)."""
 
-    per_row: advantage, main and positive of the minibatch, which holds whole groups.
-    """
-    if loss.entropy_method not in ROW_METHODS:
-        return {}
-    assert scores is not None
+    needs_scores = True
+
+    def row_columns(
+        self, rows: Sequence[Sample], per_row: Columns, scores: TokenValues | None
+    ) -> Columns:
+        """The advantage."""
+        assert scores is not None
+        mean_logprob = _mean_logprobs(rows, scores)
+        positive = per_row["positive"] > 0
+        groups = torch.tensor([row.group for row in rows])
+        advantage = per_row["advantage"].clone()
+        for group in groups[positive].unique():
+            members = positive & (groups == group)
+            advantage[members] *= ucpo_weights(mean_logprob[members], self.loss.ucpo_tau)
+        return {"advantage": advantage}
+
+
+class DsGrpo(Regulariser):
+    """DS-GRPO: log pi of the row added to the advantage (`ds_grpo_advantage`)."""
+
+    needs_scores = True
+
+    def row_columns(
+        self, rows: Sequence[Sample], per_row: Columns, scores: TokenValues | None
+    ) -> Columns:
+        """The advantage."""
+        assert scores is not None
+        logprob = _mean_logprobs(rows, scores) * torch.tensor([row.length for row in rows])
+        main, positive = per_row["main"] > 0, per_row["positive"] > 0
+        gamma = self.loss.ds_grpo_gamma
+        return {
+            "advantage": ds_grpo_advantage(per_row["advantage"], logprob, main, positive, gamma)
+        }
+
+
+ENTROPY_METHODS: dict[str, type[Regulariser]] = {
+    "none": Regulariser,
+    "bonus": Bonus,
+    "adaptive_bonus": AdaptiveBonus,
+    "entropy_advantage": EntropyAdvantage,
+    "top_entropy": TopEntropy,
+    "clip_cov": ClipCov,
+    "kl_cov": KlCov,
+    "entropic": Entropic,
+    "repo_r": RepoR,
+    "era": Era,
+    "ucpo": Ucpo,
+    "ds_grpo": DsGrpo,
+}
+
+
+def make_regulariser(loss: LossConfig) -> Regulariser:
+    """The method that `loss.entropy_method` names."""
+    return ENTROPY_METHODS[loss.entropy_method](loss)
+
+
+def _mean_logprobs(rows: Sequence[Sample], scores: TokenValues) -> torch.Tensor:
+    """Mean log-prob of each row's tokens, [R]."""
     lengths = torch.tensor([row.length for row in rows])
-    advantage, main = per_row["advantage"], per_row["main"] > 0
-    positive = per_row["positive"] > 0
-    if loss.entropy_method == "era":
-        low = response_entropy(scores.entropy, lengths) < loss.era_entropy_low
-        return {"scaled": (main & low & (advantage > 0)).float()}
-    row_of_token = torch.arange(len(rows)).repeat_interleave(lengths)
-    mean_logprob = sequence_means(scores.logprob, row_of_token, len(rows))
-    if loss.entropy_method == "ds_grpo":
-        logprob = mean_logprob * lengths
-        return {"advantage": ds_grpo_advantage(advantage, logprob, main, positive, loss)}
-    groups = torch.tensor([row.group for row in rows])
-    advantage = advantage.clone()
-    for group in groups[positive].unique():
-        members = positive & (groups == group)
-        advantage[members] *= ucpo_weights(mean_logprob[members], loss.ucpo_tau)
-    return {"advantage": advantage}
+    sample_of_token = torch.arange(len(rows)).repeat_interleave(lengths)
+    return sequence_means(scores.logprob, sample_of_token, len(rows))
 
 
 def response_entropy(entropy: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -180,7 +223,7 @@ def ds_grpo_advantage(
     logprob: torch.Tensor,
     main: torch.Tensor,
     positive: torch.Tensor,
-    loss: LossConfig,
+    gamma: float,
 ) -> torch.Tensor:
     """A - gamma log pi(y) for correct rows, A + gamma log pi(y) for wrong ones, [R] (2511.19942).
 
@@ -188,5 +231,5 @@ def ds_grpo_advantage(
     is not normalised by length nor by the group's spread; one gamma serves both sides, and its
     default is ours, since the paper's values could not be read.
     """
-    shift = loss.ds_grpo_gamma * logprob
+    shift = gamma * logprob
     return torch.where(main, advantage + torch.where(positive, -shift, shift), advantage)

@@ -1,22 +1,31 @@
-"""The loss itself: policy loss, regularisers and AEPO's term, summed over tokens."""
+"""The loss itself: policy loss, regularisers and AEPO's term, summed over tokens.
+
+The loss of single tokens and that of whole rows have the same parts and differ in how they add
+them up: the one has a policy loss per token, the other one per row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from aepo_fast.config.method import AepoConfig, LossConfig
-from aepo_fast.method import aepo_terms, policy_losses, regularisers, rivals
+from aepo_fast.method import aepo_terms
 from aepo_fast.method.correction import bounds, token_correction
+from aepo_fast.method.forms import AepoForm, Clip, make_form
 from aepo_fast.method.metric_sums import MetricSum
+from aepo_fast.method.policy_losses import TokenTerms, kl_to_reference
+from aepo_fast.method.regularisers import Regulariser
+from aepo_fast.method.rivals import make_regulariser
+from aepo_fast.method.tokens import Columns, StepContext, Tokens
 
 # AEPO's clip of token ratios, eps of arXiv 2510.08141, where loss.clip_low and clip_high bound
 # those of whole sequences: tokens spread far wider, and most would lose their gradient.
 _TOKEN_CLIP = (0.2, 0.2)
 
-Columns = dict[str, torch.Tensor]
 Metrics = dict[MetricSum, torch.Tensor]
 TokenLoss = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, Columns], tuple[torch.Tensor, Metrics]
@@ -25,25 +34,6 @@ SequenceLoss = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, Columns],
     tuple[torch.Tensor, Metrics],
 ]
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """What the loss of a step depends on besides its rows.
-
-    temperature: AEPO's T. bonus_coef: of the entropy bonus. dcpo_mix: share of AEPO's signal in
-    DCPO's advantage. aux_draws, aux_positives: auxiliary rows of the step, and those with a
-    gradient; its num_minibatches share them. lever: EntroPIC's a or REPO-R's zeta.
-    """
-
-    temperature: float
-    bonus_coef: float
-    dcpo_mix: float
-    aux_draws: int
-    aux_positives: int
-    num_minibatches: int
-    lever: float = 0.0
-    entropy: float = 0.0  # the last one measured, nats
 
 
 def taking_slices(
@@ -64,7 +54,7 @@ def taking_slices(
 
 def make_token_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) -> TokenLoss:
     """The loss of any tokens, additive over them: takes their log-probs, entropies and columns."""
-    one_pass = aepo.enabled and aepo.form == "one_pass"
+    parts = _Parts(loss, aepo, context, make_regulariser(loss), make_form(aepo))
 
     def token_loss(
         logprob: torch.Tensor,
@@ -72,235 +62,169 @@ def make_token_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) ->
         second_logprob: torch.Tensor | None,
         column: Columns,
     ) -> tuple[torch.Tensor, Metrics]:
-        # Before the first update the current policy is the one that sampled: its ratio is 1.
-        old = column.get("old_logprob", logprob.detach())
-        at_t = None if loss.entropy_method == "era" else second_logprob
-        rho = _rho(aepo, column, old, at_t)
-        advantage = _advantage(loss, aepo, column, entropy, rho, context)
-        advantage = rivals.token_advantage(loss, advantage, logprob, context.lever)
-        scored = rivals.scored_logprobs(loss, column, logprob, old, second_logprob)
-        terms = _policy_terms(loss, *scored, advantage, entropy, second_logprob, None)
-        correction = _correction(loss, column, old)
-        per_token = correction * _with_selection(loss, terms.loss, logprob, old, column)
-        metrics = _metrics(column["main"], terms, entropy, old - logprob)
-        metrics |= _correction_metrics(loss, column["main"], correction)
-        if loss.kl_coef > 0:
-            kl = policy_losses.kl_to_reference(
-                logprob, column["reference_logprob"], loss.kl_estimator
-            )
-            per_token = per_token + loss.kl_coef * kl
-            metrics[MetricSum.KL] = (column["main"] * kl).sum().detach()
-        if context.bonus_coef:
-            per_token = per_token - context.bonus_coef * entropy
-        if one_pass:
-            assert rho is not None
-            extra = aepo_terms.one_pass_token_loss(
-                logprob, old, rho, *_clip(loss), baseline=aepo.baseline
-            )
-            per_token = per_token + aepo.alpha * correction * column["positive"] * extra.loss
-        heated = _heated(loss, aepo, context, logprob, entropy, second_logprob, old, column)
-        if heated is not None:
-            per_token = per_token + aepo.alpha * correction * heated
-        if rho is not None:
-            metrics[MetricSum.RHO] = (column["main"] * rho).sum()
-        resampled, aux_metrics = _resampled(loss, logprob, old, column)
-        return (column["weight"] * per_token).sum() + resampled, metrics | aux_metrics
+        tokens = _tokens(logprob, entropy, second_logprob, column)
+        rho = parts.form.rho(tokens)
+        policy = parts.policy_terms(tokens, rho, None)  # [N]
+        correction = parts.correction(tokens)
+        per_token = correction * parts.regulariser.on_policy_loss(policy.loss, tokens)
+        for term in parts.other_terms(tokens, rho):
+            scale = term.coef * correction if term.corrected else term.coef
+            per_token = per_token + scale * term.values
+        resampled, aux_metrics = parts.resampled(tokens)
+        total = (column["weight"] * per_token).sum() + resampled
+        return total, parts.metrics(tokens, policy, correction, rho) | aux_metrics
 
     return token_loss
 
 
 def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) -> SequenceLoss:
-    """The loss over the rows of a micro-batch, with AEPO's term and the regularisers."""
+    """The loss over the rows of a micro-batch, whose tokens it also takes with their row."""
+    parts = _Parts(loss, aepo, context, make_regulariser(loss), make_form(aepo))
 
     def sequence_loss(
         logprob: torch.Tensor,
         entropy: torch.Tensor,
         second_logprob: torch.Tensor | None,
-        row_of_token: torch.Tensor,
+        sample_of_token: torch.Tensor,
         column: Columns,
     ) -> tuple[torch.Tensor, Metrics]:
-        old = column.get("old_logprob", logprob.detach())
-        terms = _policy_terms(
-            loss, logprob, old, column["advantage"], entropy, second_logprob, row_of_token
-        )
+        tokens = _tokens(logprob, entropy, second_logprob, column)
+        policy = parts.policy_terms(tokens, None, sample_of_token)  # [R]
+        correction = parts.correction(tokens)
+        corrected = correction * column["weight"]
         # Columns are equal along a row, so a row's weight is the sum of its tokens' weights.
-        correction = _correction(loss, column, old)
-        weight = correction * column["weight"]
-        row_weight = torch.zeros_like(terms.clipped_low).index_add(0, row_of_token, weight)
-        total = (row_weight * terms.loss).sum()
-        spread = policy_losses.TokenTerms(*(part[row_of_token] for part in terms))
-        metrics = _metrics(column["main"], spread, entropy, old - logprob)
-        metrics |= _correction_metrics(loss, column["main"], correction)
-        if loss.kl_coef > 0:
-            kl = policy_losses.kl_to_reference(
-                logprob, column["reference_logprob"], loss.kl_estimator
-            )
-            total = total + loss.kl_coef * (column["weight"] * kl).sum()
-            metrics[MetricSum.KL] = (column["main"] * kl).sum().detach()
-        if context.bonus_coef:
-            total = total - context.bonus_coef * (column["weight"] * entropy).sum()
-        heated = _heated(loss, aepo, context, logprob, entropy, second_logprob, old, column)
-        if heated is not None:
-            total = total + aepo.alpha * (weight * heated).sum()
-        resampled, aux_metrics = _resampled(loss, logprob, old, column)
-        return total + resampled, metrics | aux_metrics
+        row_weight = torch.zeros_like(policy.clipped_low).index_add(0, sample_of_token, corrected)
+        total = (row_weight * policy.loss).sum()
+        for term in parts.other_terms(tokens, None):
+            weight = corrected if term.corrected else column["weight"]
+            total = total + term.coef * (weight * term.values).sum()
+        resampled, aux_metrics = parts.resampled(tokens)
+        spread = TokenTerms(*(part[sample_of_token] for part in policy))
+        return total + resampled, parts.metrics(tokens, spread, correction, None) | aux_metrics
 
     return sequence_loss
 
 
-def _policy_terms(
-    loss: LossConfig,
+def _tokens(
     logprob: torch.Tensor,
-    old_logprob: torch.Tensor,
-    advantage: torch.Tensor,
     entropy: torch.Tensor,
     second_logprob: torch.Tensor | None,
-    row_of_token: torch.Tensor | None,
-) -> policy_losses.TokenTerms:
-    """The policy loss of tokens, [N], or with row_of_token of rows, [R]."""
-    given = {
-        "logprob": logprob,
-        "old_logprob": old_logprob,
-        "advantage": advantage,
-        "entropy": entropy,
-        "second_logprob": second_logprob,
-        "clip_low": loss.clip_low,
-        "clip_high": loss.clip_high,
-        "dual_clip": loss.dual_clip,
-        "row_of_token": row_of_token,
-    }
-    return loss.policy_loss.terms(given, loss.params)
-
-
-def _clip(loss: LossConfig) -> tuple[float, float]:
-    assert loss.clip_low is not None and loss.clip_high is not None
-    return loss.clip_low, loss.clip_high
-
-
-def _token_clip(loss: LossConfig) -> tuple[float, float]:
-    """The clip of AEPO's token ratios."""
-    return _TOKEN_CLIP if loss.policy_loss.whole_sequences else _clip(loss)
-
-
-def _correction(loss: LossConfig, column: Columns, old: torch.Tensor) -> torch.Tensor:
-    """Weights [N] of main rows for the sampler's law, one where it is off."""
-    if "correction" in column:  # of whole sequences, known before the chunks
-        return column["correction"]
-    if loss.correction in (None, "off"):
-        return torch.ones_like(old)
-    return token_correction(loss, old, column["sampler_logprob"])
-
-
-def _correction_metrics(loss: LossConfig, main: torch.Tensor, correction: torch.Tensor) -> Metrics:
-    if loss.correction in (None, "off"):
-        return {}
-    cut = (correction <= 0) | (correction >= bounds(loss)[1])
-    return {
-        MetricSum.CORRECTION: (main * correction).sum(),
-        MetricSum.CORRECTION_CUT: (main * cut).sum(),
-    }
-
-
-def _rho(
-    aepo: AepoConfig, column: Columns, old: torch.Tensor, second_logprob: torch.Tensor | None
-) -> torch.Tensor | None:
-    if second_logprob is None or not aepo.enabled or aepo.form not in ("one_pass", "dcpo"):
-        return None
-    second = column.get("old_second_logprob", second_logprob.detach())
-    return aepo_terms.temperature_ratio(second, old, aepo.rho_clip)
-
-
-def _advantage(
-    loss: LossConfig,
-    aepo: AepoConfig,
     column: Columns,
-    entropy: torch.Tensor,
-    rho: torch.Tensor | None,
-    context: StepContext,
-) -> torch.Tensor:
-    advantage = column["advantage"]
-    if loss.entropy_method == "entropy_advantage":
-        advantage = regularisers.entropy_advantage(
-            advantage,
-            entropy,
-            coef=loss.advantage_entropy_coef,
-            kappa=loss.advantage_entropy_kappa,
+) -> Tokens:
+    # Before the first update the current policy is the one that sampled: its ratio is 1.
+    old = column.get("old_logprob", logprob.detach())
+    return Tokens(logprob, old, entropy, second_logprob, column)
+
+
+class _Term(NamedTuple):
+    """A part of the loss of main rows besides the policy loss: coef * values, [N].
+
+    corrected: weighted for the sampler's law, as the policy loss is.
+    """
+
+    coef: float
+    values: torch.Tensor
+    corrected: bool
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of the loss, each stated once for tokens and for rows."""
+
+    loss: LossConfig
+    aepo: AepoConfig
+    context: StepContext
+    regulariser: Regulariser
+    form: AepoForm
+
+    def policy_terms(
+        self, tokens: Tokens, rho: torch.Tensor | None, sample_of_token: torch.Tensor | None
+    ) -> TokenTerms:
+        """The policy loss: per token [N], or with sample_of_token per row [R]."""
+        loss, change = self.loss, self.regulariser
+        advantage = change.shape_advantage(tokens.column["advantage"], tokens.entropy)
+        advantage = self.form.advantage(advantage, rho, tokens.column, self.context.dcpo_mix)
+        advantage = change.scale_advantage(advantage, tokens.logprob, self.context.lever)
+        logprob, old_logprob = change.scored_logprobs(tokens)
+        given = {
+            "logprob": logprob,
+            "old_logprob": old_logprob,
+            "advantage": advantage,
+            "entropy": tokens.entropy,
+            "second_logprob": tokens.second_logprob,
+            "clip_low": loss.clip_low,
+            "clip_high": loss.clip_high,
+            "dual_clip": loss.dual_clip,
+            "sample_of_token": sample_of_token,
+        }
+        return loss.policy_loss.terms(given, loss.params)
+
+    def correction(self, tokens: Tokens) -> torch.Tensor:
+        """Weights [N] of main rows for the sampler's law, one where it is off."""
+        if "correction" in tokens.column:  # of whole sequences, known before the chunks
+            return tokens.column["correction"]
+        if self.loss.correction in (None, "off"):
+            return torch.ones_like(tokens.old_logprob)
+        return token_correction(self.loss, tokens.old_logprob, tokens.column["sampler_logprob"])
+
+    def other_terms(self, tokens: Tokens, rho: torch.Tensor | None) -> Iterator[_Term]:
+        """KL to the reference, entropy bonus and AEPO's term, where they are on."""
+        if self.loss.kl_coef > 0:
+            yield _Term(self.loss.kl_coef, self._kl(tokens), corrected=False)
+        if self.context.bonus_coef:
+            yield _Term(-self.context.bonus_coef, tokens.entropy, corrected=False)
+        term = self.form.token_term(tokens, rho, self.context, self._token_clip)
+        if term is not None:
+            yield _Term(self.aepo.alpha, term, corrected=True)
+
+    def resampled(self, tokens: Tokens) -> tuple[torch.Tensor, Metrics]:
+        """AEPO's resampling term over the auxiliary positives, and its clip count."""
+        weight = tokens.column["aux_weight"]
+        terms = aepo_terms.resample_token_loss(
+            tokens.logprob, tokens.old_logprob, *self._token_clip
         )
-    if rho is not None and aepo.form == "dcpo":
-        advantage = aepo_terms.dcpo_advantage(advantage, rho, column["positive"], context.dcpo_mix)
-    return advantage
+        on_aux = (weight > 0).float()
+        metrics = {
+            MetricSum.AUX_TOKENS: on_aux.sum(),
+            MetricSum.AUX_CLIP: (on_aux * terms.clipped_high).sum(),
+        }
+        return (weight * terms.loss).sum(), metrics
 
+    @torch.no_grad()
+    def metrics(
+        self,
+        tokens: Tokens,
+        policy: TokenTerms,
+        correction: torch.Tensor,
+        rho: torch.Tensor | None,
+    ) -> Metrics:
+        """Sums over main rows; policy: its terms per token, [N]."""
+        main = tokens.column["main"]
+        sums = {
+            MetricSum.MAIN_TOKENS: main.sum(),
+            MetricSum.ENTROPY: (main * tokens.entropy).sum(),
+            MetricSum.CLIP_LOW: (main * policy.clipped_low).sum(),
+            MetricSum.CLIP_HIGH: (main * policy.clipped_high).sum(),
+            MetricSum.POLICY_KL: (main * (tokens.old_logprob - tokens.logprob)).sum(),
+        }
+        if self.loss.correction not in (None, "off"):
+            cut = (correction <= 0) | (correction >= bounds(self.loss)[1])
+            sums[MetricSum.CORRECTION] = (main * correction).sum()
+            sums[MetricSum.CORRECTION_CUT] = (main * cut).sum()
+        if self.loss.kl_coef > 0:
+            sums[MetricSum.KL] = (main * self._kl(tokens)).sum()
+        if rho is not None:
+            sums[MetricSum.RHO] = (main * rho).sum()
+        return sums
 
-def _with_selection(
-    loss: LossConfig,
-    per_token: torch.Tensor,
-    logprob: torch.Tensor,
-    old: torch.Tensor,
-    column: Columns,
-) -> torch.Tensor:
-    """Apply the selection of the 80/20 rule, Clip-Cov or KL-Cov to the policy loss."""
-    if loss.entropy_method == "top_entropy":
-        return per_token * column["selected"]
-    if loss.entropy_method == "clip_cov":
-        return per_token * (1 - column["selected"])
-    if loss.entropy_method == "kl_cov":
-        return per_token + loss.kl_cov_coef * column["selected"] * (logprob - old).abs()
-    return per_token
+    def _kl(self, tokens: Tokens) -> torch.Tensor:
+        reference = tokens.column["reference_logprob"]
+        return kl_to_reference(tokens.logprob, reference, self.loss.kl_estimator)
 
-
-def _heated(
-    loss: LossConfig,
-    aepo: AepoConfig,
-    context: StepContext,
-    logprob: torch.Tensor,
-    entropy: torch.Tensor,
-    second_logprob: torch.Tensor | None,
-    old: torch.Tensor,
-    column: Columns,
-) -> torch.Tensor | None:
-    """AEPO's term in the forms that vanish at T = 1, [N], or None where it does."""
-    if not aepo.enabled or context.temperature == 1:
-        return None
-    low, high = _token_clip(loss)
-    if aepo.form == "split":
-        advantage = (context.temperature - 1) * column["surprise"]
-        return policy_losses.clipped_surrogate(logprob, old, advantage, low, high).loss
-    if aepo.form == "rescue":
-        uncertain = entropy.detach() > context.entropy
-        return -(context.temperature - 1) * column["solved"] * uncertain * entropy
-    if aepo.form == "expected":
-        assert second_logprob is not None
-        # With several updates a state counts as often as the policy would now go on from there.
-        ratio = policy_losses.probability_ratio(logprob, old).detach().clamp(1 - low, 1 + high)
-        weight = column["positive"] * ratio
-        return aepo_terms.expected_token_loss(logprob, second_logprob, context.temperature, weight)
-    return None
-
-
-def _resampled(
-    loss: LossConfig, logprob: torch.Tensor, old: torch.Tensor, column: Columns
-) -> tuple[torch.Tensor, Metrics]:
-    """AEPO's resampling term over the auxiliary positives, and its clip count."""
-    terms = aepo_terms.resample_token_loss(logprob, old, *_token_clip(loss))
-    on_aux = (column["aux_weight"] > 0).float()
-    metrics = {
-        MetricSum.AUX_TOKENS: on_aux.sum(),
-        MetricSum.AUX_CLIP: (on_aux * terms.clipped_high).sum(),
-    }
-    return (column["aux_weight"] * terms.loss).sum(), metrics
-
-
-@torch.no_grad()
-def _metrics(
-    main: torch.Tensor,
-    terms: policy_losses.TokenTerms,
-    entropy: torch.Tensor,
-    log_ratio: torch.Tensor,
-) -> Metrics:
-    return {
-        MetricSum.MAIN_TOKENS: main.sum(),
-        MetricSum.ENTROPY: (main * entropy).sum(),
-        MetricSum.CLIP_LOW: (main * terms.clipped_low).sum(),
-        MetricSum.CLIP_HIGH: (main * terms.clipped_high).sum(),
-        MetricSum.POLICY_KL: (main * log_ratio).sum(),
-    }
+    @property
+    def _token_clip(self) -> Clip:
+        """The clip of AEPO's token ratios."""
+        if self.loss.policy_loss.whole_sequences:
+            return _TOKEN_CLIP
+        assert self.loss.clip_low is not None and self.loss.clip_high is not None
+        return self.loss.clip_low, self.loss.clip_high

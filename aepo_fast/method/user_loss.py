@@ -91,7 +91,7 @@ def _check_values(loss: PolicyLoss, params: Mapping[str, Any]) -> None:
         "clip_low": loss.clip_low,
         "clip_high": loss.clip_high,
         "dual_clip": 3.0,
-        "row_of_token": torch.arange(8) // 2,
+        "sample_of_token": torch.arange(8) // 2,
     }
     try:
         value = loss.terms(_on_ramps(given)[0], params).loss
@@ -147,7 +147,7 @@ def _check_on_ramps(name: str, function: LossFunction, arguments: Mapping[str, A
             _loss(function(**_part(ramps, units < half, 0))),
             _loss(function(**_part(ramps, units >= half, half))),
         ]
-    _check_additive(name, loss.detach(), halves, "row" if "row_of_token" in ramps else "token")
+    _check_additive(name, loss.detach(), halves, "row" if "sample_of_token" in ramps else "token")
     return True
 
 
@@ -158,7 +158,7 @@ def _on_ramps(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tenso
     1.5, so that a mean over one half differs from that over the whole.
     """
     logprob = arguments["logprob"]
-    units = arguments.get("row_of_token")
+    units = arguments.get("sample_of_token")
     if units is None:
         units = torch.arange(len(logprob), device=logprob.device)
     rise = torch.linspace(0, 1, len(logprob), dtype=logprob.dtype, device=logprob.device)
@@ -184,8 +184,8 @@ def _part(arguments: Mapping[str, Any], chosen: torch.Tensor, first_row: int) ->
         name: value.detach()[chosen] if isinstance(value, torch.Tensor) and name in GIVEN else value
         for name, value in arguments.items()
     }
-    if "row_of_token" in part:
-        part["row_of_token"] = part["row_of_token"] - first_row
+    if "sample_of_token" in part:
+        part["sample_of_token"] = part["sample_of_token"] - first_row
     return part
 
 
@@ -199,7 +199,7 @@ def _check_additive(name: str, loss: torch.Tensor, halves: list[torch.Tensor], u
     if bool(difference.max() <= limit):
         return
     worst = int(difference.argmax())
-    fix = "Use nothing of other tokens; a loss over whole sequences must take row_of_token"
+    fix = "Use nothing of other tokens; a loss over whole sequences must take sample_of_token"
     if unit == "row":
         fix = "Use nothing of other rows"
     raise ConfigError(
@@ -218,7 +218,7 @@ def _loss(result: torch.Tensor | TokenTerms) -> torch.Tensor:
 
 def _check_result(name: str, result: object, arguments: Mapping[str, Any]) -> None:
     """Raise ConfigError unless it is one value per token or row, in the dtype of logprob."""
-    logprob, rows = arguments["logprob"], arguments.get("row_of_token")
+    logprob, rows = arguments["logprob"], arguments.get("sample_of_token")
     shape = logprob.shape if rows is None else (int(rows[-1]) + 1,)
     unit = "token" if rows is None else "row"
     for tensor in result if isinstance(result, TokenTerms) else (result,):

@@ -9,6 +9,7 @@ import numpy as np
 from aepo_fast.config.sections import Config
 from aepo_fast.data.sampler import PromptSampler
 from aepo_fast.method.entropy_control import aepo_draws
+from aepo_fast.method.forms import make_form
 from aepo_fast.samples import Prompt, Request, RolloutPlan, seed_of
 
 
@@ -32,7 +33,7 @@ def plan_rollout(
 
 
 def _auxiliary_prompts(cfg: Config, step: int, prompts: Sequence[Prompt]) -> list[Prompt]:
-    if not cfg.aepo.enabled or cfg.aepo.form != "resample":
+    if not make_form(cfg.aepo).draws_auxiliary:
         return []
     # A stream of its own: drawing auxiliary prompts leaves the minibatches as GRPO has them.
     rng = np.random.default_rng([cfg.trainer.seed, step, 1])

@@ -16,7 +16,7 @@ from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.data.sampler import make_sampler
 from aepo_fast.method.aepo_terms import dcpo_mix
-from aepo_fast.method.controllers import make_controller
+from aepo_fast.method.controllers import BonusCoefficient, RivalController, make_controller
 from aepo_fast.method.credit import group_advantages, plan_minibatches
 from aepo_fast.method.entropy_control import Measurement
 from aepo_fast.method.objective import (
@@ -26,9 +26,7 @@ from aepo_fast.method.objective import (
     needs_scores,
     second_temperature,
 )
-from aepo_fast.method.regularisers import BonusCoefficient
-from aepo_fast.method.rivals import RivalController
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.report.moving_mean import MovingMean
 from aepo_fast.rewards.reward import RewardError
 from aepo_fast.rollout.canary import Canary

@@ -21,7 +21,7 @@ from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import load_config
 from aepo_fast.method.metric_sums import MetricSum
 from aepo_fast.method.objective import Objective, build_objective
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.model.batch import MicroBatch
 from aepo_fast.model.load import head_of, load_model
 from aepo_fast.model.policy import Policy

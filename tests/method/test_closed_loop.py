@@ -18,7 +18,8 @@ from aepo_fast.method.controllers import make_controller
 from aepo_fast.method.credit import group_advantages
 from aepo_fast.method.entropy_control import Measurement, aepo_draws
 from aepo_fast.method.objective import build_objective
-from aepo_fast.method.token_objective import StepContext, taking_slices
+from aepo_fast.method.token_objective import taking_slices
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.samples import Completion, Sample, token_mean
 from aepo_fast.training.optim import build_optimizer, guarded_step
 from aepo_kernels import linear_token_loss

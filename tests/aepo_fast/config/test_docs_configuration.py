@@ -65,7 +65,10 @@ def test_every_setting_has_a_meaning(generator: ModuleType) -> None:
 
 def test_a_default_that_another_setting_chooses_names_it(generator: ModuleType) -> None:
     page = generator.page()
-    assert "| by `policy`: `0.2` (grpo, dr_grpo, sapo), `0.28` (dapo, cispo), `0.0004` (gspo) |" in page
+    assert (
+        "| by `policy`: `0.2` (grpo, dr_grpo, sapo), `0.28` (dapo, cispo), `0.0004` (gspo) |"
+        in page
+    )
     assert "| by `controller`: `0.05` (pi) |" in page
     assert "| by `correction`: `0.0` (sequence_mask), `0.5` (icepop) |" in page
 

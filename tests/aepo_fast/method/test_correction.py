@@ -14,7 +14,7 @@ from aepo_fast.config.method import CORRECTION_DEFAULTS, AepoConfig, LossConfig
 from aepo_fast.config.sections import Config, RolloutConfig
 from aepo_fast.method.correction import sequence_correction, token_correction
 from aepo_fast.method.objective import build_objective, needs_scores
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.samples import Completion, Sample, TokenValues
 from tests.tiny_run import tiny_config
 
@@ -101,7 +101,7 @@ def test_main_rows_are_weighted_and_auxiliary_rows_never(
     ]
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 0.0])
     logprob = torch.full((sum(lengths),), -1.0).requires_grad_()
-    row_of_token = torch.repeat_interleave(torch.tensor(lengths))
+    sample_of_token = torch.repeat_interleave(torch.tensor(lengths))
 
     def gradient(correction: str) -> torch.Tensor:
         loss = LossConfig(policy=policy, correction=correction)  # type: ignore[arg-type]
@@ -125,18 +125,18 @@ def test_main_rows_are_weighted_and_auxiliary_rows_never(
         entropy = torch.zeros(len(logprob))
         if objective.sequence_loss is not None:
             total, _ = objective.sequence_loss(
-                logprob, entropy, None, row_of_token, objective.columns
+                logprob, entropy, None, sample_of_token, objective.columns
             )
         else:
             total, _ = objective.token_loss(logprob, entropy, None, objective.columns)
         return torch.autograd.grad(total, logprob)[0]
 
     plain, weighted = gradient("off"), gradient(mode)
-    aux = row_of_token >= 4
+    aux = sample_of_token >= 4
     assert plain[aux].abs().sum() > 0
     torch.testing.assert_close(weighted[aux], plain[aux], rtol=0, atol=0)
     for index in range(4):
-        tokens = row_of_token == index
+        tokens = sample_of_token == index
         shift = shifts[index] * (lengths[index] if mode == "sequence_mask" else 1)
         low, high = CORRECTION_DEFAULTS[mode]
         weight = math.exp(shift)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import load_config
 from aepo_fast.method.policy_losses import GIVEN, POLICY_LOSSES
 from aepo_fast.training.run import train
@@ -47,6 +49,18 @@ plot = false
 """
 
 
+def written(
+    folder: Path, model: Path, patch: pytest.MonkeyPatch, text: str, module: str, toml: str
+) -> Config:
+    """The configuration of an example, its module in the working directory."""
+    (folder / f"{module}.py").write_text(text)
+    (folder / "run.toml").write_text(toml + REST.format(model=model))
+    patch.chdir(folder)
+    patch.syspath_prepend(str(folder))
+    patch.delitem(sys.modules, module, raising=False)
+    return load_config("run.toml", [f'output_dir="{folder / "run"}"'])
+
+
 @pytest.mark.parametrize(("text", "module", "toml"), BLOCKS, ids=[name for _, name, _ in BLOCKS])
 def test_an_example_trains_as_printed(
     tmp_path: Path,
@@ -56,18 +70,25 @@ def test_an_example_trains_as_printed(
     module: str,
     toml: str,
 ) -> None:
-    (tmp_path / f"{module}.py").write_text(text)
-    (tmp_path / "run.toml").write_text(toml + REST.format(model=tiny_model_dir))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, module, raising=False)
-    cfg = load_config("run.toml", [f'output_dir="{tmp_path / "run"}"'])
+    cfg = written(tmp_path, tiny_model_dir, monkeypatch, text, module, toml)
     assert cfg.loss.policy.startswith(f"{module}:")
     assert train(cfg) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
     for line in map(json.loads, lines):
         assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
+
+
+def test_a_run_stops_at_a_loss_that_is_no_sum_over_tokens(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, module, toml = BLOCKS[0]
+    centred = text.replace("-advantage *", "-(advantage - advantage.mean()) *")
+    assert centred != text
+    cfg = written(tmp_path, tiny_model_dir, monkeypatch, centred, module, toml)
+    with pytest.raises(ConfigError, match=r"loss.policy = 'my_losses:smooth': is not additive"):
+        train(cfg)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_there_are_two_examples_and_the_first_is_short() -> None:

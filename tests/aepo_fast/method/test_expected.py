@@ -14,7 +14,7 @@ from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.method.aepo_terms import expected_token_loss, one_pass_token_loss, temperature_ratio
 from aepo_fast.method.objective import Objective, build_objective, second_temperature
 from aepo_fast.method.policy_losses import gspo
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.samples import Completion, Sample, TokenValues
 from aepo_kernels import linear_token_loss
 from tests.tiny_run import tiny_config
@@ -222,7 +222,7 @@ def test_correct_samples_get_the_term_weighed_by_ratio_and_correction(
     second = -1.5 - torch.rand(total, generator=generator)
     loss = LossConfig(policy=policy, correction=correction)
     on = AepoConfig(form="expected", alpha=alpha)
-    row_of_token = torch.repeat_interleave(torch.tensor(LENGTHS))
+    sample_of_token = torch.repeat_interleave(torch.tensor(LENGTHS))
 
     def gradients(aepo: AepoConfig) -> tuple[torch.Tensor, ...]:
         objective = objective_of(tmp_path, loss, aepo, temperature, scores=scored, shift=shift)
@@ -230,7 +230,7 @@ def test_correct_samples_get_the_term_weighed_by_ratio_and_correction(
         given = at_t if objective.second_temperature else None
         columns, entropy = objective.columns, torch.ones(total)
         if objective.sequence_loss is not None:
-            value, _ = objective.sequence_loss(lp, entropy, given, row_of_token, columns)
+            value, _ = objective.sequence_loss(lp, entropy, given, sample_of_token, columns)
         else:
             value, _ = objective.token_loss(lp, entropy, given, columns)
         found = torch.autograd.grad(value, [lp, at_t], allow_unused=True)
@@ -249,7 +249,7 @@ def test_correct_samples_get_the_term_weighed_by_ratio_and_correction(
         "off": torch.ones(total),
         "token_truncate": torch.full((total,), shift).exp(),
         # The bound is 3: of a whole row, and none goes beyond it here.
-        "sequence_mask": (shift * torch.tensor(LENGTHS)).exp()[row_of_token],
+        "sequence_mask": (shift * torch.tensor(LENGTHS)).exp()[sample_of_token],
     }
     expected = alpha * weight * positive * ratio * corrections[correction]
     assert (expected > 0).any()
@@ -286,13 +286,13 @@ def test_at_t_1_the_sequence_loss_is_plain_gspo(tmp_path: Path) -> None:
     objective = objective_of(tmp_path, LossConfig(policy="gspo"), AepoConfig(form="expected"), 1.0)
     assert objective.sequence_loss is not None
     total = sum(LENGTHS)
-    row_of_token = torch.repeat_interleave(torch.tensor(LENGTHS))
+    sample_of_token = torch.repeat_interleave(torch.tensor(LENGTHS))
     logprob = torch.full((total,), -2.0).requires_grad_()
     value, _ = objective.sequence_loss(
-        logprob, torch.ones(total), None, row_of_token, objective.columns
+        logprob, torch.ones(total), None, sample_of_token, objective.columns
     )
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0])
-    terms = gspo(logprob, logprob.detach(), advantage[row_of_token], 3e-4, 4e-4, row_of_token)
+    terms = gspo(logprob, logprob.detach(), advantage[sample_of_token], 3e-4, 4e-4, sample_of_token)
     found, wanted = (
         torch.autograd.grad(x, logprob, retain_graph=True)[0] for x in (value, terms.loss.mean())
     )

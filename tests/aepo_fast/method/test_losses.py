@@ -10,6 +10,7 @@ import torch
 
 from aepo_fast.config.method import EntropyMethod, LossConfig
 from aepo_fast.method import aepo_terms, policy_losses, regularisers
+from aepo_fast.method.controllers import BonusCoefficient
 
 RATIOS = [0.3, 0.79, 0.8, 0.81, 1.0, 1.27, 1.28, 1.29, 2.0, 5.0]
 ADVANTAGES = [-2.0, -0.5, 0.0, 0.5, 2.0]
@@ -251,30 +252,30 @@ def test_the_adaptive_bonus_acts_only_below_its_target() -> None:
         adaptive_target=0.3,
         adaptive_delta=0.004,
     )
-    bonus = regularisers.BonusCoefficient(cfg)
+    bonus = BonusCoefficient(cfg)
     assert bonus.value == 0.0
     bonus.update(0.2)
     assert bonus.value == pytest.approx(0.014)
-    again = regularisers.BonusCoefficient(cfg)
+    again = BonusCoefficient(cfg)
     again.load_state_dict(bonus.state_dict())
     for _ in range(5):
         again.update(0.4)
     assert again.value == 0.0 and again.coef == 0.0
     bonus.update(math.nan)  # of a skipped step
     assert bonus.value == pytest.approx(0.014)
-    fixed = regularisers.BonusCoefficient(LossConfig(entropy_method="bonus", entropy_coef=0.01))
+    fixed = BonusCoefficient(LossConfig(entropy_method="bonus", entropy_coef=0.01))
     assert fixed.value == 0.01
-    assert regularisers.BonusCoefficient(LossConfig()).value == 0.0
+    assert BonusCoefficient(LossConfig()).value == 0.0
 
 
 def test_a_resumed_bonus_is_the_configured_one_and_an_adapted_one_the_saved_one() -> None:
-    def resumed(before: EntropyMethod, after: EntropyMethod) -> regularisers.BonusCoefficient:
+    def resumed(before: EntropyMethod, after: EntropyMethod) -> BonusCoefficient:
         old = LossConfig(entropy_method=before, entropy_coef=0.01)
         if before == "adaptive_bonus":
             old = replace(old, adaptive_delta=0.004)
-        saved = regularisers.BonusCoefficient(old)
+        saved = BonusCoefficient(old)
         saved.update(0.1)
-        loaded = regularisers.BonusCoefficient(LossConfig(entropy_method=after, entropy_coef=0.5))
+        loaded = BonusCoefficient(LossConfig(entropy_method=after, entropy_coef=0.5))
         loaded.load_state_dict(saved.state_dict())
         assert loaded.entropy == 0.1
         return loaded

@@ -16,7 +16,8 @@ from aepo_fast.method.credit import group_advantages, plan_minibatches, token_we
 from aepo_fast.method.metric_sums import MetricSum
 from aepo_fast.method.objective import Objective, build_objective
 from aepo_fast.method.policy_losses import clipped_surrogate, kl_to_reference
-from aepo_fast.method.token_objective import Metrics, StepContext
+from aepo_fast.method.token_objective import Metrics
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.samples import Completion, Sample, TokenValues
 from tests.tiny_run import tiny_config
 
@@ -237,8 +238,8 @@ def gradient_of(
     entropy, columns = torch.zeros(len(logprob)), objective.columns
     if objective.sequence_loss is not None:
         lengths = torch.tensor([row.length for row in rows])
-        row_of_token = torch.arange(len(rows)).repeat_interleave(lengths)
-        total, metrics = objective.sequence_loss(logprob, entropy, None, row_of_token, columns)
+        sample_of_token = torch.arange(len(rows)).repeat_interleave(lengths)
+        total, metrics = objective.sequence_loss(logprob, entropy, None, sample_of_token, columns)
     else:
         total, metrics = objective.token_loss(logprob, entropy, None, columns)
     return torch.autograd.grad(total, logprob)[0], metrics, columns

@@ -13,10 +13,11 @@ import torch
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.method import AepoConfig, EntropyMethod, LossConfig
 from aepo_fast.method import rivals
+from aepo_fast.method.controllers import RivalController
 from aepo_fast.method.credit import group_advantages
 from aepo_fast.method.objective import Objective, build_objective, needs_scores
-from aepo_fast.method.rivals import RivalController
-from aepo_fast.method.token_objective import StepContext, taking_slices
+from aepo_fast.method.token_objective import taking_slices
+from aepo_fast.method.tokens import StepContext, Tokens
 from aepo_fast.samples import Completion, Sample, TokenValues
 from aepo_kernels import linear_token_loss
 from tests.tiny_run import tiny_config
@@ -236,6 +237,7 @@ def entropy_after(
     loss: LossConfig, lever: float = 0.0, *, correct: tuple[int, ...] = (0, 1), scaled: bool = False
 ) -> float:
     """Entropy of one state after a small expected policy-gradient step under a method."""
+    method = rivals.make_regulariser(loss)
     logits = torch.tensor([2.0, 0.5, 0.0, -0.5], dtype=torch.float64, requires_grad=True)
     law = logits.log_softmax(-1)
     probability = law.detach().exp()
@@ -250,14 +252,16 @@ def entropy_after(
         advantage[positive] = advantage[positive] * weights / (share * weights).sum()
     if loss.entropy_method == "ds_grpo":
         main = torch.ones(4, dtype=torch.bool)
-        advantage = rivals.ds_grpo_advantage(advantage, law.detach(), main, positive, loss)
-    advantage = rivals.token_advantage(loss, advantage, law, lever)
+        advantage = rivals.ds_grpo_advantage(
+            advantage, law.detach(), main, positive, loss.ds_grpo_gamma
+        )
+    advantage = method.scale_advantage(advantage, law, lever)
     second = (logits * loss.era_scale).log_softmax(-1) if loss.entropy_method == "era" else None
     column = {
         "scaled": (positive & (advantage > 0)).double() * float(scaled),
         "old_second_logprob": torch.zeros(4),
     }
-    logprob, _ = rivals.scored_logprobs(loss, column, law, law.detach(), second)
+    logprob, _ = method.scored_logprobs(Tokens(law, law.detach(), law, second, column))
     (gradient,) = torch.autograd.grad((probability * advantage * logprob).sum(), logits)
     return entropy_of(logits.detach() + 1e-3 * gradient)
 

@@ -12,7 +12,7 @@ import torch
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.method.aepo_terms import surprise_weights
 from aepo_fast.method.objective import Objective, build_objective, second_temperature
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.samples import Completion, Sample
 from tests.tiny_run import tiny_config
 
@@ -69,8 +69,8 @@ def gradients(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
     entropy = torch.cat([0.3 * torch.arange(1, n + 1) for n in LENGTHS]).requires_grad_()
     columns = objective.columns
     if objective.sequence_loss is not None:
-        row_of_token = torch.repeat_interleave(torch.tensor(LENGTHS))
-        loss, _ = objective.sequence_loss(logprob, entropy, None, row_of_token, columns)
+        sample_of_token = torch.repeat_interleave(torch.tensor(LENGTHS))
+        loss, _ = objective.sequence_loss(logprob, entropy, None, sample_of_token, columns)
     else:
         loss, _ = objective.token_loss(logprob, entropy, None, columns)
     found = torch.autograd.grad(loss, [logprob, entropy], allow_unused=True, materialize_grads=True)

@@ -20,9 +20,9 @@ from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import dump_config, load_config
 from aepo_fast.method.objective import Objective, build_objective
 from aepo_fast.method.policy_losses import POLICY_LOSSES
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.method.user_loss import _checked, find_policy_loss
-from aepo_fast.samples import Completion, Row, Scores
+from aepo_fast.samples import Completion, Sample, TokenValues
 from aepo_fast.training.run import train
 from tests.tiny_run import tiny_config, with_trainer
 
@@ -35,14 +35,14 @@ def sapo(logprob, old_logprob, advantage, *, tau_pos=1.0, tau_neg=1.05):
     tau = torch.where(advantage >= 0, tau_pos, tau_neg)
     return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
 
-def gmpo(logprob, old_logprob, advantage, row_of_token, *, width=0.4):
-    rows = int(row_of_token[-1]) + 1
+def gmpo(logprob, old_logprob, advantage, sample_of_token, *, width=0.4):
+    rows = int(sample_of_token[-1]) + 1
     zeros = logprob.new_zeros(rows)
-    counts = zeros.index_add(0, row_of_token, torch.ones_like(logprob))
+    counts = zeros.index_add(0, sample_of_token, torch.ones_like(logprob))
     log_ratio = logprob - old_logprob
     bounded = torch.where(advantage >= 0, log_ratio.clamp(max=width), log_ratio.clamp(min=-width))
-    mean = zeros.index_add(0, row_of_token, bounded) / counts
-    return -mean.exp() * zeros.index_add(0, row_of_token, advantage) / counts
+    mean = zeros.index_add(0, sample_of_token, bounded) / counts
+    return -mean.exp() * zeros.index_add(0, sample_of_token, advantage) / counts
 """
 BAD = """
 import torch
@@ -72,10 +72,10 @@ def mean_ratio(logprob, old_logprob, advantage):
     ratio = (logprob - old_logprob).exp()
     return -ratio * advantage / ratio.mean().detach()
 def ordered(logprob): return -logprob * torch.arange(len(logprob))
-def row_tokens(logprob, row_of_token): return -logprob
-def row_centred(logprob, advantage, row_of_token):
-    zeros = logprob.new_zeros(int(row_of_token[-1]) + 1)
-    return -zeros.index_add(0, row_of_token, (advantage - advantage.mean()) * logprob)
+def row_tokens(logprob, sample_of_token): return -logprob
+def row_centred(logprob, advantage, sample_of_token):
+    zeros = logprob.new_zeros(int(sample_of_token[-1]) + 1)
+    return -zeros.index_add(0, sample_of_token, (advantage - advantage.mean()) * logprob)
 """
 LENGTHS = [3, 5, 1, 4]
 
@@ -91,21 +91,23 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def rows_and_scores(seed: int) -> tuple[list[Row], Scores]:
+def rows_and_scores(seed: int) -> tuple[list[Sample], TokenValues]:
     """Four rows of a group and log-probs of the policy that sampled, in float64."""
     generator = torch.Generator().manual_seed(seed)
     rows = [
-        Row(Completion((1,), (2,) * n, (0.0,) * n, "stop", 1.0, 0), 0, False, float(i % 2))
+        Sample(Completion((1,), (2,) * n, (0.0,) * n, "stop", 1.0, 0), 0, False, float(i % 2))
         for i, n in enumerate(LENGTHS)
     ]
     logprob = -3 * torch.rand(sum(LENGTHS), generator=generator, dtype=torch.float64)
-    return rows, Scores(logprob, torch.ones_like(logprob), None)
+    return rows, TokenValues(logprob, torch.ones_like(logprob), None)
 
 
 ADVANTAGES = [1.5, -0.5, 0.25, -2.0]
 
 
-def objective_of(output: Path, loss: LossConfig, rows: list[Row], scores: Scores) -> Objective:
+def objective_of(
+    output: Path, loss: LossConfig, rows: list[Sample], scores: TokenValues
+) -> Objective:
     return build_objective(
         replace(tiny_config(output, output), loss=loss, aepo=AepoConfig(enabled=False)),
         rows,
@@ -176,8 +178,8 @@ def test_the_gradient_of_a_users_loss_is_that_of_its_formula(
     if objective.sequence_loss is None:
         total, _ = objective.token_loss(logprob, entropy, None, columns)
     else:
-        row_of_token = torch.arange(4).repeat_interleave(torch.tensor(LENGTHS))
-        total, _ = objective.sequence_loss(logprob, entropy, None, row_of_token, columns)
+        sample_of_token = torch.arange(4).repeat_interleave(torch.tensor(LENGTHS))
+        total, _ = objective.sequence_loss(logprob, entropy, None, sample_of_token, columns)
     (gradient,) = torch.autograd.grad(total, logprob)
     # Weights and advantages were float32.
     torch.testing.assert_close(gradient, by_hand(slope, loss, noise), rtol=1e-6, atol=1e-9)
@@ -312,7 +314,7 @@ def arguments_of(count: int, *, rows: bool) -> dict[str, Any]:
         "clip_low": 0.2,
         "clip_high": 0.2,
         "dual_clip": 3.0,
-        "row_of_token": torch.arange(count) // 2 if rows else None,
+        "sample_of_token": torch.arange(count) // 2 if rows else None,
     }
     return given
 
@@ -328,9 +330,9 @@ def arguments_of(count: int, *, rows: bool) -> dict[str, Any]:
         ("detached", "no gradient by logprob", "not detached"),
         ("flags", r"the shape \[1\] where \[8\]", "one value per token"),
         ("infinite", "not finite", "Bound"),
-        ("centred", r"not additive over tokens: token \d of 8", "must take row_of_token"),
-        ("mean_ratio", r"not additive over tokens: token \d of 8", "must take row_of_token"),
-        ("ordered", "not additive over tokens", "must take row_of_token"),
+        ("centred", r"not additive over tokens: token \d of 8", "must take sample_of_token"),
+        ("mean_ratio", r"not additive over tokens: token \d of 8", "must take sample_of_token"),
+        ("ordered", "not additive over tokens", "must take sample_of_token"),
         ("row_tokens", r"the shape \[8\] where \[4\]", "one value per row"),
         ("row_centred", r"not additive over rows: row \d of 4", "nothing of other rows"),
     ],

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import ModelConfig, TrainerConfig
 from aepo_fast.method.objective import Objective, build_objective
-from aepo_fast.method.token_objective import StepContext
+from aepo_fast.method.tokens import StepContext
 from aepo_fast.model.load import load_model
 from aepo_fast.model.policy import Policy, choose_layout
 from aepo_fast.samples import Sample, token_index, token_mean, token_offsets

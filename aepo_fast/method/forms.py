@@ -1,0 +1,214 @@
+"""The forms of AEPO's term: for each, its columns, its term per token, and what it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from aepo_fast.config.method import AepoConfig
+from aepo_fast.method import aepo_terms
+from aepo_fast.method.policy_losses import clipped_surrogate, probability_ratio
+from aepo_fast.method.tokens import Columns, StepContext, Tokens
+from aepo_fast.samples import Sample
+
+_MOST_SURPRISE = 8.0  # nats of a token
+
+# The bounds of a token's ratio: low and high.
+Clip = tuple[float, float]
+
+
+class AepoForm:
+    """What AEPO adds to the loss of main rows: by itself nothing, as where it is switched off."""
+
+    draws_auxiliary = False  # rows sampled at T, beside the main ones
+
+    def __init__(self, aepo: AepoConfig) -> None:
+        self.aepo = aepo
+
+    def second_temperature(self, temperature: float) -> float | None:
+        """The temperature of the second log-prob at AEPO's T, None where the form needs none."""
+        return None
+
+    def row_columns(
+        self, rows: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
+    ) -> Columns:
+        """Columns of its own, [R] each. main, positive: bool [R], of the minibatch."""
+        return {}
+
+    def active_rows(self, per_row: Columns, temperature: float) -> torch.Tensor:
+        """Bool [R]: rows with a gradient from the form, whatever their advantage."""
+        return torch.zeros_like(per_row["main"], dtype=torch.bool)
+
+    def rho(self, tokens: Tokens) -> torch.Tensor | None:
+        """pi_T / pi, clamped, [N] without gradient; None where the form does not use it."""
+        return None
+
+    def advantage(
+        self, advantage: torch.Tensor, rho: torch.Tensor | None, column: Columns, mix: float
+    ) -> torch.Tensor:
+        """The advantage of the policy loss, [N]; mix: DCPO's share of AEPO's signal."""
+        return advantage
+
+    def token_term(
+        self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
+    ) -> torch.Tensor | None:
+        """The term, [N], before aepo.alpha and the correction; None where it is zero."""
+        return None
+
+
+class Resample(AepoForm):
+    """Positives among rows sampled at T (arXiv 2510.08141); their term is on auxiliary rows."""
+
+    draws_auxiliary = True
+
+
+class Expected(AepoForm):
+    """The one-pass term summed over the vocabulary, on positive rows (`expected_token_loss`)."""
+
+    def second_temperature(self, temperature: float) -> float | None:
+        """T, but at T = 1 the term is zero."""
+        return None if temperature == 1 else temperature
+
+    def active_rows(self, per_row: Columns, temperature: float) -> torch.Tensor:
+        """The positive ones, unless T = 1."""
+        return (per_row["positive"] > 0) & (temperature != 1)
+
+    def token_term(
+        self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
+    ) -> torch.Tensor | None:
+        """-w (log pi - T log pi_T) with w the ratio of positives."""
+        if context.temperature == 1:
+            return None
+        assert tokens.second_logprob is not None
+        low, high = clip
+        # With several updates a state counts as often as the policy would now go on from there.
+        ratio = probability_ratio(tokens.logprob, tokens.old_logprob).detach()
+        weight = tokens.column["positive"] * ratio.clamp(1 - low, 1 + high)
+        return aepo_terms.expected_token_loss(
+            tokens.logprob, tokens.second_logprob, context.temperature, weight
+        )
+
+
+class Split(AepoForm):
+    """Raises the less likely correct samples of a group over the others (`surprise_weights`)."""
+
+    def row_columns(
+        self, rows: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
+    ) -> Columns:
+        """surprise: weights of correct samples within their groups, 0 for all others."""
+        return {"surprise": _surprise(rows, positive)}
+
+    def active_rows(self, per_row: Columns, temperature: float) -> torch.Tensor:
+        """Those with such a weight, unless T = 1."""
+        return (per_row["surprise"] != 0) & (temperature != 1)
+
+    def token_term(
+        self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
+    ) -> torch.Tensor | None:
+        """The clipped surrogate with the advantage (T - 1) times the weight."""
+        if context.temperature == 1:
+            return None
+        advantage = (context.temperature - 1) * tokens.column["surprise"]
+        return clipped_surrogate(tokens.logprob, tokens.old_logprob, advantage, *clip).loss
+
+
+class Rescue(AepoForm):
+    """Raises the entropy of uncertain tokens in groups that are solved whole."""
+
+    def row_columns(
+        self, rows: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
+    ) -> Columns:
+        """solved: 1 for main rows of groups without a wrong one."""
+        groups = torch.tensor([row.group for row in rows])
+        unsolved = groups[main & ~positive].unique()
+        return {"solved": (main & ~torch.isin(groups, unsolved)).float()}
+
+    def active_rows(self, per_row: Columns, temperature: float) -> torch.Tensor:
+        """Those of solved groups, unless T = 1."""
+        return (per_row["solved"] != 0) & (temperature != 1)
+
+    def token_term(
+        self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
+    ) -> torch.Tensor | None:
+        """-(T - 1) H where H is above the last measured mean."""
+        if context.temperature == 1:
+            return None
+        uncertain = tokens.entropy.detach() > context.entropy
+        return -(context.temperature - 1) * tokens.column["solved"] * uncertain * tokens.entropy
+
+
+class _ByRatio(AepoForm):
+    """A form that weighs the sampled tokens of positive rows by rho."""
+
+    def second_temperature(self, temperature: float) -> float | None:
+        """T, also at T = 1, where rho is 1."""
+        return temperature
+
+    def active_rows(self, per_row: Columns, temperature: float) -> torch.Tensor:
+        """The positive ones."""
+        return per_row["positive"] > 0
+
+    def rho(self, tokens: Tokens) -> torch.Tensor | None:
+        """pi_T / pi of the policy that sampled; None where nothing was scored at T."""
+        if tokens.second_logprob is None:
+            return None
+        second = tokens.column.get("old_second_logprob", tokens.second_logprob.detach())
+        return aepo_terms.temperature_ratio(second, tokens.old_logprob, self.aepo.rho_clip)
+
+
+class OnePass(_ByRatio):
+    """A second surrogate on positive rows, with the weight rho (`one_pass_token_loss`)."""
+
+    def token_term(
+        self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
+    ) -> torch.Tensor | None:
+        """The surrogate of the positive rows."""
+        assert rho is not None
+        terms = aepo_terms.one_pass_token_loss(
+            tokens.logprob, tokens.old_logprob, rho, *clip, baseline=self.aepo.baseline
+        )
+        return tokens.column["positive"] * terms.loss
+
+
+class Dcpo(_ByRatio):
+    """rho of positive rows mixed into the advantage (arXiv 2601.12730)."""
+
+    def advantage(
+        self, advantage: torch.Tensor, rho: torch.Tensor | None, column: Columns, mix: float
+    ) -> torch.Tensor:
+        """(1 - a) A + a R rho."""
+        if rho is None:
+            return advantage
+        return aepo_terms.dcpo_advantage(advantage, rho, column["positive"], mix)
+
+
+FORMS: dict[str, type[AepoForm]] = {
+    "split": Split,
+    "rescue": Rescue,
+    "expected": Expected,
+    "one_pass": OnePass,
+    "dcpo": Dcpo,
+    "resample": Resample,
+}
+
+
+def make_form(aepo: AepoConfig) -> AepoForm:
+    """The form that `aepo.form` names; one that adds nothing where AEPO is off."""
+    return FORMS[aepo.form](aepo) if aepo.enabled else AepoForm(aepo)
+
+
+def _surprise(rows: Sequence[Sample], correct: torch.Tensor) -> torch.Tensor:
+    """Surprise weights of the correct samples within their groups, 0 for all others: [R].
+
+    From the sampler's log-probs, which are those of the policy before the step's updates. A token
+    counts no more than _MOST_SURPRISE: one odd token does not make a sample a new answer.
+    """
+    weights = torch.zeros(len(rows))
+    groups = torch.tensor([row.group for row in rows])
+    for group in groups[correct].unique():
+        members = (correct & (groups == group)).nonzero().flatten()
+        logprobs = [torch.tensor(rows[int(i)].completion.logprobs) for i in members]
+        surprise = torch.stack([(-lp).clamp(max=_MOST_SURPRISE).mean() for lp in logprobs])
+        weights[members] = aepo_terms.surprise_weights(surprise)
+    return weights
