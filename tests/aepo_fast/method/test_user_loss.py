@@ -105,11 +105,9 @@ def rows_and_scores(seed: int) -> tuple[list[Sample], TokenValues]:
 ADVANTAGES = [1.5, -0.5, 0.25, -2.0]
 
 
-def objective_of(
-    output: Path, loss: LossConfig, rows: list[Sample], scores: TokenValues
-) -> Objective:
+def objective_of(out: Path, loss: LossConfig, rows: list[Sample], scores: TokenValues) -> Objective:
     return build_objective(
-        replace(tiny_config(output, output), loss=loss, aepo=AepoConfig(enabled=False)),
+        replace(tiny_config(out, out), loss=loss, aepo=AepoConfig(enabled=False)),
         rows,
         torch.tensor(ADVANTAGES),
         range(len(rows)),

@@ -386,23 +386,6 @@ def test_two_runs_are_bitwise_equal_and_read_no_uninitialised_memory(
     assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
 
 
-def test_token_tensors_may_have_more_dimensions_and_any_dtype() -> None:
-    case = make_case(40, 8, 30, option="ignored")
-    mask = torch.rand(40) < 0.5
-    pairs = torch.randn(40, 2)
-
-    def loss(logprob: Tensor, *rest: Any) -> Tensor:
-        mask, pairs = rest[2:]
-        assert mask.dtype == torch.bool and pairs.shape == (len(logprob), 2)
-        return (logprob * pairs.sum(1))[mask].sum()
-
-    keep = case.targets != IGNORED
-    logprob = materialised(case)[0]
-    assert logprob is not None
-    expected = (logprob * pairs.sum(1))[mask & keep].sum()
-    torch.testing.assert_close(run(case, loss, mask, pairs, chunk_tokens=7).loss, expected)
-
-
 def test_a_loss_without_gradient_is_allowed() -> None:
     leaves = make_case(20, 8, 30).fresh()
     output = run(leaves, lambda logprob, *_: logprob.detach().sum())
