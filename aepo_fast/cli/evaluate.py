@@ -13,10 +13,8 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config, DataConfig, EvalConfig, ModelConfig, SourceConfig
 from aepo_fast.config.toml import load_config, with_overrides
-from aepo_fast.data.prompts import load_prompts
-from aepo_fast.model.load import load_tokenizer, resolve
-from aepo_fast.rewards.reward import build_reward
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
+from aepo_fast.training.assemble import read_inputs
 from aepo_fast.training.checkpoint import complete_checkpoints
 from aepo_fast.training.evaluate import EvalResult, evaluate
 
@@ -43,25 +41,17 @@ def evaluate_model(
     machine = resolve_machine(cfg, trains=False)
     cfg = machine.settled(cfg)
     check_rollout_backend(cfg)
-    folder = resolve(path)
-    tokenizer = load_tokenizer(folder)
-    reward = build_reward(cfg.reward, cfg.data)
-    found = load_prompts(
-        cfg.data,
-        tokenizer,
-        max_prompt_tokens=cfg.rollout.max_prompt_tokens,
-        required_columns=reward.required_columns,
-    )
-    chosen = (found.train if task else found.heldout)[:prompts]
+    inputs = read_inputs(cfg, path)
+    chosen = (inputs.prompts.train if task else inputs.prompts.heldout)[:prompts]
     if not chosen:
         reason = "holds out no prompt to evaluate on"
         raise ConfigError("data.holdout_fraction", cfg.data.holdout_fraction, reason, "Raise it")
-    with closing(load_engine(cfg, machine, folder, tokenizer)) as engine:
+    with closing(load_engine(cfg, machine, inputs.model_folder, inputs.tokenizer)) as engine:
         return evaluate(
             engine,
-            reward,
+            inputs.reward,
             chosen,
-            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            inputs.decode,
             samples=samples,
             max_new_tokens=cfg.rollout.max_new_tokens,
             seed=cfg.eval.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -44,8 +45,8 @@ class Inputs:
     prompts: PromptSet
     reward: Reward
     model_folder: str
-    checkpoint: Path | None  # to go on from
-    state: dict[str, Any] | None  # saved in it
+    checkpoint: Path | None = None  # to go on from
+    state: dict[str, Any] | None = None  # saved in it
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion, without its end marker."""
@@ -86,8 +87,21 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
     if checkpoint is not None:
         state = load_state(checkpoint)
         check_same_model(state, cfg.model.path, checkpoint)
-    model_folder = resolve(cfg.model.path)
-    tokenizer = load_tokenizer(model_folder)
+    inputs = read_inputs(cfg, cfg.model.path)
+    _check_lengths(cfg, inputs.prompts, inputs.model_folder)
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    return dataclasses.replace(inputs, checkpoint=checkpoint, state=state)
+
+
+def read_inputs(cfg: Config, model: str) -> Inputs:
+    """Prompts and rewards of a configuration, as the tokenizer of `model` sees them.
+
+    model: anything `model.path` may be. There is no checkpoint to go on from.
+    """
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
     reward = build_reward(cfg.reward, cfg.data)
     prompts = load_prompts(
         cfg.data,
@@ -95,11 +109,7 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
         max_prompt_tokens=cfg.rollout.max_prompt_tokens,
         required_columns=reward.required_columns,
     )
-    _check_lengths(cfg, prompts, model_folder)
-    with _writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    return Inputs(tokenizer, prompts, reward, str(model_folder), checkpoint, state)
+    return Inputs(tokenizer, prompts, reward, str(folder))
 
 
 def _check_samples_ahead(cfg: Config) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 
 from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config
-from aepo_fast.data.prompts import load_prompts
-from aepo_fast.model.load import load_tokenizer, resolve
-from aepo_fast.rewards.reward import Reward, build_reward
+from aepo_fast.rewards.reward import Reward
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
 from aepo_fast.samples import Completion, Prompt, Request
+from aepo_fast.training.assemble import read_inputs
 from aepo_fast.training.checkpoint import complete_checkpoints
 from aepo_fast.training.evaluate import evaluate
 
@@ -40,24 +39,13 @@ def evaluate_run(model: str, cfg: Config, *, prompts: int, samples: int) -> dict
     machine = resolve_machine(cfg, trains=False)
     cfg = machine.settled(cfg)
     check_rollout_backend(cfg)
-    folder = resolve(model)
-    tokenizer = load_tokenizer(folder)
-    reward = build_reward(cfg.reward, cfg.data)
-    found = load_prompts(
-        cfg.data,
-        tokenizer,
-        max_prompt_tokens=cfg.rollout.max_prompt_tokens,
-        required_columns=reward.required_columns,
-    )
-    chosen = (found.heldout or found.train)[:prompts]
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
+    inputs = read_inputs(cfg, model)
+    reward, decode = inputs.reward, inputs.decode
+    chosen = (inputs.prompts.heldout or inputs.prompts.train)[:prompts]
     limit = cfg.rollout.max_new_tokens
     requests = [Request(prompt.token_ids, 1, GREEDY_TEMPERATURE, EVAL_SEED) for prompt in chosen]
     sampled: dict[int, list[Completion]] = {}
-    with closing(load_engine(cfg, machine, folder, tokenizer)) as engine:
+    with closing(load_engine(cfg, machine, inputs.model_folder, inputs.tokenizer)) as engine:
         result = evaluate(
             engine,
             reward,
@@ -78,7 +66,7 @@ def evaluate_run(model: str, cfg: Config, *, prompts: int, samples: int) -> dict
     rewards = reward.score(chosen, texts, [completion.completion_ids for completion in greedy])
     return {
         "prompts": len(chosen),
-        "of": "held-out prompts" if found.heldout else "training prompts",
+        "of": "held-out prompts" if inputs.prompts.heldout else "training prompts",
         "samples": samples,
         "accuracy": round(result.avg_at_k, 5),
         "ci95": [round(value, 5) for value in result.ci95],
