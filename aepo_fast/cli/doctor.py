@@ -27,8 +27,8 @@ def report() -> str:
     lines += [
         f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     ]
-    device = auto_device()
-    if device.type == "cuda":
+    machine = _machine()
+    if machine.is_gpu:
         for index in range(torch.cuda.device_count()):
             memory = torch.cuda.get_device_properties(index).total_memory / 2**30
             lines.append(f"  cuda:{index}: {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
@@ -37,11 +37,11 @@ def report() -> str:
     lines += ["", "kernel backends"]
     for name, reason in backend_status().items():
         lines.append(f"  {name}: {'works' if reason is None else reason}")
-    lines.append(f"  rows of chunked: {row_kernels(device.type)}")
-    fast = fast_dtype(device) == torch.bfloat16
+    lines.append(f"  rows of chunked: {row_kernels(machine.device.type)}")
+    fast = fast_dtype(machine.device) == torch.bfloat16
     lines.append(f"  bfloat16 GEMMs: {'works' if fast else 'as float32, for want of instructions'}")
     lines += ["", "attention"]
-    lines += [f"  {name}: {_attention_status(name)}" for name in _ATTENTION]
+    lines += [f"  {name}: {_attention_status(name, machine)}" for name in _ATTENTION]
     lines += ["", "packages"]
     lines += [f"  {name}: {_version(name) or 'not installed'}" for name in _REQUIRED]
     lines += [f"  {name}: {_version(name) or 'not installed (optional)'}" for name in _OPTIONAL]
@@ -52,9 +52,13 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def _attention_status(name: Attention) -> str:
+def _machine() -> Machine:
+    """What a run in mixed precision would have here."""
     narrow = torch.bfloat16
-    machine = Machine(auto_device(), torch.float32, narrow, narrow, head_backend="auto")
+    return Machine(auto_device(), torch.float32, narrow, narrow, head_backend="auto")
+
+
+def _attention_status(name: Attention, machine: Machine) -> str:
     try:
         chosen = choose_attention(name, machine, "llama")
     except ConfigError as error:

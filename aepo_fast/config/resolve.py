@@ -12,6 +12,7 @@ import torch
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config
 from aepo_kernels import multiplies_bfloat16, resolve_backend
+from aepo_kernels.cpu import unavailable_reason
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,6 +38,16 @@ class Machine:
     def is_gpu(self) -> bool:
         """Whether the device is a GPU; it is a CPU otherwise."""
         return self.device.type == "cuda"
+
+    @property
+    def runs_cpp(self) -> bool:
+        """Whether layers and sampling run in our C++: on a CPU, where the library can be had."""
+        return not self.is_gpu and unavailable_reason() is None
+
+    @property
+    def vllm_on_gpu(self) -> bool:
+        """Whether vLLM samples on a GPU: it takes one where torch sees it, whatever `device` is."""
+        return auto_device().type == "cuda"
 
     def autocast(self) -> torch.autocast:
         """The context in which a model's GEMMs compute in compute_dtype."""

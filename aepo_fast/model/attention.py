@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from aepo_kernels.cpu import layers, unavailable_reason
+from aepo_kernels.cpu import layers
 
 # From so many tokens on torch's kernel was faster on a CPU, and it keeps no probabilities.
 _LONG = 128
@@ -90,17 +90,22 @@ def grouped_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
+    decode_in_cpp: bool = False,
     **options: Any,  # as transformers calls it
 ) -> tuple[torch.Tensor, None]:
     """Attention in value's dtype: [B, heads, L, D] over [B, key heads, S, D] to [B, L, heads, D].
 
-    attention_mask: [B, 1, L, S], added to the scores. Raises ValueError for what it cannot apply.
+    attention_mask: [B, 1, L, S], added to the scores. decode_in_cpp: single tokens without a
+    gradient are decoded in C++, which reads keys and values without a copy of them; an argument of
+    the model's own call, which transformers hands on.
+
+    Raises ValueError for what it cannot apply.
     """
     for name in ("softcap", "s_aux"):
         if options.get(name) is not None:
             raise ValueError(f'model.attention = "grouped": cannot apply {name}; use "eager"')
     batch, heads, length, width = query.shape
-    if length == 1 and not torch.is_grad_enabled() and decodes_in_place(query.device):
+    if decode_in_cpp and length == 1 and not torch.is_grad_enabled():
         mask = None if attention_mask is None else attention_mask[:, 0, 0, : key.shape[2]]
         query, key = query[:, :, 0].to(value.dtype), key.to(value.dtype)
         return layers.decode_attention(query, key, value, mask, scaling)[:, None], None
@@ -123,11 +128,6 @@ def grouped_attention(
         weights = torch.softmax(scores, -1).view(batch * shared, -1, total)
         output = torch.bmm(weights, value.reshape(batch * shared, total, -1))
     return output.view(batch, heads, length, -1).transpose(1, 2), None
-
-
-def decodes_in_place(device: torch.device) -> bool:
-    """Whether grouped attention of single tokens reads keys and values without a copy of them."""
-    return device.type == "cpu" and unavailable_reason() is None
 
 
 def varlen_groups_heads() -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aepo_kernels.cpu import layers, unavailable_reason
+from aepo_kernels.cpu import layers
 
 _ROTARY = "apply_rotary_pos_emb"  # what transformers' attention modules call
 _KIND = "fused_kind"
@@ -24,11 +24,9 @@ _KIND = "fused_kind"
 def fuse_layers(model: PreTrainedModel) -> None:
     """Let a model's layers use the C++ operations, by way of subclasses of what they are.
 
-    Nothing happens off the CPU and where the C++ part is missing. Under autocast norms of float32,
-    as of the residual stream, give its dtype: the GEMMs behind them would cast to it.
+    model: on a machine that `runs_cpp`. Under autocast norms of float32, as of the residual stream,
+    give its dtype: the GEMMs behind them would cast to it.
     """
-    if model.device.type != "cpu" or unavailable_reason() is not None:
-        return
     classes: dict[type, type] = {}
     for module in list(model.modules()):
         # Each by itself: a class may compute something else in some of its layers.

@@ -117,7 +117,7 @@ def takes_positions(config: PretrainedConfig) -> bool:
 def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTrainedModel:
     """Load a model onto the machine's device in its weights_dtype, in train mode, without dropout.
 
-    On a CPU its layers use our C++ operations, see `fused_layers`.
+    Where the machine runs our C++ operations, its layers use them, see `fuse_layers`.
 
     Raises ConfigError where cfg.attention or cfg.liger cannot be had, or the folder's head is not
     one that `head_of` describes.
@@ -145,7 +145,8 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
     model.to(machine.device)  # type: ignore[arg-type]
     if cfg.liger:
         _apply_liger(model)
-    fuse_layers(model)
+    if machine.runs_cpp:
+        fuse_layers(model)
     if cfg.gradient_checkpointing:
         name = "activation_checkpointing_enable"  # transformers 5.17 has the older name alone
         enable = getattr(model, name, None) or model.gradient_checkpointing_enable

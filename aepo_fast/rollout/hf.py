@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from aepo_fast.model.attention import decodes_in_place
+from aepo_fast.config.resolve import Machine
 from aepo_fast.model.load import takes_positions
 from aepo_fast.rollout.cache import make_room
 from aepo_fast.rollout.engine import BrokenWeightsError
@@ -47,9 +47,9 @@ class _Row:
 class HfRollout:
     """Samples with a transformers model; holds a copy where the rollout dtype differs.
 
-    model: the trainer's model. dtype: of the copy; with the trainer's own dtype the weights are
-    the trainer's, on a CPU beside a copy of linear layers' that lies as its GEMMs read it.
-    eos_ids: ids that end a completion. batch_rows: rows decoded together.
+    model: the trainer's model. machine: where it samples, in rollout_dtype; with the model's own
+    dtype the weights are the trainer's, on a CPU beside a copy of linear layers' that lies as its
+    GEMMs read it. eos_ids: ids that end a completion. batch_rows: rows decoded together.
     """
 
     verify = False  # its weights are the trainer's, or copied one by one
@@ -57,13 +57,15 @@ class HfRollout:
     def __init__(
         self,
         model: PreTrainedModel,
+        machine: Machine,
         *,
-        dtype: torch.dtype,
         eos_ids: Sequence[int],
         batch_rows: int,
     ) -> None:
+        dtype = machine.rollout_dtype
         self.shared = model.dtype == dtype
-        if self.shared and not can_pack(model):
+        packs = not machine.is_gpu and can_pack(dtype)
+        if self.shared and not packs:
             self.model = model
         else:  # modules of its own, which packing changes
             kept = {id(weight): weight for weight in model.parameters()} if self.shared else {}
@@ -71,9 +73,12 @@ class HfRollout:
         if not self.shared:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.to(dtype)  # not buffers: rotary angles need float32
-        self._linears = packed_linears(self.model)
+        self._linears = packed_linears(self.model) if packs else []
         for linear in self._linears:
             linear.pack()
+        self._in_cpp = machine.runs_cpp
+        grouped = self.model.config._attn_implementation == "grouped"
+        self._in_place = grouped and machine.runs_cpp  # its cache is read where it lies
         self.eos_ids = frozenset(eos_ids)
         self.batch_rows = batch_rows
         self.weights_version = 0
@@ -164,8 +169,7 @@ class HfRollout:
         logits, mask, cache = self._prefill([requests[index].prompt_ids for index in unique])
         expand = torch.tensor([unique.index(row.request) for row in rows], device=device)
         logits, mask = logits[expand], mask[expand]
-        in_place = self.model.config._attn_implementation == "grouped" and decodes_in_place(device)
-        if in_place:
+        if self._in_place:
             make_room(cache, expand, max_new_tokens)
         else:
             cache.batch_select_indices(expand)
@@ -175,6 +179,7 @@ class HfRollout:
                 logits,
                 torch.tensor([row.temperature for row in active], device=device),
                 torch.tensor([row.uniforms[step] for row in active], device=device),
+                in_cpp=self._in_cpp,
             )
             for row, token, logprob in zip(active, ids.tolist(), logprobs.tolist(), strict=True):
                 if not row.done:
@@ -227,6 +232,7 @@ class HfRollout:
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> Any:
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        options = {"decode_in_cpp": True} if self._in_place else {}  # for our own attention
         return self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -234,6 +240,7 @@ class HfRollout:
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **options,
         )
 
 
@@ -246,14 +253,15 @@ def _shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
 
 
 def sample_tokens(
-    logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor
+    logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor, *, in_cpp: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row of softmax(logits / temperature) by inverting its distribution.
 
-    logits: [B, V]. temperature, uniform in [0, 1): [B]. Returns ids [B] and log-probs [B], fp32.
-    A token of probability zero is never drawn. Raises BrokenWeightsError of logits not finite.
+    logits: [B, V]. temperature, uniform in [0, 1): [B]. in_cpp: by our C++ operation, on a CPU.
+    Returns ids [B] and log-probs [B], fp32. A token of probability zero is never drawn. Raises
+    BrokenWeightsError of logits not finite.
     """
-    if logits.device.type == "cpu" and cpu.unavailable_reason() is None:
+    if in_cpp:
         ids, logprobs = cpu.draw_tokens(logits, temperature.float().reciprocal(), uniform)
         if (ids < 0).any():
             raise BrokenWeightsError(_NOT_FINITE)

@@ -81,7 +81,13 @@ def load_engine(
 
         generation = generation_config(folder) if model is None else model.generation_config
         ids = eos_ids(generation, tokenizer)
-        return VllmRollout(str(folder), cfg.rollout, eos_ids=ids, seed=cfg.trainer.seed)
+        return VllmRollout(
+            str(folder),
+            cfg.rollout,
+            eos_ids=ids,
+            seed=cfg.trainer.seed,
+            on_gpu=machine.vllm_on_gpu,
+        )
     if model is None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     else:
@@ -93,8 +99,7 @@ def load_engine(
     if model is None:
         model = load_model(cfg.model, folder, machine.only_sampling())
     ids = eos_ids(model.generation_config, tokenizer)
-    rows = cfg.rollout.batch_rows
-    return HfRollout(model, dtype=machine.rollout_dtype, eos_ids=ids, batch_rows=rows)
+    return HfRollout(model, machine, eos_ids=ids, batch_rows=cfg.rollout.batch_rows)
 
 
 def generation_config(folder: Path | str) -> GenerationConfig:

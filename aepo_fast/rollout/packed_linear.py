@@ -27,22 +27,18 @@ class PackedLinear(nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
 
 
-def can_pack(model: nn.Module) -> bool:
-    """Whether this torch and processor have such GEMMs for a model's dtype and device."""
-    parameter = next(model.parameters())
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch and CPU have such GEMMs for weights of a dtype."""
     return (
-        parameter.device.type == "cpu"
-        and parameter.dtype in (torch.float32, torch.bfloat16)
+        dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and (parameter.dtype == torch.float32 or multiplies_bfloat16("cpu"))
+        and (dtype == torch.float32 or multiplies_bfloat16("cpu"))
     )
 
 
 def packed_linears(model: nn.Module) -> list[PackedLinear]:
-    """Turn a model's linear layers into packed ones, where that is possible."""
-    if not can_pack(model):
-        return []
+    """Turn the linear layers of a model on a CPU, whose dtype `can_pack`, into packed ones."""
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     for linear in linears:
         linear.__class__ = PackedLinear

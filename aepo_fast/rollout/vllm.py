@@ -47,10 +47,11 @@ _BACKEND = "aepo_fast"
 
 @dataclass
 class _InitInfo(WeightTransferInitInfo):
-    """The trainer's parameters, by the names of the checkpoint format."""
+    """The trainer's parameters, by the names of the checkpoint format; on_gpu: where vLLM runs."""
 
     weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     share: bool = False
+    on_gpu: bool = False
 
 
 @dataclass
@@ -71,10 +72,11 @@ class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
     copies: list[weight_sharing.Placement] | None = None  # None: load anew
+    on_gpu = False
 
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
         """Find out which of the ways it is; shares what can be shared where `share` says so."""
-        self.copies = None
+        self.copies, self.on_gpu = None, init_info.on_gpu
         if any(parameter.numel() == 0 for parameter in self.model.parameters()):
             return  # packed for a CPU, where loading without a reload raises
         model: Any = self.model
@@ -108,7 +110,7 @@ class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
-        if tied and head is not None and self.device.type == "cpu":
+        if tied and head is not None and not self.on_gpu:
             # The head shares the embedding's weight, but holds a packed copy of its own, which
             # reloading the embedding leaves as it was.
             dispatch_cpu_unquantized_gemm(head, remove_weight=False)
@@ -125,17 +127,18 @@ class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
 class VllmRollout:
     """Samples with a vLLM engine in this process.
 
-    folder: the model's, with its tokenizer. eos_ids: ids that end a completion. The completions'
-    log-probs are those after temperature, of the very ids that were sampled. The same requests with
-    the same seeds and weights give the same samples; one request alone may give others.
+    folder: the model's, with its tokenizer. eos_ids: ids that end a completion. on_gpu: whether
+    this vLLM runs on a GPU. The completions' log-probs are those after temperature, of the very ids
+    that were sampled. The same requests with the same seeds and weights give the same samples; one
+    request alone may give others.
     """
 
     verify = True
 
     def __init__(
-        self, folder: str, cfg: RolloutConfig, *, eos_ids: Sequence[int], seed: int
+        self, folder: str, cfg: RolloutConfig, *, eos_ids: Sequence[int], seed: int, on_gpu: bool
     ) -> None:
-        self.cfg, self.eos_ids = cfg, list(eos_ids)
+        self.cfg, self.eos_ids, self.on_gpu = cfg, list(eos_ids), on_gpu
         self.weights_version = 0
         self.metrics: dict[str, float] = {}
         self._numbers = itertools.count()
@@ -152,7 +155,7 @@ class VllmRollout:
             WeightTransferEngineFactory.register_engine(_BACKEND, _SameProcessEngine)
         except ValueError:  # by an earlier engine of this process
             pass
-        self._sleeps = cfg.sleep and not cfg.steps_ahead and torch.cuda.is_available()
+        self._sleeps = on_gpu and cfg.sleep and not cfg.steps_ahead
         try:
             self.llm = LLM(
                 model=folder,
@@ -166,7 +169,7 @@ class VllmRollout:
                 weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
                 disable_log_stats=True,
                 skip_tokenizer_init=True,  # ids go in and come out
-                **_cache_blocks(),
+                **({} if on_gpu else _cache_blocks()),
             )
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
@@ -186,7 +189,7 @@ class VllmRollout:
         weights = list(model.named_parameters())
         if model is not self._connected:
             share = self.cfg.share_weights and not self.cfg.steps_ahead
-            info = {"weights": weights, "share": share}
+            info = {"weights": weights, "share": share, "on_gpu": self.on_gpu}
             self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
             self._connected = model
         self.llm.start_weight_update()
@@ -330,8 +333,6 @@ def _completion(request: Request, sample: Any, version: int) -> Completion:
 
 def _cache_blocks() -> dict[str, Any]:
     """On a CPU 128 tokens are a block by default, and samples of shorter prompts share nothing."""
-    if torch.cuda.is_available():
-        return {}
     return {"block_size": 16 if vllm.__version__.startswith("0.28.") else 32}  # later: 32 at least
 
 

@@ -30,15 +30,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; older checkpoints are untouched."""
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of Python's, numpy's and torch's global random streams."""
+def rng_state(*, with_gpu: bool) -> dict[str, Any]:
+    """The state of Python's, numpy's and torch's global random streams, of GPUs only on request."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.array(keys)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if with_gpu:
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 

@@ -299,7 +299,7 @@ class Trainer:
             "bonus": self.bonus.state_dict(),
             "rival": self.rival.state_dict(),
             "smoothed": self.smoothed.values(),
-            "rng": rng_state(),
+            "rng": rng_state(with_gpu=self.policy.machine.is_gpu),
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:

@@ -68,13 +68,14 @@ def load_trained(arguments: argparse.Namespace) -> tuple[str, torch.nn.Module]:
 
 def load_engine(name: str, folder: str, model: Any, arguments: argparse.Namespace) -> Any:
     """A rollout engine with the model's weights."""
-    from aepo_fast.config.resolve import dtype_name, fast_dtype
+    from aepo_fast.config.resolve import Machine, dtype_name, fast_dtype
     from aepo_fast.config.sections import RolloutConfig
     from aepo_fast.rollout.hf import HfRollout
 
     dtype = fast_dtype(model.device)
+    machine = Machine(model.device, model.dtype, dtype, dtype, head_backend="auto")
     if name == "hf":
-        return HfRollout(model, dtype=dtype, eos_ids=(), batch_rows=256)
+        return HfRollout(model, machine, eos_ids=(), batch_rows=256)
     if importlib.util.find_spec("vllm") is None:
         raise SystemExit("vLLM is not installed: make test-vllm installs it, or --engines hf")
     from aepo_fast.rollout.vllm import VllmRollout
@@ -87,7 +88,7 @@ def load_engine(name: str, folder: str, model: Any, arguments: argparse.Namespac
         enforce_eager=arguments.eager,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
     )
-    return VllmRollout(folder, cfg, eos_ids=[], seed=0)
+    return VllmRollout(folder, cfg, eos_ids=[], seed=0, on_gpu=machine.vllm_on_gpu)
 
 
 def spread(values: list[float]) -> dict[str, float]:

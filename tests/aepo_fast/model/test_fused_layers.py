@@ -17,8 +17,11 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
+from aepo_fast.config.sections import ModelConfig
 from aepo_fast.model.cpu_layers import fuse_layers, fused_kinds
+from aepo_fast.model.load import load_model
 from aepo_kernels.cpu import library as cpu_library
+from tests.tiny_run import a_machine
 
 pytestmark = pytest.mark.skipif(cpu_library.library() is None, reason="without the C++ part")
 SIZES = dict(
@@ -89,11 +92,15 @@ def test_classes_stay_and_transformers_is_left_alone(tmp_path: Path) -> None:
     assert loaded.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_nothing_is_fused_where_the_cpp_part_is_switched_off(monkeypatch) -> None:
+def test_nothing_is_fused_where_the_cpp_part_is_switched_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv(cpu_library.ISA_VARIABLE, "torch")
-    model = model_of(LlamaConfig(**SIZES))
-    fuse_layers(model)
-    assert fused_kinds(model) == []
+    model_of(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    cfg = ModelConfig(path=str(tmp_path), compute_dtype="float32")
+    assert fused_kinds(load_model(cfg, tmp_path, a_machine())) == []
+    monkeypatch.delenv(cpu_library.ISA_VARIABLE)
+    assert fused_kinds(load_model(cfg, tmp_path, a_machine())) == ALL
 
 
 def test_an_activation_that_is_cut_off_stays() -> None:

@@ -292,6 +292,19 @@ def test_grouped_attention_is_eager_attention(length, total):
         attention.grouped_attention(module, query, key, value, mask, scaling=0.3, softcap=30.0)
 
 
+@pytest.mark.skipif(not CPU.runs_cpp, reason="installed without the C++ part")
+@torch.no_grad()
+def test_grouped_attention_decodes_in_cpp_as_it_does_in_torch():
+    module = torch.nn.Identity()
+    query, (key, value) = torch.randn(2, 6, 1, 4), torch.randn(2, 2, 2, 9, 4)
+    mask = torch.zeros(2, 1, 1, 9)
+    mask[1, ..., :4] = torch.finfo(torch.float32).min
+    inputs = module, query, key, value, mask
+    expected, _ = attention.grouped_attention(*inputs, scaling=0.3)
+    found, _ = attention.grouped_attention(*inputs, scaling=0.3, decode_in_cpp=True)
+    torch.testing.assert_close(found, expected)
+
+
 def test_varlen_takes_a_sliding_window(monkeypatch):
     monkeypatch.setattr(attention.varlen, "varlen_attn", varlen_on_cpu)
     query, key, value = (torch.randn(1, 2, 8, 4) for _ in range(3))

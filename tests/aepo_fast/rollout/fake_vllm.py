@@ -55,7 +55,6 @@ class TransferEngine(Generic[One, Other]):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.model_config = SimpleNamespace(dtype=torch.bfloat16, hf_config=SimpleNamespace())
-        self.device = torch.device("cuda")
 
 
 class Factory:
@@ -164,7 +163,7 @@ class Allocator:
 
 
 def install(patch: pytest.MonkeyPatch) -> Allocator:
-    """Put the stand-in in vLLM's place, and a GPU into torch's report, until `patch` is undone."""
+    """Put the stand-in in vLLM's place, with a GPU's memory, until `patch` is undone."""
     allocator = Allocator()
     patch.setattr(LLM, "worker", allocator)
 
@@ -208,7 +207,6 @@ def install(patch: pytest.MonkeyPatch) -> Allocator:
     patch.delitem(sys.modules, "aepo_fast.rollout.vllm")
     Factory.engines = {}
     LLM.failure = None
-    patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "synchronize", lambda: None)
     patch.setattr(torch.cuda, "empty_cache", lambda: None)
     patch.setattr(torch.cuda, "mem_get_info", lambda: (allocator.free * 2**30, 20 * 2**30))

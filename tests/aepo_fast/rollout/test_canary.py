@@ -27,7 +27,7 @@ def model(tiny_model_dir: Path) -> PreTrainedModel:
 
 def parts(model: PreTrainedModel, dtype: torch.dtype) -> tuple[HfRollout, Policy]:
     # In another dtype, the engine holds weights of its own, as vLLM does.
-    engine = HfRollout(model, dtype=dtype, eos_ids=(), batch_rows=8)
+    engine = HfRollout(model, a_machine(compute=dtype), eos_ids=(), batch_rows=8)
     return engine, Policy(model, a_machine(), TrainerConfig())
 
 

@@ -16,9 +16,10 @@ from aepo_fast.rollout.engine import RolloutError
 from aepo_fast.rollout.hf import HfRollout, sample_tokens
 from aepo_fast.rollout.packed_linear import PackedLinear, can_pack, packed_linears
 from aepo_fast.samples import Completion, Request
-from aepo_kernels.cpu import library as cpu_library
+from aepo_kernels.cpu import layers
 from tests.tiny_run import a_machine
 
+BFLOAT16 = a_machine(compute=torch.bfloat16)
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16)]
 
 
@@ -36,7 +37,7 @@ def model(tiny_model_dir: Path) -> PreTrainedModel:
 def engine_of(
     model: PreTrainedModel, *, eos: tuple[int, ...] = (), batch_rows: int = 64
 ) -> HfRollout:
-    return HfRollout(model, dtype=torch.float32, eos_ids=eos, batch_rows=batch_rows)
+    return HfRollout(model, a_machine(), eos_ids=eos, batch_rows=batch_rows)
 
 
 def logprobs_of(model: PreTrainedModel, completion: Completion) -> torch.Tensor:
@@ -79,6 +80,23 @@ def test_a_sample_does_not_depend_on_its_neighbours(model: PreTrainedModel) -> N
     assert alone[0].completion_ids != alone[1].completion_ids
 
 
+@pytest.mark.skipif(not a_machine().runs_cpp, reason="installed without the C++ part")
+def test_single_tokens_are_decoded_in_cpp(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, decode = [], layers.decode_attention
+    monkeypatch.setattr(
+        layers, "decode_attention", lambda *states: calls.append(states) or decode(*states)
+    )
+    for name in ("grouped", "sdpa"):
+        cfg = ModelConfig(path=str(tiny_model_dir), attention=name, compute_dtype="float32")
+        model = load_model(cfg, tiny_model_dir, a_machine())
+        calls.clear()
+        engine_of(model).generate([Request(PROMPTS[0], 2, 1.0, 0)], max_new_tokens=4)
+        layers_of_model = model.config.num_hidden_layers
+        assert len(calls) == (3 * layers_of_model if name == "grouped" else 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_read_in_place_and_a_shared_beginning_change_nothing(
     tiny_model_dir: Path, dtype: torch.dtype
@@ -87,7 +105,7 @@ def test_a_cache_read_in_place_and_a_shared_beginning_change_nothing(
     model = load_model(cfg, tiny_model_dir, a_machine(compute=torch.bfloat16))
     start = tuple(range(20, 32))
     requests = [Request((*start, *end), 6, 1.0, 2) for end in ((5, 6, 7), (9,), (11, 12))]
-    engine = HfRollout(model, dtype=dtype, eos_ids=range(40), batch_rows=64)
+    engine = HfRollout(model, a_machine(compute=dtype), eos_ids=range(40), batch_rows=64)
     found = [c for group in engine.generate(requests, max_new_tokens=12) for c in group]
     assert len({len(completion.completion_ids) for completion in found}) > 2  # rows were dropped
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
@@ -100,7 +118,7 @@ def test_a_cache_read_in_place_and_a_shared_beginning_change_nothing(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_are_the_same_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    if not can_pack(copy.deepcopy(model).to(dtype)):
+    if not can_pack(dtype):
         pytest.skip(f"this processor has no GEMMs of packed {dtype} weights")
     packed = copy.deepcopy(model).to(dtype)
     ids = torch.arange(12).view(2, 6)
@@ -147,7 +165,7 @@ def test_rows_stop_at_any_end_token_and_truncation_is_flagged(model: PreTrainedM
 
 
 def test_sync_brings_new_weights_into_the_copy(model: PreTrainedModel) -> None:
-    engine = HfRollout(model, dtype=torch.bfloat16, eos_ids=(), batch_rows=8)
+    engine = HfRollout(model, BFLOAT16, eos_ids=(), batch_rows=8)
     request = [Request(PROMPTS[0], 1, 1e-4, 0)]
     before = engine.generate(request, max_new_tokens=6)[0][0]
     with torch.no_grad():
@@ -164,19 +182,17 @@ def test_sync_brings_new_weights_into_the_copy(model: PreTrainedModel) -> None:
 
 
 @pytest.fixture(params=["torch", "c++"])
-def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "torch":
-        monkeypatch.setenv(cpu_library.ISA_VARIABLE, "torch")
-    elif cpu_library.unavailable_reason():
+def in_cpp(request: pytest.FixtureRequest) -> bool:
+    if request.param == "c++" and not a_machine().runs_cpp:
         pytest.skip("installed without the C++ part")
+    return request.param == "c++"
 
 
-@pytest.mark.usefixtures("rows")
-def test_sampled_tokens_follow_the_distribution() -> None:
+def test_sampled_tokens_follow_the_distribution(in_cpp: bool) -> None:
     logits = torch.tensor([2.0, 0.0, -1.0, float("-inf"), 1.0]).repeat(20000, 1)
     temperature = torch.full((20000,), 0.8)
     uniform = torch.from_numpy(np.random.default_rng(0).random(20000))
-    ids, logprobs = sample_tokens(logits, temperature, uniform)
+    ids, logprobs = sample_tokens(logits, temperature, uniform, in_cpp=in_cpp)
     expected = torch.softmax(logits[0].double() / 0.8, 0)
     share = torch.bincount(ids, minlength=5).double() / 20000
     assert share[3] == 0
@@ -184,25 +200,24 @@ def test_sampled_tokens_follow_the_distribution() -> None:
     torch.testing.assert_close(logprobs.double(), expected.log()[ids], atol=1e-6, rtol=0)
 
 
-@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
-def test_extreme_uniforms_never_pick_a_token_without_mass(uniform: float) -> None:
+def test_extreme_uniforms_never_pick_a_token_without_mass(uniform: float, in_cpp: bool) -> None:
     logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
-    ids, _ = sample_tokens(logits, torch.ones(1), torch.tensor([uniform], dtype=torch.float64))
+    at = torch.tensor([uniform], dtype=torch.float64)
+    ids, _ = sample_tokens(logits, torch.ones(1), at, in_cpp=in_cpp)
     assert ids.item() in (1, 2)
 
 
-@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
+def test_logits_that_are_not_finite_are_an_error(bad: float, in_cpp: bool) -> None:
     logits = torch.full((1, 5), bad)
     with pytest.raises(RolloutError, match="not finite"):
-        sample_tokens(logits, torch.ones(1), torch.tensor([0.5]))
+        sample_tokens(logits, torch.ones(1), torch.tensor([0.5]), in_cpp=in_cpp)
 
 
 def test_a_copy_in_bfloat16_keeps_rotary_angles_in_float32(tiny_model_dir) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    engine = HfRollout(model, dtype=torch.bfloat16, eos_ids=[], batch_rows=8)
+    engine = HfRollout(model, BFLOAT16, eos_ids=[], batch_rows=8)
     kept, given = engine.model.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq
     assert torch.equal(kept, given)
     assert all(p.dtype == torch.bfloat16 for p in engine.model.parameters())

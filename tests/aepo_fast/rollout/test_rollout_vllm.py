@@ -45,7 +45,8 @@ def engine(folder: str) -> Iterator[Any]:
         backend="vllm", max_prompt_tokens=300, max_new_tokens=32, dtype=DTYPE, enforce_eager=True
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    made = VllmRollout(folder, cfg, eos_ids=[tokenizer.eos_token_id], seed=0)
+    ids, on_gpu = [tokenizer.eos_token_id], a_machine().vllm_on_gpu
+    made = VllmRollout(folder, cfg, eos_ids=ids, seed=0, on_gpu=on_gpu)
     yield made
     made.close()
 

@@ -26,7 +26,7 @@ def build(**settings: Any) -> Any:
     from aepo_fast.rollout.vllm import VllmRollout
 
     cfg = RolloutConfig("vllm", max_prompt_tokens=8, max_new_tokens=4, **settings)
-    return VllmRollout("folder", cfg, eos_ids=[2], seed=0)
+    return VllmRollout("folder", cfg, eos_ids=[2], seed=0, on_gpu=True)
 
 
 class Trained(nn.Module):

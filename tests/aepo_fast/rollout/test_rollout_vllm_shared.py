@@ -50,7 +50,8 @@ def engine(folder: str) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setattr(utils, "dispatch_cpu_unquantized_gemm", leave_as_loaded)
-        made = VllmRollout(folder, cfg, eos_ids=[2], seed=0)
+        on_gpu = a_machine().vllm_on_gpu
+        made = VllmRollout(folder, cfg, eos_ids=[2], seed=0, on_gpu=on_gpu)
         yield made
         made.close()
 
