@@ -15,6 +15,7 @@ from aepo_fast.config.conditions import (
     settle_defaults,
 )
 from aepo_fast.config.errors import require, require_not_negative, require_positive
+from aepo_fast.method.correction import CORRECTIONS, Correction
 from aepo_fast.method.credit import Advantage, Aggregation
 from aepo_fast.method.policy_losses import POLICY_LOSSES, PolicyLoss
 from aepo_fast.method.user_loss import check_params, find_policy_loss
@@ -44,7 +45,7 @@ TOKEN_FORMS = ("one_pass", "dcpo")
 
 Controller = Literal["observer", "pi", "published", "switch"]
 Form = Literal["split", "rescue", "expected", "one_pass", "dcpo", "resample"]
-Correction = Literal["off", "token_truncate", "sequence_mask", "icepop"]
+CorrectionName = Literal["off", "token_truncate", "sequence_mask", "icepop"]
 
 # What each controller uses unless the run says otherwise. Those of published are the paper's (v7).
 CONTROLLER_DEFAULTS: dict[Controller, dict[str, Any]] = {
@@ -75,13 +76,6 @@ CONTROLLER_DEFAULTS: dict[Controller, dict[str, Any]] = {
         "temperature_min": 0.8,
         "temperature_max": 1.2,
     },
-}
-# correction_low, correction_high, unless the run says otherwise.
-CORRECTION_DEFAULTS: dict[str, tuple[float, float]] = {
-    "off": (0.0, 1.0),
-    "token_truncate": (0.0, 2.0),
-    "sequence_mask": (0.0, 3.0),
-    "icepop": (0.5, 5.0),
 }
 
 _method = partial(one_of, "entropy_method")
@@ -122,11 +116,12 @@ def _policy_takes(argument: str) -> Needs:
     return Needs(("policy",), lambda policy: find_policy_loss(policy).takes(argument), fix)
 
 
-def _by_correction(index: int, *corrections: Correction) -> Any:
+def _by_correction(bound: Literal["low", "high"]) -> Any:
     def chosen(loss: LossConfig) -> float | None:  # nothing until the correction is decided
-        return loss.correction and CORRECTION_DEFAULTS[loss.correction][index]
+        return loss.correction and getattr(CORRECTIONS[loss.correction], f"default_{bound}")
 
-    return setting(None, needs=one_of("correction", *corrections), chosen=chosen)
+    reading = [name for name, kind in CORRECTIONS.items() if getattr(kind, f"reads_{bound}")]
+    return setting(None, needs=one_of("correction", *reading), chosen=chosen)
 
 
 @dataclass(frozen=True)
@@ -201,16 +196,21 @@ class LossConfig:
     # Importance correction: how main rows are weighted by pi_trainer / pi_sampler. Auxiliary rows
     # never are. Left out: token_truncate with vLLM or rollout.steps_ahead = 1, but off with gspo;
     # else off.
-    correction: Correction | None = None
+    correction: CorrectionName | None = None
     # Lower bound of this ratio, see docs/rollouts.md.
-    correction_low: float | None = _by_correction(0, "sequence_mask", "icepop")
+    correction_low: float | None = _by_correction("low")
     # Upper bound of this ratio, see docs/rollouts.md.
-    correction_high: float | None = _by_correction(1, "token_truncate", "sequence_mask", "icepop")
+    correction_high: float | None = _by_correction("high")
 
     @cached_property
     def policy_loss(self) -> PolicyLoss:
         """The loss that `policy` names; raises ConfigError if there is none."""
         return find_policy_loss(self.policy)
+
+    @cached_property
+    def importance_correction(self) -> Correction:
+        """What `correction` names, with its bounds; none while rollouts have not decided it."""
+        return CORRECTIONS[self.correction or "off"](self.correction_low, self.correction_high)
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings alone: a function of the user's cannot always be pickled."""
@@ -293,8 +293,7 @@ class LossConfig:
                 "Leave them out for the defaults of loss.correction",
             )
         require(
-            not self.policy_loss.whole_sequences
-            or self.correction in (None, "off", "sequence_mask"),
+            not (self.policy_loss.whole_sequences and self.importance_correction.per_token),
             "loss.correction",
             self.correction,
             f"weighs single tokens, and {self.policy} weighs whole sequences",

@@ -343,7 +343,7 @@ class Config:
             chosen = "token_truncate" if needed and per_token else "off"
             object.__setattr__(self, "loss", replace(self.loss, correction=chosen))
         require(
-            self.rollout.steps_ahead == 0 or self.loss.correction != "off",
+            self.rollout.steps_ahead == 0 or self.loss.importance_correction.corrects,
             "rollout.steps_ahead",
             self.rollout.steps_ahead,
             "samples of older weights need an importance correction, and loss.correction is off",

@@ -13,7 +13,6 @@ import torch
 
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.config.sections import Config
-from aepo_fast.method.correction import sequence_correction
 from aepo_fast.method.credit import token_weights
 from aepo_fast.method.forms import make_form
 from aepo_fast.method.rivals import make_regulariser
@@ -24,7 +23,7 @@ from aepo_fast.method.token_objective import (
     make_token_loss,
 )
 from aepo_fast.method.tokens import Columns, StepContext
-from aepo_fast.samples import Sample, TokenValues, sampler_logprobs, token_index, token_offsets
+from aepo_fast.samples import Sample, TokenValues, token_index, token_offsets
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Objective:
 
 def needs_scores(loss: LossConfig, num_updates: int) -> bool:
     """Whether log-probs before the first update are needed: several updates, or whole sequences."""
-    whole = make_regulariser(loss).needs_scores or loss.correction == "sequence_mask"
+    whole = make_regulariser(loss).needs_scores or loss.importance_correction.needs_old_logprobs
     return num_updates > 1 or whole
 
 
@@ -85,8 +84,7 @@ def build_objective(
     per_row = _row_columns(cfg, rows, lengths, advantages, minibatch, context)
     per_row |= make_regulariser(loss).row_columns(rows, per_row, scores)
     columns = {name: values.repeat_interleave(lengths) for name, values in per_row.items()}
-    if loss.correction in ("token_truncate", "icepop"):
-        columns["sampler_logprob"] = sampler_logprobs(rows)
+    columns |= loss.importance_correction.columns(rows, scores)
     if scores is not None:
         columns |= _scored_columns(loss, rows, columns, minibatch, scores, generator)
     if reference is not None:
@@ -111,10 +109,6 @@ def _scored_columns(
 ) -> Columns:
     """The columns that the log-probs and entropies of the policy that sampled give."""
     scored = {"old_logprob": scores.logprob}
-    if loss.correction == "sequence_mask":
-        lengths = torch.tensor([row.length for row in rows])
-        sampled = sampler_logprobs(rows)
-        scored["correction"] = sequence_correction(loss, scores.logprob, sampled, lengths)
     if scores.second_logprob is not None:
         scored["old_second_logprob"] = scores.second_logprob
     index = token_index(token_offsets(rows), minibatch)

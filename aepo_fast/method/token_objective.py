@@ -14,7 +14,7 @@ import torch
 
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.method import aepo_terms
-from aepo_fast.method.correction import bounds, token_correction
+from aepo_fast.method.correction import Correction
 from aepo_fast.method.forms import AepoForm, Clip, make_form
 from aepo_fast.method.metric_sums import MetricSum
 from aepo_fast.method.policy_losses import TokenTerms, kl_to_reference
@@ -54,7 +54,7 @@ def taking_slices(
 
 def make_token_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) -> TokenLoss:
     """The loss of any tokens, additive over them: takes their log-probs, entropies and columns."""
-    parts = _Parts(loss, aepo, context, make_regulariser(loss), make_form(aepo))
+    parts = _make_parts(loss, aepo, context)
 
     def token_loss(
         logprob: torch.Tensor,
@@ -65,21 +65,21 @@ def make_token_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) ->
         tokens = _tokens(logprob, entropy, second_logprob, column)
         rho = parts.form.rho(tokens)
         policy = parts.policy_terms(tokens, rho, None)  # [N]
-        correction = parts.correction(tokens)
-        per_token = correction * parts.regulariser.on_policy_loss(policy.loss, tokens)
+        weights = parts.correction.weights(tokens)
+        per_token = weights * parts.regulariser.on_policy_loss(policy.loss, tokens)
         for term in parts.other_terms(tokens, rho):
-            scale = term.coef * correction if term.corrected else term.coef
+            scale = term.coef * weights if term.corrected else term.coef
             per_token = per_token + scale * term.values
         resampled, aux_metrics = parts.resampled(tokens)
         total = (column["weight"] * per_token).sum() + resampled
-        return total, parts.metrics(tokens, policy, correction, rho) | aux_metrics
+        return total, parts.metrics(tokens, policy, weights, rho) | aux_metrics
 
     return token_loss
 
 
 def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) -> SequenceLoss:
     """The loss over the rows of a micro-batch, whose tokens it also takes with their row."""
-    parts = _Parts(loss, aepo, context, make_regulariser(loss), make_form(aepo))
+    parts = _make_parts(loss, aepo, context)
 
     def sequence_loss(
         logprob: torch.Tensor,
@@ -90,8 +90,8 @@ def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext)
     ) -> tuple[torch.Tensor, Metrics]:
         tokens = _tokens(logprob, entropy, second_logprob, column)
         policy = parts.policy_terms(tokens, None, sample_of_token)  # [R]
-        correction = parts.correction(tokens)
-        corrected = correction * column["weight"]
+        weights = parts.correction.weights(tokens)
+        corrected = weights * column["weight"]
         # Columns are equal along a row, so a row's weight is the sum of its tokens' weights.
         row_weight = torch.zeros_like(policy.clipped_low).index_add(0, sample_of_token, corrected)
         total = (row_weight * policy.loss).sum()
@@ -100,7 +100,7 @@ def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext)
             total = total + term.coef * (weight * term.values).sum()
         resampled, aux_metrics = parts.resampled(tokens)
         spread = TokenTerms(*(part[sample_of_token] for part in policy))
-        return total + resampled, parts.metrics(tokens, spread, correction, None) | aux_metrics
+        return total + resampled, parts.metrics(tokens, spread, weights, None) | aux_metrics
 
     return sequence_loss
 
@@ -134,6 +134,7 @@ class _Parts:
     loss: LossConfig
     aepo: AepoConfig
     context: StepContext
+    correction: Correction
     regulariser: Regulariser
     form: AepoForm
 
@@ -158,14 +159,6 @@ class _Parts:
             "sample_of_token": sample_of_token,
         }
         return loss.policy_loss.terms(given, loss.params)
-
-    def correction(self, tokens: Tokens) -> torch.Tensor:
-        """Weights [N] of main rows for the sampler's law, one where it is off."""
-        if "correction" in tokens.column:  # of whole sequences, known before the chunks
-            return tokens.column["correction"]
-        if self.loss.correction in (None, "off"):
-            return torch.ones_like(tokens.old_logprob)
-        return token_correction(self.loss, tokens.old_logprob, tokens.column["sampler_logprob"])
 
     def other_terms(self, tokens: Tokens, rho: torch.Tensor | None) -> Iterator[_Term]:
         """KL to the reference, entropy bonus and AEPO's term, where they are on."""
@@ -195,10 +188,10 @@ class _Parts:
         self,
         tokens: Tokens,
         policy: TokenTerms,
-        correction: torch.Tensor,
+        weights: torch.Tensor,
         rho: torch.Tensor | None,
     ) -> Metrics:
-        """Sums over main rows; policy: its terms per token, [N]."""
+        """Sums over main rows; policy: its terms per token; weights: the correction's: [N]."""
         main = tokens.column["main"]
         sums = {
             MetricSum.MAIN_TOKENS: main.sum(),
@@ -207,10 +200,9 @@ class _Parts:
             MetricSum.CLIP_HIGH: (main * policy.clipped_high).sum(),
             MetricSum.POLICY_KL: (main * (tokens.old_logprob - tokens.logprob)).sum(),
         }
-        if self.loss.correction not in (None, "off"):
-            cut = (correction <= 0) | (correction >= bounds(self.loss)[1])
-            sums[MetricSum.CORRECTION] = (main * correction).sum()
-            sums[MetricSum.CORRECTION_CUT] = (main * cut).sum()
+        if self.correction.corrects:
+            sums[MetricSum.CORRECTION] = (main * weights).sum()
+            sums[MetricSum.CORRECTION_CUT] = (main * self.correction.cut(weights)).sum()
         if self.loss.kl_coef > 0:
             sums[MetricSum.KL] = (main * self._kl(tokens)).sum()
         if rho is not None:
@@ -228,3 +220,8 @@ class _Parts:
             return _TOKEN_CLIP
         assert self.loss.clip_low is not None and self.loss.clip_high is not None
         return self.loss.clip_low, self.loss.clip_high
+
+
+def _make_parts(loss: LossConfig, aepo: AepoConfig, context: StepContext) -> _Parts:
+    correction = loss.importance_correction
+    return _Parts(loss, aepo, context, correction, make_regulariser(loss), make_form(aepo))

@@ -10,25 +10,34 @@ import pytest
 import torch
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.method import CORRECTION_DEFAULTS, AepoConfig, LossConfig
+from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.config.sections import Config, RolloutConfig
-from aepo_fast.method.correction import sequence_correction, token_correction
+from aepo_fast.method.correction import CORRECTIONS, Correction, SequenceMask, TokenTruncate
 from aepo_fast.method.objective import build_objective, needs_scores
-from aepo_fast.method.tokens import StepContext
+from aepo_fast.method.tokens import StepContext, Tokens
 from aepo_fast.samples import Completion, Sample, TokenValues
 from tests.tiny_run import tiny_config
 
+# Lowest and highest ratio that keeps its weight.
+BOUNDS = {"token_truncate": (0.0, 2.0), "sequence_mask": (0.0, 3.0), "icepop": (0.5, 5.0)}
 # nats; equal laws, small and large differences, and ones whose exp overflows
 DIFFERENCES = (0.0, 0.01, -0.01, 0.69, 0.7, -0.69, -0.7, 1.2, 1.7, -3.0, 60.0, -60.0, 1e4, -1e4)
 
 
+def weights_of(
+    correction: Correction, logprob: torch.Tensor, sampler: torch.Tensor
+) -> torch.Tensor:
+    """Weights of tokens before the first update, when the current policy is the old one."""
+    entropy, column = torch.zeros_like(logprob), {"sampler_logprob": sampler}
+    return correction.weights(Tokens(logprob, logprob, entropy, None, column))
+
+
 @pytest.mark.parametrize("mode", ["token_truncate", "icepop"])
 def test_token_weights_are_their_definition(mode: str) -> None:
-    loss = LossConfig(correction=mode)  # type: ignore[arg-type]
-    low, high = CORRECTION_DEFAULTS[mode]
+    low, high = BOUNDS[mode]
     sampler = torch.linspace(-6, -0.1, len(DIFFERENCES))
     logprob = (sampler + torch.tensor(DIFFERENCES)).requires_grad_()
-    found = token_correction(loss, logprob, sampler)
+    found = weights_of(CORRECTIONS[mode](), logprob, sampler)
     assert not found.requires_grad
     for weight, difference in zip(found.tolist(), (logprob - sampler).tolist(), strict=True):
         ratio = math.exp(min(difference, 700.0))
@@ -37,12 +46,11 @@ def test_token_weights_are_their_definition(mode: str) -> None:
 
 
 def test_sequence_weights_are_products_over_rows_within_the_bounds() -> None:
-    loss = LossConfig(correction="sequence_mask", correction_low=0.2, correction_high=3.0)
     rows = [[0.1, 0.2], [], [0.5] * 3, [-1.0], [-2.0], [0.01] * 100, [200.0] * 50, [-200.0, 201.0]]
     lengths = torch.tensor([len(row) for row in rows])
     difference = torch.tensor([value for row in rows for value in row])
     sampler = torch.full_like(difference, -2.0)
-    found = sequence_correction(loss, sampler + difference, sampler, lengths)
+    found = SequenceMask(0.2, 3.0).of_samples(sampler + difference, sampler, lengths)
     expected = []
     for row in rows:
         total = sum(row)
@@ -53,10 +61,10 @@ def test_sequence_weights_are_products_over_rows_within_the_bounds() -> None:
 
 def test_correction_of_nothing() -> None:
     empty = torch.zeros(0)
-    assert token_correction(LossConfig(correction="icepop"), empty, empty).shape == (0,)
+    for mode in ("token_truncate", "icepop"):
+        assert weights_of(CORRECTIONS[mode](), empty, empty).shape == (0,)
     none = torch.zeros(0, dtype=torch.long)
-    loss = LossConfig(correction="sequence_mask")
-    assert sequence_correction(loss, empty, empty, none).shape == (0,)
+    assert SequenceMask().of_samples(empty, empty, none).shape == (0,)
 
 
 def test_the_corrected_gradient_is_that_of_samples_of_the_trainer() -> None:
@@ -66,8 +74,7 @@ def test_the_corrected_gradient_is_that_of_samples_of_the_trainer() -> None:
     sampler = (logits.detach() + 0.3 * torch.randn(7, generator=generator)).log_softmax(0)
     reward = torch.arange(7) % 2
     logprob = logits.log_softmax(0)
-    loss = LossConfig(correction="token_truncate", correction_high=100.0)
-    weight = token_correction(loss, logprob, sampler)
+    weight = weights_of(TokenTruncate(high=100.0), logprob, sampler)
     (corrected,) = torch.autograd.grad(
         (sampler.exp() * weight * reward * logprob).sum(), logits, retain_graph=True
     )
@@ -138,7 +145,7 @@ def test_main_rows_are_weighted_and_auxiliary_rows_never(
     for index in range(4):
         tokens = sample_of_token == index
         shift = shifts[index] * (lengths[index] if mode == "sequence_mask" else 1)
-        low, high = CORRECTION_DEFAULTS[mode]
+        low, high = BOUNDS[mode]
         weight = math.exp(shift)
         if mode == "token_truncate":
             weight = min(weight, high)

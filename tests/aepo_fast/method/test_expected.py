@@ -240,7 +240,7 @@ def test_correct_samples_get_the_term_weighed_by_ratio_and_correction(
     _, without, none = gradients(AepoConfig(enabled=False))
     weight, by_logprob, by_second = gradients(on)
     assert (none == 0).all()
-    assert objective_of(tmp_path, loss, on, temperature).second_temperature == temperature
+    assert second_temperature(loss, on, temperature) == temperature
     positive = torch.tensor(REWARDS).repeat_interleave(torch.tensor(LENGTHS))
     low, high = (0.2, 0.2) if policy == "gspo" else (loss.clip_low, loss.clip_high)
     assert low and high

@@ -1,4 +1,4 @@
-"""The tables of entropy methods and forms against what the configuration says of them."""
+"""The tables of the method against what the configuration says of their entries."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from aepo_fast.config import method as config
-from aepo_fast.config.method import AepoConfig, EntropyMethod, Form, LossConfig
+from aepo_fast.config.method import AepoConfig, CorrectionName, EntropyMethod, Form, LossConfig
 from aepo_fast.method.controllers import BonusCoefficient, RivalController
+from aepo_fast.method.correction import CORRECTIONS
 from aepo_fast.method.forms import FORMS, AepoForm, make_form
 from aepo_fast.method.regularisers import Regulariser
 from aepo_fast.method.rivals import ENTROPY_METHODS
@@ -40,6 +41,15 @@ def test_every_form_has_its_class_and_the_limits_that_its_hooks_have() -> None:
         assert (name in config.TOKEN_FORMS) == replaces(cls, AepoForm, "rho"), name
         off = make_form(AepoConfig(form=typing.cast(Any, name), enabled=False))
         assert type(off) is AepoForm
+
+
+def test_every_correction_has_its_class() -> None:
+    assert tuple(CORRECTIONS) == typing.get_args(CorrectionName)
+    for name, cls in CORRECTIONS.items():
+        loss = LossConfig(correction=typing.cast(Any, name))
+        assert type(loss.importance_correction) is cls
+        assert (loss.correction_low, loss.correction_high) == (cls.default_low, cls.default_high)
+        assert cls.corrects == (name != "off")
 
 
 def test_states_of_older_checkpoints_load() -> None:
