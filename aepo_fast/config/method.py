@@ -20,6 +20,8 @@ from aepo_fast.method.credit import Advantage, Aggregation
 from aepo_fast.method.policy_losses import POLICY_LOSSES, PolicyLoss
 from aepo_fast.method.user_loss import check_params, find_policy_loss
 
+# The classes of the method import this module, so what it says of them is written out here;
+# test_tables.py compares it with the tables of `method`.
 EntropyMethod = Literal[
     "none",
     "bonus",

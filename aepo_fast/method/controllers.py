@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.config.sections import TrainerConfig
-from aepo_fast.method.entropy_control import EntropyController, ProportionalController
+from aepo_fast.method.entropy_control import (
+    EntropyController,
+    ProportionalController,
+    SwitchController,
+)
 from aepo_fast.method.observer import Observer
 from aepo_fast.method.rivals import make_regulariser
 
 
 def make_controller(cfg: AepoConfig, trainer: TrainerConfig) -> EntropyController:
     """The controller that aepo.controller names; one whose T stays 1 where AEPO is off."""
-    if cfg.controller == "observer" and cfg.enabled:
-        # All updates of a step have the same T, so their momenta act as one.
-        updates = trainer.minibatches * trainer.epochs
-        return Observer(cfg, momentum=trainer.beta1**updates)
-    return ProportionalController(cfg)
+    if not cfg.enabled:
+        return ProportionalController(cfg)
+    return CONTROLLERS[cfg.controller](cfg, trainer)
+
+
+def _observer(cfg: AepoConfig, trainer: TrainerConfig) -> Observer:
+    # All updates of a step have the same T, so their momenta act as one.
+    return Observer(cfg, momentum=trainer.beta1 ** (trainer.minibatches * trainer.epochs))
+
+
+CONTROLLERS: dict[str, Callable[[AepoConfig, TrainerConfig], EntropyController]] = {
+    "observer": _observer,
+    "pi": lambda cfg, _: ProportionalController(cfg),
+    "published": lambda cfg, _: ProportionalController(cfg),
+    "switch": lambda cfg, _: SwitchController(cfg),
+}
 
 
 class BonusCoefficient:

@@ -65,8 +65,7 @@ class EntropyController(Protocol):
 class ProportionalController:
     """T = clip(1 + k e + k_i sum(e), T_min, T_max), where e = H0 - H is the last error in nats.
 
-    Without the sum it is the published law of arXiv 2510.08141 v7. With `cfg.controller =
-    "switch"` it is that of v1 to v6: T_max below the target, T_min above it.
+    Without the sum it is the published law of arXiv 2510.08141 v7.
     """
 
     def __init__(self, cfg: AepoConfig) -> None:
@@ -79,12 +78,12 @@ class ProportionalController:
         cfg = self.cfg
         if self.entropy is None or not cfg.enabled:
             return 1.0
-        error = cfg.entropy_target - self.entropy
-        if cfg.controller == "switch":
-            return cfg.temperature_max if error > 0 else cfg.temperature_min
-        return min(
-            max(self._demand(error, self.integral), cfg.temperature_min), cfg.temperature_max
-        )
+        return self._answer(cfg.entropy_target - self.entropy)
+
+    def _answer(self, error: float) -> float:
+        """T after a step of this error, nats."""
+        demand = self._demand(error, self.integral)
+        return min(max(demand, self.cfg.temperature_min), self.cfg.temperature_max)
 
     def _demand(self, error: float, integral: float) -> float:
         return 1 + (self.cfg.gain or 0.0) * error + (self.cfg.integral_gain or 0.0) * integral
@@ -114,3 +113,11 @@ class ProportionalController:
         """Go on from a saved state, or from that of another controller with its last entropy."""
         self.entropy = state["entropy"]
         self.integral = state.get("integral", 0.0)
+
+
+class SwitchController(ProportionalController):
+    """T_max below the target, T_min above it: the law of arXiv 2510.08141 v1 to v6."""
+
+    def _answer(self, error: float) -> float:
+        """One of the two."""
+        return self.cfg.temperature_max if error > 0 else self.cfg.temperature_min

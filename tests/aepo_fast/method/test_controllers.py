@@ -13,6 +13,7 @@ from aepo_fast.method.entropy_control import (
     EntropyController,
     Measurement,
     ProportionalController,
+    SwitchController,
     aepo_draws,
 )
 from aepo_fast.method.observer import Observer
@@ -34,8 +35,12 @@ def test_each_name_makes_its_controller() -> None:
         name: type(make_controller(AepoConfig(controller=name), TrainerConfig()))
         for name in CONTROLLERS
     }
-    assert kinds.pop("observer") is Observer
-    assert set(kinds.values()) == {ProportionalController}
+    assert kinds == {
+        "observer": Observer,
+        "pi": ProportionalController,
+        "published": ProportionalController,
+        "switch": SwitchController,
+    }
 
 
 def test_the_observer_knows_the_momentum_of_all_updates_of_a_step() -> None:
