@@ -69,7 +69,7 @@ def setting(
     """The field of a setting that acts only while all of `needs` hold.
 
     chosen: gives the default that other settings of the section choose, from the section; the
-    field's own is None then.
+    field's own is None then, and its type that of the value once it is settled.
     """
     conditions = (needs,) if isinstance(needs, Needs) else needs
     metadata = {"needs": conditions, "chosen": chosen}
@@ -87,7 +87,12 @@ def settle_defaults(section: Any) -> None:
     """Give what was left out of a section the default that its other settings choose."""
     for item in fields(section):
         if item.metadata.get("chosen") and getattr(section, item.name) is None:
-            object.__setattr__(section, item.name, _default_of(section, item))
+            settle(section, item.name, _default_of(section, item))
+
+
+def settle(section: Any, name: str, value: Any) -> None:
+    """Set a field of a frozen section that is being built, which nobody else has seen yet."""
+    object.__setattr__(section, name, value)
 
 
 def refuse_what_does_nothing(name: str, section: Any, whole: Any = None) -> None:

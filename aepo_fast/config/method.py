@@ -130,7 +130,8 @@ def _by_correction(bound: Literal["low", "high"]) -> Any:
 class LossConfig:
     """The policy loss and its rivals' entropy methods.
 
-    None means the default of `policy` (POLICY_LOSSES).
+    What is left out is the default of `policy` (POLICY_LOSSES), or of `correction` once that is
+    decided: the bounds are None before.
     """
 
     # The loss of main rows: grpo, dr_grpo, dapo, cispo, sapo or gspo, which weighs whole sequences;
@@ -139,13 +140,13 @@ class LossConfig:
     # Arguments of the loss that the trainer does not give.
     params: dict[str, Any] = setting(default_factory=dict, needs=_LOSS_WITH_PARAMS)
     # Reward minus the mean of the prompt's samples; group_norm divides it by their spread.
-    advantage: Advantage | None = _by_policy("advantage")
+    advantage: Advantage = _by_policy("advantage")
     # How tokens are averaged: all alike, first within each sample, or by rollout.max_new_tokens.
-    aggregation: Aggregation | None = _by_policy("aggregation")
+    aggregation: Aggregation = _by_policy("aggregation")
     # Lower clip: the ratio of new to old probability counts as 1 - clip_low at least.
-    clip_low: float | None = _by_policy("clip_low", _clips("clip_low"))
+    clip_low: float = _by_policy("clip_low", _clips("clip_low"))
     # Upper clip: the ratio counts as 1 + clip_high at most.
-    clip_high: float | None = _by_policy("clip_high", _clips("clip_high"))
+    clip_high: float = _by_policy("clip_high", _clips("clip_high"))
     # With a negative advantage A, the loss of a token is at most dual_clip abs(A); 0 is off.
     dual_clip: float = setting(3.0, needs=_policy_takes("dual_clip"))
     # Weight of the divergence from the reference, the model before training; 0 is off.
@@ -222,7 +223,6 @@ class LossConfig:
         settle_defaults(self)
         check_params(self.policy_loss, self.params)
         self._check_correction()
-        assert self.clip_low is not None
         require_positive("loss", self, "clip_low", "clip_high")
         require_not_negative("loss", self, "dual_clip", "kl_coef")
         require(

@@ -17,6 +17,7 @@ from aepo_fast.config.conditions import (
     refuse_across_sections,
     refuse_what_does_nothing,
     setting,
+    settle,
 )
 from aepo_fast.config.errors import ConfigError, require, require_not_negative, require_positive
 from aepo_fast.config.method import (
@@ -341,7 +342,7 @@ class Config:
             needed = self.rollout.backend == "vllm" or self.rollout.steps_ahead
             per_token = not self.loss.policy_loss.whole_sequences
             chosen = "token_truncate" if needed and per_token else "off"
-            object.__setattr__(self, "loss", replace(self.loss, correction=chosen))
+            settle(self, "loss", replace(self.loss, correction=chosen))
         require(
             self.rollout.steps_ahead == 0 or self.loss.importance_correction.corrects,
             "rollout.steps_ahead",

@@ -12,7 +12,7 @@ Advantage = Literal["group_norm", "group_mean"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 
 
-def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, mode: str) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, mode: Advantage) -> torch.Tensor:
     """Advantage of each row, fp32 [R]; 0 where a row has no reward or no one to compare with.
 
     rewards: [R], NaN where a row takes no part (auxiliary, or its scoring failed). groups: int
@@ -37,7 +37,7 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, mode: str) -> 
 
 def token_weights(
     lengths: torch.Tensor,
-    mode: str,
+    mode: Aggregation,
     *,
     max_length: int,
     num_rows_total: int,
@@ -54,7 +54,6 @@ def token_weights(
         return torch.full_like(lengths, 1 / max(num_tokens_total, 1), dtype=torch.float32)
     if mode == "sequence_mean":
         return 1 / (max(num_rows_total, 1) * lengths.clamp(min=1).float())
-    assert mode == "constant_length", mode
     weight = 1 / (max(num_rows_total, 1) * max_length)
     return torch.full_like(lengths, weight, dtype=torch.float32)
 

@@ -136,7 +136,7 @@ def _row_columns(
     weight = torch.zeros(len(rows))
     weight[main] = token_weights(
         lengths[main],
-        str(cfg.loss.aggregation),
+        cfg.loss.aggregation,
         max_length=cfg.rollout.max_new_tokens,
         num_rows_total=int(main.sum()),
         num_tokens_total=int(lengths[main].sum()),

@@ -218,7 +218,6 @@ class _Parts:
         """The clip of AEPO's token ratios."""
         if self.loss.policy_loss.whole_sequences:
             return _TOKEN_CLIP
-        assert self.loss.clip_low is not None and self.loss.clip_high is not None
         return self.loss.clip_low, self.loss.clip_high
 
 

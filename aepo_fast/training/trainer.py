@@ -89,7 +89,7 @@ class Trainer:
         rollout = self.rollouts.sample(plan, on_tokens, self.clock.lap)  # one call, and the rewards
         self._sample_ahead()
 
-        samples, kind = rollout.samples, str(cfg.loss.advantage)
+        samples, kind = rollout.samples, cfg.loss.advantage
         advantages = group_advantages(rollout.main_rewards, rollout.groups, kind)
         groups, positives = self._learnable(rollout)
         main = [index for group in groups for index in group]

@@ -77,7 +77,7 @@ class Toy:
         objective = build_objective(
             self.cfg,
             rows,
-            group_advantages(rewards, groups, str(self.cfg.loss.advantage)),
+            group_advantages(rewards, groups, self.cfg.loss.advantage),
             range(len(rows)),
             StepContext(
                 temperature=temperature,

@@ -142,7 +142,7 @@ def test_the_objective_is_its_formula_and_adds_up_over_chunks(
     cfg = replace(tiny_config(tmp_path, tmp_path), loss=loss, aepo=aepo)
     rewards = torch.tensor([NAN if row.is_aux else row.reward for row in rows])
     groups = torch.tensor([row.group for row in rows])
-    advantages = group_advantages(rewards, groups, str(loss.advantage))
+    advantages = group_advantages(rewards, groups, loss.advantage)
     aux = [row for row in rows if row.is_aux]
     positives = sum(row.reward == 1 for row in aux)
     bonus = 1e-3 if loss.entropy_method == "bonus" else 0.0
@@ -179,7 +179,7 @@ def test_the_objective_is_its_formula_and_adds_up_over_chunks(
                     "token_mean": 1 / main_tokens,
                     "sequence_mean": 1 / (len(main_rows) * row.length),
                     "constant_length": 1 / (len(main_rows) * cfg.rollout.max_new_tokens),
-                }[str(loss.aggregation)]
+                }[loss.aggregation]
                 lp = logprob[token].item()
                 rho = min(max(torch.tensor(0.7 * lp - lp).exp().item(), 1 / 3), 3.0)
                 signal = advantage

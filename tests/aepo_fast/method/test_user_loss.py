@@ -127,9 +127,7 @@ def by_hand(
     return torch.tensor(
         [
             w * value
-            for w, part, advantage in zip(
-                weight[str(loss.aggregation)], parts, ADVANTAGES, strict=True
-            )
+            for w, part, advantage in zip(weight[loss.aggregation], parts, ADVANTAGES, strict=True)
             for value in slope([math.exp(x) for x in part], advantage)
         ],
         dtype=torch.float64,
