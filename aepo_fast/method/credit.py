@@ -13,9 +13,9 @@ Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 
 
 def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, mode: Advantage) -> torch.Tensor:
-    """Advantage of each row, fp32 [R]; 0 where a row has no reward or no one to compare with.
+    """Advantage of each sample, fp32 [R]; 0 without a reward or others to compare with.
 
-    rewards: [R], NaN where a row takes no part (auxiliary, or its scoring failed). groups: int
+    rewards: [R], NaN where a sample takes no part (auxiliary, or its scoring failed). groups: int
     [R]. group_norm: (R - mean) / (std + 1e-6) with the unbiased std (GRPO, arXiv 2402.03300).
     group_mean: R - mean (Dr.GRPO, 2503.20783).
     """
@@ -40,21 +40,21 @@ def token_weights(
     mode: Aggregation,
     *,
     max_length: int,
-    num_rows_total: int,
+    num_samples_total: int,
     num_tokens_total: int,
 ) -> torch.Tensor:
-    """Weight of every token of each row, [R], such that the loss is sum_r w_r sum_t l_rt.
+    """Weight of every token of each sample, [R], such that the loss is sum_r w_r sum_t l_rt.
 
-    lengths: tokens per row, int [R]. The totals are those of the whole minibatch, over all
+    lengths: tokens per sample, int [R]. The totals are those of the whole minibatch, over all
     micro-batches and ranks, so that parts add up to the same loss however it is split.
-    token_mean: 1 / tokens (DAPO, arXiv 2503.14476). sequence_mean: 1 / (rows * length) (GRPO,
-    2402.03300). constant_length: 1 / (rows * max_length) (Dr.GRPO, 2503.20783).
+    token_mean: 1 / tokens (DAPO, arXiv 2503.14476). sequence_mean: 1 / (samples * length) (GRPO,
+    2402.03300). constant_length: 1 / (samples * max_length) (Dr.GRPO, 2503.20783).
     """
     if mode == "token_mean":
         return torch.full_like(lengths, 1 / max(num_tokens_total, 1), dtype=torch.float32)
     if mode == "sequence_mean":
-        return 1 / (max(num_rows_total, 1) * lengths.clamp(min=1).float())
-    weight = 1 / (max(num_rows_total, 1) * max_length)
+        return 1 / (max(num_samples_total, 1) * lengths.clamp(min=1).float())
+    weight = 1 / (max(num_samples_total, 1) * max_length)
     return torch.full_like(lengths, weight, dtype=torch.float32)
 
 
@@ -67,14 +67,14 @@ def plan_minibatches(
 ) -> list[list[int]]:
     """Sample indices of each minibatch.
 
-    main_groups: rows of each prompt; groups are shuffled and kept whole, their numbers differ by
-    at most one over the minibatches. positives: auxiliary rows with a gradient, spread the same
-    way, so that AEPO's share is the same in every minibatch.
+    main_groups: samples of each prompt; groups are shuffled and kept whole, their numbers differ
+    by at most one over the minibatches. positives: auxiliary samples with a gradient, spread the
+    same way, so that AEPO's share is the same in every minibatch.
     """
     minibatches: list[list[int]] = [[] for _ in range(num_minibatches)]
     for position, group in enumerate(rng.permutation(len(main_groups))):
         minibatches[position % num_minibatches].extend(main_groups[group])
     # From the other end, so that no minibatch gets both the odd group and the odd positive.
-    for position, row in enumerate(rng.permutation(np.array(positives, dtype=np.int64))):
-        minibatches[-1 - position % num_minibatches].append(int(row))
+    for position, index in enumerate(rng.permutation(np.array(positives, dtype=np.int64))):
+        minibatches[-1 - position % num_minibatches].append(int(index))
     return minibatches

@@ -19,9 +19,9 @@ Clip = tuple[float, float]
 
 
 class AepoForm:
-    """What AEPO adds to the loss of main rows: by itself nothing, as where it is switched off."""
+    """What AEPO adds to the loss of main samples: by itself nothing, as where it is off."""
 
-    draws_auxiliary = False  # rows sampled at T, beside the main ones
+    draws_auxiliary = False  # samples drawn at T, beside the main ones
 
     def __init__(self, aepo: AepoConfig) -> None:
         self.aepo = aepo
@@ -30,15 +30,15 @@ class AepoForm:
         """The temperature of the second log-prob at AEPO's T, None where the form needs none."""
         return None
 
-    def row_columns(
-        self, rows: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
+    def sample_columns(
+        self, samples: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
     ) -> Columns:
         """Columns of its own, [R] each. main, positive: bool [R], of the minibatch."""
         return {}
 
-    def active_rows(self, per_row: Columns, temperature: float) -> torch.Tensor:
-        """Bool [R]: rows with a gradient from the form, whatever their advantage."""
-        return torch.zeros_like(per_row["main"], dtype=torch.bool)
+    def active_samples(self, per_sample: Columns, temperature: float) -> torch.Tensor:
+        """Bool [R]: samples with a gradient from the form, whatever their advantage."""
+        return torch.zeros_like(per_sample["main"], dtype=torch.bool)
 
     def rho(self, tokens: Tokens) -> torch.Tensor | None:
         """pi_T / pi, clamped, [N] without gradient; None where the form does not use it."""
@@ -58,21 +58,21 @@ class AepoForm:
 
 
 class Resample(AepoForm):
-    """Positives among rows sampled at T (arXiv 2510.08141); their term is on auxiliary rows."""
+    """Positives among auxiliary samples, drawn at T (arXiv 2510.08141), which carry the term."""
 
     draws_auxiliary = True
 
 
 class Expected(AepoForm):
-    """The one-pass term summed over the vocabulary, on positive rows (`expected_token_loss`)."""
+    """The one-pass term summed over the vocabulary, on positive samples (`expected_token_loss`)."""
 
     def second_temperature(self, temperature: float) -> float | None:
         """T, but at T = 1 the term is zero."""
         return None if temperature == 1 else temperature
 
-    def active_rows(self, per_row: Columns, temperature: float) -> torch.Tensor:
+    def active_samples(self, per_sample: Columns, temperature: float) -> torch.Tensor:
         """The positive ones, unless T = 1."""
-        return (per_row["positive"] > 0) & (temperature != 1)
+        return (per_sample["positive"] > 0) & (temperature != 1)
 
     def token_term(
         self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
@@ -93,15 +93,15 @@ class Expected(AepoForm):
 class Split(AepoForm):
     """Raises the less likely correct samples of a group over the others (`surprise_weights`)."""
 
-    def row_columns(
-        self, rows: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
+    def sample_columns(
+        self, samples: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
     ) -> Columns:
         """surprise: weights of correct samples within their groups, 0 for all others."""
-        return {"surprise": _surprise(rows, positive)}
+        return {"surprise": _surprise(samples, positive)}
 
-    def active_rows(self, per_row: Columns, temperature: float) -> torch.Tensor:
+    def active_samples(self, per_sample: Columns, temperature: float) -> torch.Tensor:
         """Those with such a weight, unless T = 1."""
-        return (per_row["surprise"] != 0) & (temperature != 1)
+        return (per_sample["surprise"] != 0) & (temperature != 1)
 
     def token_term(
         self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
@@ -116,17 +116,17 @@ class Split(AepoForm):
 class Rescue(AepoForm):
     """Raises the entropy of uncertain tokens in groups that are solved whole."""
 
-    def row_columns(
-        self, rows: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
+    def sample_columns(
+        self, samples: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
     ) -> Columns:
-        """solved: 1 for main rows of groups without a wrong one."""
-        groups = torch.tensor([row.group for row in rows])
+        """solved: 1 for main samples of groups without a wrong one."""
+        groups = torch.tensor([sample.group for sample in samples])
         unsolved = groups[main & ~positive].unique()
         return {"solved": (main & ~torch.isin(groups, unsolved)).float()}
 
-    def active_rows(self, per_row: Columns, temperature: float) -> torch.Tensor:
+    def active_samples(self, per_sample: Columns, temperature: float) -> torch.Tensor:
         """Those of solved groups, unless T = 1."""
-        return (per_row["solved"] != 0) & (temperature != 1)
+        return (per_sample["solved"] != 0) & (temperature != 1)
 
     def token_term(
         self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
@@ -139,18 +139,18 @@ class Rescue(AepoForm):
 
 
 class _ByRatio(AepoForm):
-    """A form that weighs the sampled tokens of positive rows by rho."""
+    """A form that weighs the sampled tokens of positive samples by rho."""
 
     def second_temperature(self, temperature: float) -> float | None:
         """T, also at T = 1, where rho is 1."""
         return temperature
 
-    def active_rows(self, per_row: Columns, temperature: float) -> torch.Tensor:
+    def active_samples(self, per_sample: Columns, temperature: float) -> torch.Tensor:
         """The positive ones."""
-        return per_row["positive"] > 0
+        return per_sample["positive"] > 0
 
     def rho(self, tokens: Tokens) -> torch.Tensor | None:
-        """pi_T / pi of the policy that sampled; None where nothing was scored at T."""
+        """pi_T / pi of the policy that sampled; None without log-probs at T."""
         if tokens.second_logprob is None:
             return None
         second = tokens.column.get("old_second_logprob", tokens.second_logprob.detach())
@@ -158,12 +158,12 @@ class _ByRatio(AepoForm):
 
 
 class OnePass(_ByRatio):
-    """A second surrogate on positive rows, with the weight rho (`one_pass_token_loss`)."""
+    """A second surrogate on positive samples, with the weight rho (`one_pass_token_loss`)."""
 
     def token_term(
         self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
     ) -> torch.Tensor | None:
-        """The surrogate of the positive rows."""
+        """The surrogate of the positive samples."""
         assert rho is not None
         terms = aepo_terms.one_pass_token_loss(
             tokens.logprob, tokens.old_logprob, rho, *clip, baseline=self.aepo.baseline
@@ -172,7 +172,7 @@ class OnePass(_ByRatio):
 
 
 class Dcpo(_ByRatio):
-    """rho of positive rows mixed into the advantage (arXiv 2601.12730)."""
+    """rho of positive samples mixed into the advantage (arXiv 2601.12730)."""
 
     def advantage(
         self, advantage: torch.Tensor, rho: torch.Tensor | None, column: Columns, mix: float
@@ -198,17 +198,17 @@ def make_form(aepo: AepoConfig) -> AepoForm:
     return FORMS[aepo.form](aepo) if aepo.enabled else AepoForm(aepo)
 
 
-def _surprise(rows: Sequence[Sample], correct: torch.Tensor) -> torch.Tensor:
+def _surprise(samples: Sequence[Sample], correct: torch.Tensor) -> torch.Tensor:
     """Surprise weights of the correct samples within their groups, 0 for all others: [R].
 
     From the sampler's log-probs, which are those of the policy before the step's updates. A token
     counts no more than _MOST_SURPRISE: one odd token does not make a sample a new answer.
     """
-    weights = torch.zeros(len(rows))
-    groups = torch.tensor([row.group for row in rows])
+    weights = torch.zeros(len(samples))
+    groups = torch.tensor([sample.group for sample in samples])
     for group in groups[correct].unique():
         members = (correct & (groups == group)).nonzero().flatten()
-        logprobs = [torch.tensor(rows[int(i)].completion.logprobs) for i in members]
+        logprobs = [torch.tensor(samples[int(i)].completion.logprobs) for i in members]
         surprise = torch.stack([(-lp).clamp(max=_MOST_SURPRISE).mean() for lp in logprobs])
         weights[members] = aepo_terms.surprise_weights(surprise)
     return weights

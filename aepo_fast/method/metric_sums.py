@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class MetricSum(StrEnum):
-    """A sum over the main rows' tokens, or over the auxiliary ones' where its name says aux.
+    """A sum over the main samples' tokens, or over the auxiliary ones' where its name says aux.
 
     Nats for ENTROPY, POLICY_KL and KL, ratios for CORRECTION and RHO; the others count tokens.
     """

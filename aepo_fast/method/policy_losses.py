@@ -2,7 +2,7 @@
 
 A loss is a function that names the arguments it wants (`GIVEN`). Every loss of single tokens is
 elementwise over its [N] arguments, so it may be computed chunk by chunk. A loss that names
-`sample_of_token` weighs whole sequences and is called on whole rows. Log-probs are in nats at
+`sample_of_token` weighs whole sequences and is called on whole samples. Log-probs are in nats at
 temperature 1; old log-probs and advantages carry no gradient.
 """
 
@@ -110,10 +110,10 @@ def sapo(
 
 
 def sequence_means(
-    values: torch.Tensor, sample_of_token: torch.Tensor, num_rows: int
+    values: torch.Tensor, sample_of_token: torch.Tensor, num_samples: int
 ) -> torch.Tensor:
-    """Mean of [N] token values over the tokens of each row: [R]; 0 for a row without tokens."""
-    zeros = values.new_zeros(num_rows)
+    """Mean of [N] token values over the tokens of each sample: [R]; 0 where there are none."""
+    zeros = values.new_zeros(num_samples)
     counts = zeros.index_add(0, sample_of_token, torch.ones_like(values))
     return zeros.index_add(0, sample_of_token, values) / counts.clamp(min=1)
 
@@ -128,12 +128,13 @@ def gspo(
 ) -> TokenTerms:
     """GSPO: -min(s A, clip(s) A) per sequence, s = exp(mean_t log r_t) (arXiv 2507.18071).
 
-    logprob, old_logprob, advantage (equal along a row), sample_of_token: [N]. Returns terms of [R].
+    logprob, old_logprob, advantage (equal along a sample), sample_of_token: [N]. Returns terms,
+    [R].
     """
-    num_rows = int(sample_of_token[-1]) + 1
-    mean_logprob = sequence_means(logprob, sample_of_token, num_rows)
-    mean_old = sequence_means(old_logprob, sample_of_token, num_rows)
-    mean_advantage = sequence_means(advantage, sample_of_token, num_rows)
+    num_samples = int(sample_of_token[-1]) + 1
+    mean_logprob = sequence_means(logprob, sample_of_token, num_samples)
+    mean_old = sequence_means(old_logprob, sample_of_token, num_samples)
+    mean_advantage = sequence_means(advantage, sample_of_token, num_samples)
     return clipped_surrogate(mean_logprob, mean_old, mean_advantage, clip_low, clip_high)
 
 
@@ -159,7 +160,7 @@ LossFunction = Callable[..., torch.Tensor | TokenTerms]
 class PolicyLoss:
     """A policy loss: its function, and what a run uses with it unless the run says otherwise.
 
-    needs_advantage: the loss has no gradient where the advantage is 0, so such rows need no
+    needs_advantage: the loss has no gradient where the advantage is 0, so such samples need no
     backward pass.
     """
 
@@ -182,7 +183,7 @@ class PolicyLoss:
 
     @property
     def whole_sequences(self) -> bool:
-        """Whether it gives one loss per row, [R], and not one per token, [N]."""
+        """Whether it gives one loss per sample, [R], and not one per token, [N]."""
         return self.takes("sample_of_token")
 
     @property

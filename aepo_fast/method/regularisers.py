@@ -19,8 +19,8 @@ from aepo_fast.samples import Sample, TokenValues
 class Regulariser:
     """What an entropy method changes in the loss and in its coefficients: by itself nothing."""
 
-    needs_scores = False  # log-probs and entropies of whole rows before the first update
-    all_rows_active = False  # its gradient also reaches rows whose advantage is 0
+    needs_old_logprobs = False  # log-probs and entropies of whole samples before the first update
+    all_samples_active = False  # its gradient also reaches samples whose advantage is 0
     adapts_bonus = False  # the bonus's coefficient is no setting
 
     def __init__(self, loss: LossConfig) -> None:
@@ -30,19 +30,19 @@ class Regulariser:
         """The temperature of the second log-prob that it takes, None where it takes none."""
         return None
 
-    def row_columns(
-        self, rows: Sequence[Sample], per_row: Columns, scores: TokenValues | None
+    def sample_columns(
+        self, samples: Sequence[Sample], per_sample: Columns, old: TokenValues | None
     ) -> Columns:
-        """Per-row columns that it changes or adds, [R] each.
+        """Per-sample columns that it changes or adds, [R] each.
 
-        per_row: advantage, main and positive of the minibatch, which holds whole groups. scores:
-        of the policy that sampled, there with `needs_scores`.
+        per_sample: advantage, main and positive of the minibatch, which holds whole groups. old:
+        of the policy that sampled, there with `needs_old_logprobs`.
         """
         return {}
 
     def select(
         self,
-        scores: TokenValues,
+        old: TokenValues,
         advantage: torch.Tensor,
         main: torch.Tensor,
         generator: torch.Generator,
@@ -60,7 +60,7 @@ class Regulariser:
         """The advantage [N] after AEPO's form."""
         return advantage
 
-    def scored_logprobs(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def ratio_logprobs(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """The two log-probs of the policy loss's ratio, [N]."""
         return tokens.logprob, tokens.old_logprob
 
@@ -88,7 +88,7 @@ class Regulariser:
 class Bonus(Regulariser):
     """The entropy bonus, -coef H, with a constant coefficient."""
 
-    all_rows_active = True
+    all_samples_active = True
 
     def bonus(self, coef: float, entropy: float | None) -> float:
         """The setting."""
@@ -102,7 +102,7 @@ class AdaptiveBonus(Regulariser):
     by it otherwise, never below 0, and is applied only while below.
     """
 
-    all_rows_active = True
+    all_samples_active = True
     adapts_bonus = True
 
     def bonus(self, coef: float, entropy: float | None) -> float:
@@ -128,17 +128,17 @@ class EntropyAdvantage(Regulariser):
 class TopEntropy(Regulariser):
     """The 80/20 rule: only tokens of high entropy are trained (`top_entropy_mask`)."""
 
-    needs_scores = True
+    needs_old_logprobs = True
 
     def select(
         self,
-        scores: TokenValues,
+        old: TokenValues,
         advantage: torch.Tensor,
         main: torch.Tensor,
         generator: torch.Generator,
     ) -> torch.Tensor | None:
         """The tokens that are trained."""
-        return top_entropy_mask(scores.entropy[main], self.loss.top_entropy_fraction)
+        return top_entropy_mask(old.entropy[main], self.loss.top_entropy_fraction)
 
     def on_policy_loss(self, per_token: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """Theirs alone."""
@@ -148,18 +148,18 @@ class TopEntropy(Regulariser):
 class ClipCov(Regulariser):
     """Clip-Cov: some tokens of high covariance lose their gradient (`clip_cov_mask`)."""
 
-    needs_scores = True
+    needs_old_logprobs = True
 
     def select(
         self,
-        scores: TokenValues,
+        old: TokenValues,
         advantage: torch.Tensor,
         main: torch.Tensor,
         generator: torch.Generator,
     ) -> torch.Tensor | None:
         """The tokens that lose it."""
         return clip_cov_mask(
-            scores.logprob[main],
+            old.logprob[main],
             advantage[main],
             fraction=self.loss.cov_fraction,
             low=self.loss.clip_cov_low,
@@ -175,19 +175,19 @@ class ClipCov(Regulariser):
 class KlCov(Regulariser):
     """KL-Cov: tokens of the highest covariance are penalised (`kl_cov_mask`)."""
 
-    needs_scores = True
-    all_rows_active = True
+    needs_old_logprobs = True
+    all_samples_active = True
 
     def select(
         self,
-        scores: TokenValues,
+        old: TokenValues,
         advantage: torch.Tensor,
         main: torch.Tensor,
         generator: torch.Generator,
     ) -> torch.Tensor | None:
         """The tokens that are penalised."""
         fraction = self.loss.cov_fraction
-        return kl_cov_mask(scores.logprob[main], advantage[main], fraction=fraction)
+        return kl_cov_mask(old.logprob[main], advantage[main], fraction=fraction)
 
     def on_policy_loss(self, per_token: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """With the penalty |log pi - log pi_old|."""

@@ -1,4 +1,4 @@
-"""Five rivals that steer entropy through the advantage or the scored law, and all methods' table.
+"""Five rivals that steer entropy through the advantage or the ratio, and all methods' table.
 
 What `loss.entropy_method` does, with A the advantage, pi the token's probability, H the entropy:
 
@@ -6,10 +6,10 @@ What `loss.entropy_method` does, with A the advantage, pi the token's probabilit
   a = clip(Kp (H - H0) + Ki sum of past errors, -1, 1).
 - repo_r (REPO-R, 2603.11682): A (1 - sign(A) zeta log pi), no change of sign; zeta is doubled or
   halved towards H0.
-- era (ERA, 2510.08549): rows of A > 0 and low entropy are scored with their logits times k.
+- era (ERA, 2510.08549): log-probs of samples of A > 0 and low entropy are of logits times k.
 - ucpo (UCPO, 2605.00365): A n ((1 - tau) / n + tau (1 / q) / sum(1 / q)) in a group's n correct
-  rows, whose law is q.
-- ds_grpo (DS-GRPO, 2511.19942): A - gamma log pi(y) for correct rows, A + gamma log pi(y) else.
+  samples, whose distribution is q.
+- ds_grpo (DS-GRPO, 2511.19942): A - gamma log pi(y) where correct, A + gamma log pi(y) else.
 
 H0 is `loss.adaptive_target`; era, ucpo and ds_grpo have no target. The first four multiply A, so
 they have nothing to act on in a group of equal rewards; ds_grpo adds to A. Entropies are in nats
@@ -96,24 +96,24 @@ class RepoR(Regulariser):
 
 
 class Era(Regulariser):
-    """ERA: rows of A > 0 and low entropy are scored with their logits times k."""
+    """ERA: the log-probs of samples of A > 0 and low entropy are those of their logits times k."""
 
-    needs_scores = True
+    needs_old_logprobs = True
 
     def second_temperature(self) -> float | None:
         """1/k, that of logits times k."""
         return 1 / self.loss.era_scale
 
-    def row_columns(
-        self, rows: Sequence[Sample], per_row: Columns, scores: TokenValues | None
+    def sample_columns(
+        self, samples: Sequence[Sample], per_sample: Columns, old: TokenValues | None
     ) -> Columns:
-        """scaled: 1 for the rows that are scored so."""
-        assert scores is not None
-        lengths = torch.tensor([row.length for row in rows])
-        low = response_entropy(scores.entropy, lengths) < self.loss.era_entropy_low
-        return {"scaled": ((per_row["main"] > 0) & low & (per_row["advantage"] > 0)).float()}
+        """scaled: 1 for these samples."""
+        assert old is not None
+        lengths = torch.tensor([sample.length for sample in samples])
+        low = response_entropy(old.entropy, lengths) < self.loss.era_entropy_low
+        return {"scaled": ((per_sample["main"] > 0) & low & (per_sample["advantage"] > 0)).float()}
 
-    def scored_logprobs(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def ratio_logprobs(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Partly those at temperature 1/k, as are second_logprob and old_second_logprob."""
         assert tokens.second_logprob is not None
         scaled = tokens.column["scaled"] > 0
@@ -125,19 +125,19 @@ class Era(Regulariser):
 
 
 class Ucpo(Regulariser):
-    """UCPO: the advantages of a group's correct rows by the rarity of each (`ucpo_weights`)."""
+    """UCPO: the advantages of a group's correct samples by the rarity of each (`ucpo_weights`)."""
 
-    needs_scores = True
+    needs_old_logprobs = True
 
-    def row_columns(
-        self, rows: Sequence[Sample], per_row: Columns, scores: TokenValues | None
+    def sample_columns(
+        self, samples: Sequence[Sample], per_sample: Columns, old: TokenValues | None
     ) -> Columns:
         """The advantage."""
-        assert scores is not None
-        mean_logprob = _mean_logprobs(rows, scores)
-        positive = per_row["positive"] > 0
-        groups = torch.tensor([row.group for row in rows])
-        advantage = per_row["advantage"].clone()
+        assert old is not None
+        mean_logprob = _mean_logprobs(samples, old)
+        positive = per_sample["positive"] > 0
+        groups = torch.tensor([sample.group for sample in samples])
+        advantage = per_sample["advantage"].clone()
         for group in groups[positive].unique():
             members = positive & (groups == group)
             advantage[members] *= ucpo_weights(mean_logprob[members], self.loss.ucpo_tau)
@@ -145,20 +145,20 @@ class Ucpo(Regulariser):
 
 
 class DsGrpo(Regulariser):
-    """DS-GRPO: log pi of the row added to the advantage (`ds_grpo_advantage`)."""
+    """DS-GRPO: log pi of the sample added to the advantage (`ds_grpo_advantage`)."""
 
-    needs_scores = True
+    needs_old_logprobs = True
 
-    def row_columns(
-        self, rows: Sequence[Sample], per_row: Columns, scores: TokenValues | None
+    def sample_columns(
+        self, samples: Sequence[Sample], per_sample: Columns, old: TokenValues | None
     ) -> Columns:
         """The advantage."""
-        assert scores is not None
-        logprob = _mean_logprobs(rows, scores) * torch.tensor([row.length for row in rows])
-        main, positive = per_row["main"] > 0, per_row["positive"] > 0
+        assert old is not None
+        logprob = _mean_logprobs(samples, old) * torch.tensor([sample.length for sample in samples])
+        main, positive = per_sample["main"] > 0, per_sample["positive"] > 0
         gamma = self.loss.ds_grpo_gamma
         return {
-            "advantage": ds_grpo_advantage(per_row["advantage"], logprob, main, positive, gamma)
+            "advantage": ds_grpo_advantage(per_sample["advantage"], logprob, main, positive, gamma)
         }
 
 
@@ -183,20 +183,20 @@ def make_regulariser(loss: LossConfig) -> Regulariser:
     return ENTROPY_METHODS[loss.entropy_method](loss)
 
 
-def _mean_logprobs(rows: Sequence[Sample], scores: TokenValues) -> torch.Tensor:
-    """Mean log-prob of each row's tokens, [R]."""
-    lengths = torch.tensor([row.length for row in rows])
-    sample_of_token = torch.arange(len(rows)).repeat_interleave(lengths)
-    return sequence_means(scores.logprob, sample_of_token, len(rows))
+def _mean_logprobs(samples: Sequence[Sample], old: TokenValues) -> torch.Tensor:
+    """Mean log-prob of each sample's tokens, [R]."""
+    lengths = torch.tensor([sample.length for sample in samples])
+    sample_of_token = torch.arange(len(samples)).repeat_interleave(lengths)
+    return sequence_means(old.logprob, sample_of_token, len(samples))
 
 
 def response_entropy(entropy: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Mean entropy of the 20% of a row's tokens where it is highest, [R]; 0 without tokens.
+    """Mean entropy of the 20% of a sample's tokens where it is highest, [R]; 0 without tokens.
 
     The share is rounded down to at least one token, as in ERA's code (arXiv 2510.08549), whose runs
-    on mathematics also give the bound and k. Left out is its second bound, 3 nats, above which rows
-    are scored at logits / k: the head gives one second temperature a pass. Rows are judged by the
-    policy that sampled, and stay so over the updates of a step.
+    on mathematics also give the bound and k. Left out is its second bound, 3 nats, above which the
+    log-probs are of logits / k: the head gives one second temperature a pass. Samples are judged by
+    the policy that sampled, and stay so over the updates of a step.
     """
     means = [
         part.topk(max(1, int(_ERA_TOP_SHARE * len(part)))).values.mean()
@@ -208,11 +208,11 @@ def response_entropy(entropy: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
 
 
 def ucpo_weights(mean_logprob: torch.Tensor, tau: float) -> torch.Tensor:
-    """Factors of the advantages of a group's n correct rows, [n] with mean 1 (arXiv 2605.00365).
+    """Factors of the advantages of a group's n correct samples, [n] with mean 1 (arXiv 2605.00365).
 
-    q = softmax of the rows' mean log-probs, as in its code; factors
-    (1 - tau) + tau n (1 / q) / sum(1 / q). Each row keeps its own A, where the code takes one for
-    all: they differ only by length penalties. Correct is what AEPO counts as positive.
+    q = softmax of the samples' mean log-probs, as in its code; factors
+    (1 - tau) + tau n (1 / q) / sum(1 / q). Each sample keeps its own A, where the code takes one
+    for all: they differ only by length penalties. Correct is what AEPO counts as positive.
     """
     inverse = 1 / mean_logprob.softmax(0).clamp(min=_UCPO_MIN_Q)
     return (1 - tau) + tau * len(inverse) * inverse / inverse.sum()
@@ -225,10 +225,10 @@ def ds_grpo_advantage(
     positive: torch.Tensor,
     gamma: float,
 ) -> torch.Tensor:
-    """A - gamma log pi(y) for correct rows, A + gamma log pi(y) for wrong ones, [R] (2511.19942).
+    """A - gamma log pi(y) where correct, A + gamma log pi(y) where wrong, [R] (2511.19942).
 
-    logprob: of whole rows under the policy that sampled, [R]. As in the paper's algorithm the sum
-    is not normalised by length nor by the group's spread; one gamma serves both sides, and its
+    logprob: of whole samples under the policy that sampled, [R]. As in the paper's algorithm the
+    sum is not normalised by length nor by the group's spread; one gamma serves both sides, and its
     default is ours, since the paper's values could not be read.
     """
     shift = gamma * logprob

@@ -1,7 +1,7 @@
 """The loss itself: policy loss, regularisers and AEPO's term, summed over tokens.
 
-The loss of single tokens and that of whole rows have the same parts and differ in how they add
-them up: the one has a policy loss per token, the other one per row.
+The loss of single tokens and that of whole samples have the same parts and differ in how they add
+them up: the one has a policy loss per token, the other one per sample.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def make_token_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) ->
 
 
 def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext) -> SequenceLoss:
-    """The loss over the rows of a micro-batch, whose tokens it also takes with their row."""
+    """The loss over the samples of a micro-batch, whose tokens it also takes with their sample."""
     parts = _make_parts(loss, aepo, context)
 
     def sequence_loss(
@@ -92,9 +92,10 @@ def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext)
         policy = parts.policy_terms(tokens, None, sample_of_token)  # [R]
         weights = parts.correction.weights(tokens)
         corrected = weights * column["weight"]
-        # Columns are equal along a row, so a row's weight is the sum of its tokens' weights.
-        row_weight = torch.zeros_like(policy.clipped_low).index_add(0, sample_of_token, corrected)
-        total = (row_weight * policy.loss).sum()
+        # Columns are equal along a sample, so a sample's weight is the sum of its tokens' weights.
+        zeros = torch.zeros_like(policy.clipped_low)
+        sample_weight = zeros.index_add(0, sample_of_token, corrected)
+        total = (sample_weight * policy.loss).sum()
         for term in parts.other_terms(tokens, None):
             weight = corrected if term.corrected else column["weight"]
             total = total + term.coef * (weight * term.values).sum()
@@ -117,7 +118,7 @@ def _tokens(
 
 
 class _Term(NamedTuple):
-    """A part of the loss of main rows besides the policy loss: coef * values, [N].
+    """A part of the loss of main samples besides the policy loss: coef * values, [N].
 
     corrected: weighted for the sampler's law, as the policy loss is.
     """
@@ -129,7 +130,7 @@ class _Term(NamedTuple):
 
 @dataclass(frozen=True)
 class _Parts:
-    """The parts of the loss, each stated once for tokens and for rows."""
+    """The parts of the loss, each stated once for tokens and for samples."""
 
     loss: LossConfig
     aepo: AepoConfig
@@ -141,12 +142,12 @@ class _Parts:
     def policy_terms(
         self, tokens: Tokens, rho: torch.Tensor | None, sample_of_token: torch.Tensor | None
     ) -> TokenTerms:
-        """The policy loss: per token [N], or with sample_of_token per row [R]."""
+        """The policy loss: per token [N], or with sample_of_token per sample [R]."""
         loss, change = self.loss, self.regulariser
         advantage = change.shape_advantage(tokens.column["advantage"], tokens.entropy)
         advantage = self.form.advantage(advantage, rho, tokens.column, self.context.dcpo_mix)
         advantage = change.scale_advantage(advantage, tokens.logprob, self.context.lever)
-        logprob, old_logprob = change.scored_logprobs(tokens)
+        logprob, old_logprob = change.ratio_logprobs(tokens)
         given = {
             "logprob": logprob,
             "old_logprob": old_logprob,
@@ -191,7 +192,7 @@ class _Parts:
         weights: torch.Tensor,
         rho: torch.Tensor | None,
     ) -> Metrics:
-        """Sums over main rows; policy: its terms per token; weights: the correction's: [N]."""
+        """Sums over main samples; policy: its terms per token; weights: the correction's: [N]."""
         main = tokens.column["main"]
         sums = {
             MetricSum.MAIN_TOKENS: main.sum(),

@@ -11,10 +11,10 @@ Columns = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class StepContext:
-    """What the loss of a step depends on besides its rows.
+    """What the loss of a step depends on besides its samples.
 
     temperature: AEPO's T. bonus_coef: of the entropy bonus. dcpo_mix: share of AEPO's signal in
-    DCPO's advantage. aux_draws, aux_positives: auxiliary rows of the step, and those with a
+    DCPO's advantage. aux_draws, aux_positives: auxiliary samples of the step, and those with a
     gradient; its num_minibatches share them. lever: EntroPIC's a or REPO-R's zeta.
     """
 

@@ -1,8 +1,8 @@
 """A policy loss by its name: one of the table, or the user's "module:function", checked.
 
 The signature is checked before any model loads. What the function returns is checked when the run
-first evaluates it: its shape, its gradient, and that it is a sum over tokens or over rows, without
-which the loss would depend on how the trainer splits a minibatch.
+first evaluates it: its shape, its gradient, and that it is a sum over tokens or over samples,
+without which the loss would depend on how the trainer splits a minibatch.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _checked(name: str, function: LossFunction) -> LossFunction:
 
 
 def _check_on_ramps(name: str, function: LossFunction, arguments: Mapping[str, Any]) -> bool:
-    """Check gradient and additivity; False where there are too few tokens or rows for the latter.
+    """Check gradient and additivity; False with too few tokens or samples for the latter.
 
     The arguments' values are replaced: at the first update all ratios are 1, and a mean of them
     would differ from none of them.
@@ -152,9 +152,9 @@ def _check_on_ramps(name: str, function: LossFunction, arguments: Mapping[str, A
 
 
 def _on_ramps(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-    """The arguments with values that rise along the chunk, and the token or row of each, [N].
+    """The arguments with values that rise along the chunk, and the token or sample of each, [N].
 
-    Ratios run from exp(0.4) to exp(-0.4), advantages, which are equal along a row, from -0.5 to
+    Ratios run from exp(0.4) to exp(-0.4), advantages, which are equal along a sample, from -0.5 to
     1.5, so that a mean over one half differs from that over the whole.
     """
     logprob = arguments["logprob"]
@@ -178,14 +178,14 @@ def _on_ramps(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tenso
     return replaced, units
 
 
-def _part(arguments: Mapping[str, Any], chosen: torch.Tensor, first_row: int) -> dict[str, Any]:
-    """The arguments of the chosen tokens, whose rows are counted from `first_row`."""
+def _part(arguments: Mapping[str, Any], chosen: torch.Tensor, first_sample: int) -> dict[str, Any]:
+    """The arguments of the chosen tokens, whose samples are counted from `first_sample`."""
     part = {
         name: value.detach()[chosen] if isinstance(value, torch.Tensor) and name in GIVEN else value
         for name, value in arguments.items()
     }
     if "sample_of_token" in part:
-        part["sample_of_token"] = part["sample_of_token"] - first_row
+        part["sample_of_token"] = part["sample_of_token"] - first_sample
     return part
 
 
@@ -217,10 +217,10 @@ def _loss(result: torch.Tensor | TokenTerms) -> torch.Tensor:
 
 
 def _check_result(name: str, result: object, arguments: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless it is one value per token or row, in the dtype of logprob."""
-    logprob, rows = arguments["logprob"], arguments.get("sample_of_token")
-    shape = logprob.shape if rows is None else (int(rows[-1]) + 1,)
-    unit = "token" if rows is None else "row"
+    """Raise ConfigError unless it is one value per token or sample, in the dtype of logprob."""
+    logprob, sample_of_token = arguments["logprob"], arguments.get("sample_of_token")
+    shape = logprob.shape if sample_of_token is None else (int(sample_of_token[-1]) + 1,)
+    unit = "token" if sample_of_token is None else "row"
     for tensor in result if isinstance(result, TokenTerms) else (result,):
         if not isinstance(tensor, torch.Tensor):
             reason = f"returned a value of type {type(tensor).__name__}"

@@ -23,7 +23,7 @@ from aepo_fast.method.objective import (
     Objective,
     build_objective,
     is_positive,
-    needs_scores,
+    needs_old_logprobs,
     second_temperature,
 )
 from aepo_fast.method.tokens import StepContext
@@ -97,7 +97,7 @@ class Trainer:
 
         updates: list[UpdateResult] = []
         context, generator = self._context(rollout, plan.temperature), self._generator()
-        known: dict[str, Any] = {"scores": old, "reference": reference, "generator": generator}
+        known: dict[str, Any] = {"old": old, "reference": reference, "generator": generator}
         for minibatch in self._minibatches(groups, positives):
             loss = build_objective(cfg, samples, advantages, minibatch, context, **known)
             updates.append(self._update(samples, minibatch, loss, first=not updates))
@@ -180,7 +180,7 @@ class Trainer:
         """
         cfg, check = self.cfg, self.guard.check
         old = reference = None
-        if needs_scores(cfg.loss, cfg.trainer.minibatches * cfg.trainer.epochs):
+        if needs_old_logprobs(cfg.loss, cfg.trainer.minibatches * cfg.trainer.epochs):
             second = second_temperature(cfg.loss, cfg.aepo, temperature)
             old = self.policy.token_values(samples, indices, second_temperature=second, check=check)
         if self.reference is not None:

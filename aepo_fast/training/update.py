@@ -62,8 +62,8 @@ def update(
     logprob, entropy = torch.zeros(2, int(offsets[-1]))
     model_tokens = active_tokens = 0
     policy.model.train()
-    active = [index for index in indices if index not in objective.passive_rows]
-    passive = [index for index in indices if index in objective.passive_rows]
+    active = [index for index in indices if index not in objective.passive_samples]
+    passive = [index for index in indices if index in objective.passive_samples]
     batches = [(batch, True) for batch in policy.microbatches(samples, active)]
     batches += [(batch, False) for batch in policy.microbatches(samples, passive)]
     try:

@@ -140,7 +140,7 @@ def load_problem(
         advantages,
         range(len(rows)),
         context,
-        scores=None,
+        old=None,
         reference=None,
         generator=torch.Generator(),
     )

@@ -87,7 +87,7 @@ class Toy:
                 aux_positives=sum(row.reward == 1 for row in rows[num_main:]),
                 num_minibatches=1,
             ),
-            scores=None,
+            old=None,
             reference=None,
             generator=self.generator,
         )

@@ -13,7 +13,7 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.config.sections import Config, RolloutConfig
 from aepo_fast.method.correction import CORRECTIONS, Correction, SequenceMask, TokenTruncate
-from aepo_fast.method.objective import build_objective, needs_scores
+from aepo_fast.method.objective import build_objective, needs_old_logprobs
 from aepo_fast.method.tokens import StepContext, Tokens
 from aepo_fast.samples import Completion, Sample, TokenValues
 from tests.tiny_run import tiny_config
@@ -117,7 +117,7 @@ def test_main_rows_are_weighted_and_auxiliary_rows_never(
             loss=loss,
             aepo=AepoConfig(controller="published", alpha=0.5),
         )
-        assert needs_scores(loss, 1) == (correction == "sequence_mask")
+        assert needs_old_logprobs(loss, 1) == (correction == "sequence_mask")
         known = TokenValues(logprob.detach(), torch.zeros(len(logprob)), None)
         objective = build_objective(
             cfg,
@@ -125,7 +125,7 @@ def test_main_rows_are_weighted_and_auxiliary_rows_never(
             advantages,
             range(len(rows)),
             StepContext(1.3, 0.0, 0.0, 2, 1, 1),
-            scores=known if correction == "sequence_mask" else None,
+            old=known if correction == "sequence_mask" else None,
             reference=None,
             generator=torch.Generator(),
         )

@@ -199,7 +199,7 @@ def objective_of(
         StepContext(temperature, 0.0, 0.0, 0, 0, 1),
         reference=None,
         generator=torch.Generator(),
-        **{"scores": None, **inputs},
+        **{"old": None, **inputs},
     )
 
 
@@ -225,7 +225,7 @@ def test_correct_samples_get_the_term_weighed_by_ratio_and_correction(
     sample_of_token = torch.repeat_interleave(torch.tensor(LENGTHS))
 
     def gradients(aepo: AepoConfig) -> tuple[torch.Tensor, ...]:
-        objective = objective_of(tmp_path, loss, aepo, temperature, scores=scored, shift=shift)
+        objective = objective_of(tmp_path, loss, aepo, temperature, old=scored, shift=shift)
         lp, at_t = logprob.clone().requires_grad_(), second.clone().requires_grad_()
         given = at_t if objective.second_temperature else None
         columns, entropy = objective.columns, torch.ones(total)
@@ -264,13 +264,13 @@ def test_rows_are_passive_where_neither_advantage_nor_the_term_acts(
     loss, aepo = LossConfig(policy=policy), AepoConfig(form="expected")
     hot, plain = (objective_of(tmp_path, loss, aepo, t) for t in (1.2, 1.0))
     assert hot.second_temperature == 1.2
-    assert hot.passive_rows == frozenset()  # rows of the all-correct group carry the term
+    assert hot.passive_samples == frozenset()  # rows of the all-correct group carry the term
     assert plain.second_temperature is None  # the term is zero at T = 1
-    assert plain.passive_rows == {4, 5, 6, 7}
+    assert plain.passive_samples == {4, 5, 6, 7}
     off = objective_of(tmp_path, loss, AepoConfig(enabled=False), 1.2)
-    assert (off.second_temperature, off.passive_rows) == (None, plain.passive_rows)
+    assert (off.second_temperature, off.passive_samples) == (None, plain.passive_samples)
     above = objective_of(tmp_path, loss, replace(aepo, reward_threshold=2.0), 1.2)
-    assert above.passive_rows == plain.passive_rows  # nothing counts as correct
+    assert above.passive_samples == plain.passive_samples  # nothing counts as correct
 
 
 def test_the_second_temperature_of_each_form() -> None:

@@ -23,7 +23,7 @@ from tests.tiny_run import tiny_config
 
 NAN = float("nan")
 RESAMPLE = AepoConfig(controller="published", alpha=0.5)
-NO_TOTALS = {"max_length": 1, "num_rows_total": 0, "num_tokens_total": 0}
+NO_TOTALS = {"max_length": 1, "num_samples_total": 0, "num_tokens_total": 0}
 
 
 def test_group_advantages_against_statistics_of_each_group() -> None:
@@ -63,7 +63,7 @@ def test_aggregation_equals_its_definition_however_it_is_split(mode: str) -> Non
         total = torch.zeros(())
         for rank in ranks:
             weights = token_weights(
-                lengths[rank], mode, max_length=10, num_rows_total=4, num_tokens_total=15
+                lengths[rank], mode, max_length=10, num_samples_total=4, num_tokens_total=15
             )
             for row, weight in zip(rank, weights, strict=True):
                 total += weight * losses[row].sum()
@@ -88,7 +88,7 @@ def test_gradients_are_equal_however_rows_are_split(mode: str, num_parts: int, m
             logprob = old[mine] + 0.3 * (inputs[mine] @ weight).tanh()
             terms = clipped_surrogate(logprob, old[mine], advantage[rows[mine]], 0.2, 0.28)
             per_row = token_weights(
-                lengths[part], mode, max_length=9, num_rows_total=6, num_tokens_total=len(rows)
+                lengths[part], mode, max_length=9, num_samples_total=6, num_tokens_total=len(rows)
             )
             per_token = per_row.double().repeat_interleave(lengths[part])
             (per_token * terms.loss).sum().backward()
@@ -153,7 +153,7 @@ def test_the_objective_is_its_formula_and_adds_up_over_chunks(
         advantages,
         range(len(rows)),
         context,
-        scores=None,
+        old=None,
         reference=None,
         generator=generator,
     )
@@ -197,7 +197,7 @@ def test_the_objective_is_its_formula_and_adds_up_over_chunks(
     by_row = gradient.abs().split(lengths.tolist())
     silent = {index for index, part in enumerate(by_row) if part.sum() == 0}
     if not bonus:
-        assert silent == objective.passive_rows
+        assert silent == objective.passive_samples
 
 
 def test_the_auxiliary_share_is_the_same_in_every_minibatch(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_the_auxiliary_share_is_the_same_in_every_minibatch(tmp_path: Path) -> N
             torch.zeros(len(rows)),
             minibatch,
             context,
-            scores=None,
+            old=None,
             reference=None,
             generator=generator,
         )
@@ -233,7 +233,7 @@ def gradient_of(
         range(len(rows)),
         StepContext(1.2, 0.0, 0.0, num_aux, num_aux, 1),
         generator=torch.Generator(),
-        **{"scores": None, "reference": None, **scores},
+        **{"old": None, "reference": None, **scores},
     )
     entropy, columns = torch.zeros(len(logprob)), objective.columns
     if objective.sequence_loss is not None:
@@ -277,7 +277,7 @@ def test_auxiliary_tokens_are_clipped_as_tokens(
     logprob = (old + shift).requires_grad_()
     scores = TokenValues(old, torch.zeros(len(old)), None)
     loss = LossConfig(policy=policy)
-    found, metrics, columns = gradient_of(tmp_path, loss, rows, logprob, scores=scores)
+    found, metrics, columns = gradient_of(tmp_path, loss, rows, logprob, old=scores)
     expected = torch.zeros(len(old)) if clipped else -columns["aux_weight"] * math.exp(shift)
     torch.testing.assert_close(found, expected)
     assert metrics[MetricSum.AUX_CLIP] == (metrics[MetricSum.AUX_TOKENS] if clipped else 0)

@@ -15,7 +15,7 @@ from aepo_fast.config.method import AepoConfig, EntropyMethod, LossConfig
 from aepo_fast.method import rivals
 from aepo_fast.method.controllers import RivalController
 from aepo_fast.method.credit import group_advantages
-from aepo_fast.method.objective import Objective, build_objective, needs_scores
+from aepo_fast.method.objective import Objective, build_objective, needs_old_logprobs
 from aepo_fast.method.token_objective import taking_slices
 from aepo_fast.method.tokens import StepContext, Tokens
 from aepo_fast.samples import Completion, Sample, TokenValues
@@ -62,7 +62,7 @@ def objective_of(
         advantages(),
         range(len(rows)),
         StepContext(1.0, 0.0, 0.0, 0, 0, 1, lever),
-        scores=scores if needs_scores(loss, 1) else None,
+        old=scores if needs_old_logprobs(loss, 1) else None,
         reference=None,
         generator=torch.Generator(),
     )
@@ -138,9 +138,9 @@ def test_gradients_are_those_of_the_formula_and_add_up_over_chunks(
     torch.testing.assert_close(torch.cat(chunks), found)
     # Rows called passive have no gradient, the others do.
     silent = {row for row, part in enumerate(found.split(LENGTHS)) if part.abs().sum() == 0}
-    assert objective.passive_rows <= silent
+    assert objective.passive_samples <= silent
     equal_groups = set() if method == "ds_grpo" else {4, 5, 6, 7}
-    assert objective.passive_rows == equal_groups
+    assert objective.passive_samples == equal_groups
 
 
 def test_era_scores_correct_rows_of_low_entropy_at_scaled_logits(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_era_scores_correct_rows_of_low_entropy_at_scaled_logits(tmp_path: Path)
         torch.testing.assert_close(by_first, zeros if scaled else expected, atol=1e-7, rtol=1e-5)
         torch.testing.assert_close(by_second, expected if scaled else zeros, atol=1e-7, rtol=1e-5)
     assert kinds == {(True, True), (False, True), (False, False)}
-    assert objective.passive_rows == {4, 5, 6, 7}
+    assert objective.passive_samples == {4, 5, 6, 7}
 
 
 def test_era_takes_its_ratio_at_the_scaled_logits(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def entropy_after(
         "scaled": (positive & (advantage > 0)).double() * float(scaled),
         "old_second_logprob": torch.zeros(4),
     }
-    logprob, _ = method.scored_logprobs(Tokens(law, law.detach(), law, second, column))
+    logprob, _ = method.ratio_logprobs(Tokens(law, law.detach(), law, second, column))
     (gradient,) = torch.autograd.grad((probability * advantage * logprob).sum(), logits)
     return entropy_of(logits.detach() + 1e-3 * gradient)
 

@@ -33,7 +33,7 @@ from aepo_fast.method.tokens import StepContext, Tokens
 from aepo_fast.model.batch import Layout
 from aepo_kernels import backend_status
 
-TOKEN_HOOKS = ("select", "shape_advantage", "scale_advantage", "scored_logprobs", "on_policy_loss")
+TOKEN_HOOKS = ("select", "shape_advantage", "scale_advantage", "ratio_logprobs", "on_policy_loss")
 
 
 def replaces(cls: type, base: type, *hooks: str) -> bool:

@@ -57,7 +57,7 @@ def objective_of(output: Path, form: Any, temperature: float, policy: Any = "grp
         torch.zeros(len(rows)),
         range(len(rows)),
         StepContext(temperature, 0.0, 0.0, 0, 0, 1, entropy=MEAN_ENTROPY),
-        scores=None,
+        old=None,
         reference=None,
         generator=torch.Generator(),
     )
@@ -91,9 +91,9 @@ def test_split_raises_the_less_likely_correct_samples(
     expected = -0.5 * (temperature - 1) * weights / (8 * lengths)
     torch.testing.assert_close(by_logprob, expected.repeat_interleave(lengths))
     assert (by_entropy == 0).all()
-    assert objective.passive_rows == {1, 3}
+    assert objective.passive_samples == {1, 3}
     plain = objective_of(tmp_path, "split", 1.0, policy)
-    assert plain.passive_rows == frozenset(range(8)) and (gradients(plain)[0] == 0).all()
+    assert plain.passive_samples == frozenset(range(8)) and (gradients(plain)[0] == 0).all()
 
 
 @pytest.mark.parametrize("policy", ["grpo", "gspo"])
@@ -107,7 +107,7 @@ def test_rescue_raises_uncertain_tokens_of_all_correct_groups(tmp_path: Path, po
     expected = -0.5 * 0.4 * weight * solved * (entropy > MEAN_ENTROPY)
     torch.testing.assert_close(by_entropy, expected)
     assert (by_logprob == 0).all()
-    assert objective.passive_rows == {0, 1, 2, 3}
+    assert objective.passive_samples == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("form", ["split", "rescue"])

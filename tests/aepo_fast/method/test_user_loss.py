@@ -112,7 +112,7 @@ def objective_of(out: Path, loss: LossConfig, rows: list[Sample], scores: TokenV
         torch.tensor(ADVANTAGES),
         range(len(rows)),
         StepContext(1.0, 0.0, 0.0, 0, 0, 1),
-        scores=scores,
+        old=scores,
         reference=None,
         generator=torch.Generator(),
     )
@@ -390,8 +390,8 @@ def test_a_loss_that_needs_no_advantage_trains_rows_without_one(modules: Path) -
             quiet,
             range(4),
             StepContext(1.0, 0.0, 0.0, 0, 0, 1),
-            scores=scores,
+            old=scores,
             reference=None,
             generator=torch.Generator(),
         )
-        assert objective.passive_rows == passive
+        assert objective.passive_samples == passive

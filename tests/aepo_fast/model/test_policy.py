@@ -235,7 +235,7 @@ def test_an_update_takes_columns_by_their_names(tiny_model_dir: Path, tmp_path: 
         torch.tensor([1.0, -1.0, 0.5, -0.5]),
         range(4),
         StepContext(1.0, 0.0, 0.0, 0, 0, 1),
-        scores=None,
+        old=None,
         reference=None,
         generator=torch.Generator(),
     )
