@@ -31,8 +31,8 @@ files. `--set section.key=value` overrides a setting on the command line.
 - **acts with** names what a setting needs to have an effect. A setting that would do nothing is
   refused, and the error names what it needs.
 
-*Main rows* are the samples that every step draws at temperature 1. *Auxiliary rows* are drawn at
-AEPO's temperature T, with `aepo.form = "resample"` only.
+*Main samples* are drawn in every step, at temperature 1. *Auxiliary samples* are drawn at AEPO's
+temperature T, with `aepo.form = "resample"` only.
 
 [Holding entropy](entropy.md) explains `[aepo]` and the entropy methods of `[loss]`.
 

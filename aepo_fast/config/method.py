@@ -36,7 +36,7 @@ EntropyMethod = Literal[
     "ucpo",
     "ds_grpo",
 ]
-# Those that leave the tokens of a row alike, as a loss over whole sequences needs it.
+# Those that leave the tokens of a sample alike, as a loss over whole sequences needs it.
 SEQUENCE_ENTROPY_METHODS = ("none", "bonus", "adaptive_bonus", "ucpo", "ds_grpo")
 
 # Those that score with a second temperature of their own, and the forms that leave it to them.
@@ -134,8 +134,8 @@ class LossConfig:
     decided: the bounds are None before.
     """
 
-    # The loss of main rows: grpo, dr_grpo, dapo, cispo, sapo or gspo, which weighs whole sequences;
-    # or "module:function", a loss of your own. docs/losses.md has them.
+    # The loss of main samples: grpo, dr_grpo, dapo, cispo, sapo or gspo, which weighs whole
+    # sequences; or "module:function", a loss of your own. docs/losses.md has them.
     policy: str = "grpo"
     # Arguments of the loss that the trainer does not give.
     params: dict[str, Any] = setting(default_factory=dict, needs=_LOSS_WITH_PARAMS)
@@ -196,9 +196,9 @@ class LossConfig:
     ucpo_tau: float = setting(0.2, needs=_method("ucpo"))
     # Advantage per nat of a sample's log-prob: subtracted where correct, added where wrong.
     ds_grpo_gamma: float = setting(0.01, needs=_method("ds_grpo"))
-    # Importance correction: how main rows are weighted by pi_trainer / pi_sampler. Auxiliary rows
-    # never are. Left out: token_truncate with vLLM or rollout.steps_ahead = 1, but off with gspo;
-    # else off.
+    # Importance correction: how main samples are weighted by pi_trainer / pi_sampler. Auxiliary
+    # samples never are. Left out: token_truncate with vLLM or rollout.steps_ahead = 1, but off with
+    # gspo; else off.
     correction: CorrectionName | None = None
     # Lower bound of this ratio, see docs/rollouts.md.
     correction_low: float | None = _by_correction("low")

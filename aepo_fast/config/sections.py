@@ -188,7 +188,7 @@ _IN_TURN = one_of("steps_ahead", 0)  # sampling and training; else vLLM holds we
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How completions are sampled; main rows are always sampled at temperature 1, top_p 1."""
+    """How completions are sampled; main ones are always at temperature 1, top_p 1."""
 
     backend: Literal["hf", "vllm"] = "hf"  # what samples: transformers or vLLM
     max_new_tokens: int = 256  # a completion is cut off here
@@ -208,7 +208,7 @@ class RolloutConfig:
     # Versions of vLLM that were not tested are tried; false: they are refused.
     allow_untested_vllm: bool = setting(False, needs=_VLLM)
     # 1: the next step's samples are drawn while this step trains, with the weights from before its
-    # updates. Main rows are corrected for it.
+    # updates. Main samples are corrected for it.
     steps_ahead: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
@@ -241,10 +241,10 @@ class TrainerConfig:
     group_size: int = 8  # samples per prompt
     minibatches: int = 1  # optimizer steps per pass over a rollout
     epochs: int = 1  # passes over a rollout
-    # Most tokens, padding included, that the model takes at once; a longer row goes alone.
+    # Most tokens, padding included, that the model takes at once; a longer sample goes alone.
     tokens_per_microbatch: int = 16384
-    # How rows are laid out for the model: "packed" end to end (varlen attention), "shared" with
-    # one copy of the prompt for all its samples (sdpa), "padded" one row per sample.
+    # How samples are laid out for the model: "packed" end to end (varlen attention), "shared" with
+    # one copy of the prompt for all its samples (sdpa), "padded" with one line per sample.
     layout: Literal["auto", "packed", "shared", "padded"] = "auto"
     lr: float = 1e-6  # learning rate after the warm-up
     # Course of the rate after the warm-up: it stays, or falls towards 0 at the end of the run.
@@ -317,7 +317,7 @@ class LoggingConfig:
     """What is written besides metrics.jsonl."""
 
     tensorboard: bool = False  # metrics for TensorBoard too; pip install 'aepo-fast[tensorboard]'
-    rollouts_per_step: int = 4  # rows of rollouts.jsonl a step; -1: all
+    rollouts_per_step: int = 4  # samples a step in rollouts.jsonl; -1: all
     plot: bool = True  # draws plot.png in the run's folder
 
 
