@@ -119,7 +119,7 @@ def linear_logprob(
         logits_dtype=logits_dtype,
     )
     check_problem(problem)
-    run = reference.logprob if problem.backend == "reference" else chunked_logprob
+    run = reference.logprob if problem.features.autograd else chunked_logprob
     return run(problem)
 
 
@@ -192,7 +192,7 @@ def linear_token_loss(
     check_active(problem)
     check_row_sampling(problem)
     check_token_tensors(problem, token_tensors)
-    run = reference.token_loss if problem.backend == "reference" else chunked_token_loss
+    run = reference.token_loss if problem.features.autograd else chunked_token_loss
     return run(problem, token_loss, token_tensors)
 
 

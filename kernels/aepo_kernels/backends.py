@@ -6,16 +6,43 @@ import functools
 import importlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
+from aepo_kernels.cpu import gemm as cpu_gemm
 from aepo_kernels.cpu import library as cpu_library
 from aepo_kernels.cpu import rows as cpu_rows
 from aepo_kernels.rows import torch_rows
 
 BACKEND_VARIABLE = "AEPO_KERNELS_BACKEND"
-_BACKENDS = ("reference", "chunked", "fused")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backend does, and which arguments it takes.
+
+    autograd: all logits exist at once, and autograd differentiates them. fused: the forward pass
+    writes no logits. The others are names of arguments.
+    """
+
+    autograd: bool = False
+    fused: bool = False
+    lora: bool = True
+    shard: bool = True
+    weight_grad: bool = True
+    weight_slice: bool = True
+    row_sampling: bool = True
+
+
+FEATURES = {
+    "reference": Features(
+        autograd=True, shard=False, weight_grad=False, weight_slice=False, row_sampling=False
+    ),
+    "chunked": Features(),
+    "fused": Features(fused=True, lora=False, shard=False, weight_slice=False),
+}
 
 
 def backend_status(device: torch.device | str | None = None) -> dict[str, str | None]:
@@ -24,7 +51,7 @@ def backend_status(device: torch.device | str | None = None) -> dict[str, str | 
     device: None is the first GPU where there is one, else the CPU.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    return {name: unavailable_reason(name, kind) for name in _BACKENDS}
+    return {name: unavailable_reason(name, kind) for name in FEATURES}
 
 
 def unavailable_reason(
@@ -52,9 +79,9 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
     if backend == "auto":
         source = BACKEND_VARIABLE
         backend = os.environ.get(BACKEND_VARIABLE) or "chunked"
-    if backend not in _BACKENDS:
+    if backend not in FEATURES:
         raise ValueError(
-            f"{source} = {backend!r}: no such backend; use one of {', '.join(_BACKENDS)}"
+            f"{source} = {backend!r}: no such backend; use one of {', '.join(FEATURES)}"
             + (" or auto" if source == "backend" else "")
         )
     reason = unavailable_reason(backend, device_type, dtype)
@@ -84,6 +111,28 @@ def gemms_want_column_major(hidden: torch.Tensor) -> bool:
     """
     narrow = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu"
     return narrow and row_operations(hidden) is cpu_rows and _has_amx()
+
+
+def upcasts_gemms(hidden: torch.Tensor) -> bool:
+    """Whether GEMMs of these hidden states convert bfloat16 operands to float32."""
+    return hidden.dtype == torch.bfloat16 and not multiplies_bfloat16(hidden.device.type)
+
+
+def gemms_in_cpp(hidden: torch.Tensor) -> bool:
+    """Whether `cpu.gemm` multiplies these hidden states: float32, or bfloat16 that is upcast."""
+    if hidden.device.type != "cpu" or not cpu_gemm.is_available():
+        return False
+    return hidden.dtype == torch.float32 or upcasts_gemms(hidden)
+
+
+def writes_float32(hidden: torch.Tensor) -> bool:
+    """Whether torch has GEMMs from bfloat16 to float32 on the device of these hidden states."""
+    return hidden.is_cuda
+
+
+def is_readable_at_once(tensor: torch.Tensor) -> bool:
+    """Whether a look at a tensor's values waits for no device: checks look at such values alone."""
+    return tensor.device.type == "cpu"
 
 
 def multiplies_bfloat16(device_type: str) -> bool:

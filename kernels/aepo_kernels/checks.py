@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aepo_kernels.backends import is_readable_at_once, writes_float32
 from aepo_kernels.problem import Problem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -62,7 +63,7 @@ def check_problem(problem: Problem) -> None:
         _fail(
             "chunk_tokens", problem.chunk_tokens, "must be at least 1", "use None for the default"
         )
-    if targets.device.type == "cpu":
+    if is_readable_at_once(targets):
         _check_targets(problem)
 
 
@@ -103,7 +104,7 @@ def check_active(problem: Problem) -> None:
         _fail("active", (tuple(active.shape), active.dtype), "is no list of positions", fix)
     if active.device != problem.hidden.device:
         _fail("active", active.device, f"hidden is on {problem.hidden.device}", "move it there")
-    if active.device.type == "cpu" and len(active):
+    if is_readable_at_once(active) and len(active):
         if not 0 <= int(active.min()) <= int(active.max()) < num_tokens:
             _fail("active", active.tolist()[:8], f"outside [0, {num_tokens})", fix)
         if len(active.unique()) != len(active):
@@ -118,7 +119,7 @@ def _check_logits_dtype(problem: Problem) -> None:
         _fail(
             "logits_dtype", dtype, f"hidden is {hidden.dtype}", "use None, or float32 on bfloat16"
         )
-    if not hidden.is_cuda:
+    if not writes_float32(hidden):
         reason = f"{hidden.device} has no GEMM from bfloat16 to float32"
         _fail("logits_dtype", dtype, reason, "use None, or float32 hidden and weight")
 
@@ -144,15 +145,15 @@ def _check_lora(problem: Problem) -> None:
             _fail(name, tensor.device, f"hidden is on {hidden.device}", "move it there")
     if not math.isfinite(problem.lora_scale):
         _fail("lora_scale", problem.lora_scale, "must be finite", "use alpha / rank")
-    if problem.backend == "fused":
-        _fail("backend", "fused", "has no low-rank part of the head", "use chunked")
+    if not problem.features.lora:
+        _fail("backend", problem.backend, "has no low-rank part of the head", "use chunked")
 
 
 def _check_shard(problem: Problem) -> None:
     shard = problem.shard
     if shard is None:
         return
-    if problem.backend != "chunked":
+    if not problem.features.shard:
         _fail("backend", problem.backend, "knows no sharded vocabulary", "use chunked")
     if not dist.is_available() or not dist.is_initialized():
         reason = "torch.distributed is not initialised"
@@ -167,8 +168,8 @@ def _check_weight_grad(problem: Problem) -> None:
     grad, weight = problem.weight_grad, problem.weight
     if grad is None:
         return
-    if problem.backend == "reference":
-        _fail("weight_grad", "given", "reference returns its gradients", "use chunked")
+    if not problem.features.weight_grad:
+        _fail("weight_grad", "given", f"{problem.backend} returns its gradients", "use chunked")
     if grad.shape != weight.shape or grad.dtype != problem.stats_dtype:
         what = f"{tuple(grad.shape)}, {grad.dtype}"
         reason = f"must be {list(weight.shape)}, {problem.stats_dtype}"
@@ -185,7 +186,7 @@ def _check_weight_slice(problem: Problem) -> None:
         return
     if size < 1:
         _fail("weight_slice", size, "must be at least 1", "use None for chunks of tokens")
-    if problem.backend != "chunked":
+    if not problem.features.weight_slice:
         _fail("weight_slice", size, f"{problem.backend} has no slices", "use chunked")
     for name, value in (
         ("weight_grad", problem.weight_grad),
@@ -202,8 +203,8 @@ def check_row_sampling(problem: Problem) -> None:
         return
     if not 0 < how.threshold < math.inf:
         _fail("row_sampling.threshold", how.threshold, "must be positive", "use None for none")
-    if problem.backend == "reference":
-        _fail("row_sampling", how, "reference takes every row", "use chunked")
+    if not problem.features.row_sampling:
+        _fail("row_sampling", how, f"{problem.backend} takes every row", "use chunked")
     if problem.shard is not None:
         _fail("row_sampling", how, "ranks of a shard would draw different rows", "drop one")
 
@@ -222,7 +223,7 @@ def _check_temperature(name: str, value: float | Tensor, hidden: Tensor) -> None
         _fail(name, "requires_grad", "temperatures get no gradient", "pass tensor.detach()")
     if value.device != hidden.device:
         _fail(name, value.device, f"hidden is on {hidden.device}", "move it there")
-    if value.device.type == "cpu" and not bool(((value > 0) & value.isfinite()).all()):
+    if is_readable_at_once(value) and not bool(((value > 0) & value.isfinite()).all()):
         _fail(name, value[~((value > 0) & value.isfinite())][0].item(), "must be positive", fix)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aepo_kernels.backends import row_kernels
+from aepo_kernels.backends import FEATURES, Features, row_kernels
 
 TokenLoss = Callable[..., Any]
 
@@ -124,6 +124,11 @@ class Problem:
     def stats_dtype(self) -> torch.dtype:
         """The dtype of row statistics and of gradient accumulation."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def features(self) -> Features:
+        """What this problem's backend does, and which arguments it takes."""
+        return FEATURES[self.backend]
 
     @property
     def row_kernels(self) -> str:

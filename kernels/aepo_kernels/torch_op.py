@@ -47,7 +47,7 @@ def linear_logprob(
     Each [N]. A temperature is a tensor [N], or where that is None the number.
     """
     problem = _problem(locals())
-    if problem.backend == "reference":
+    if problem.features.autograd:
         raise ValueError("backend = 'reference': is no operator; use it outside of torch.compile")
     check_problem(problem)
     tokens, stats = logprob.forward(problem)

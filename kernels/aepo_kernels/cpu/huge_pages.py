@@ -15,12 +15,11 @@ _LARGEST_IN_HEAP = 2**25
 
 
 def advise(tensor: Tensor) -> Tensor:
-    """Ask Linux for huge pages within a new tensor; returns it, the same elsewhere."""
-    if (
-        tensor.device.type != "cpu"
-        or tensor.nbytes <= _LARGEST_IN_HEAP
-        or (madvise := _madvise()) is None
-    ):
+    """Ask Linux for huge pages within a new tensor of the CPU; returns the tensor itself.
+
+    Small tensors, and all tensors on other systems, stay as they are.
+    """
+    if tensor.nbytes <= _LARGEST_IN_HEAP or (madvise := _madvise()) is None:
         return tensor
     start = -(-tensor.data_ptr() // _PAGE) * _PAGE
     stop = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE

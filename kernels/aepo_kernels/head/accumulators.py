@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aepo_kernels.cpu.huge_pages import advise
-from aepo_kernels.gemm import add_product, matmul, product
 from aepo_kernels.head.plan import Plan
 from aepo_kernels.problem import Problem
 from aepo_kernels.ranges import part_of, slices
@@ -30,6 +29,7 @@ class Gradients:
         hidden, weight, bias, lora_a, lora_b = problem.inputs
         assert hidden is not None and weight is not None
         self.wide = wide = plan.stats_dtype
+        self.gemms, self.scale, self.huge_pages = plan.gemms, plan.scale, plan.huge_pages
         self.dtypes = tuple(None if x is None else x.dtype for x in problem.inputs)
         self.weight_shape, self.device = weight.shape, weight.device
         self.shard, self.lora_scale, self.needs_weight = problem.shard, problem.lora_scale, needs[1]
@@ -66,19 +66,22 @@ class Gradients:
         if self.hidden is not None:
             self._add_hidden(row_major, weight, None if lora is None else lora[0], through, at)
         if self.weight is not None:
-            add_product(self.weight, dlogits.T, inputs)
+            self.gemms.add_product(self.weight, dlogits.T, inputs)
         elif self.needs_weight:
             out = self.make_weight(self.weight_dtype) if self.reuses_memory else None
-            self.weight = product(dlogits.T, inputs, self.weight_dtype, out=out)
+            self.weight = self.gemms.product(dlogits.T, inputs, self.weight_dtype, out=out)
         if self.lora_b is not None and lora is not None:
-            add_product(self.lora_b, dlogits.T, matmul(inputs, lora[0].T).mul_(self.lora_scale))
+            scaled = self.gemms.matmul(inputs, lora[0].T).mul_(self.lora_scale)  # [C, R]
+            self.gemms.add_product(self.lora_b, dlogits.T, scaled)
 
     def make_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight's gradient, in its own dtype or another; at first it holds anything."""
         if self.weight is None:
             dtype = dtype or self.dtypes[1]
             assert dtype is not None
-            self.weight = advise(torch.empty(self.weight_shape, dtype=dtype, device=self.device))
+            self.weight = torch.empty(self.weight_shape, dtype=dtype, device=self.device)
+            if self.huge_pages:
+                advise(self.weight)
         return self.weight
 
     def hidden_sum(self, positions: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
@@ -98,9 +101,9 @@ class Gradients:
         if self.needs_weight:
             weight_grad = self.make_weight()[rows]
             if weight_grad.dtype in (inputs.dtype, self.wide):
-                product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
+                self.gemms.product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
             else:  # which no GEMM writes
-                weight_grad.copy_(product(dlogits.T, inputs, self.wide))
+                weight_grad.copy_(self.gemms.product(dlogits.T, inputs, self.wide))
 
     def add_slice(
         self,
@@ -118,15 +121,15 @@ class Gradients:
         to `hidden`.
         """
         if hidden is not None:
-            add_product(hidden, row_major, weight)
+            self.gemms.add_product(hidden, row_major, weight)
         through = self._add_lora_a(row_major, lora, inputs)
         if lora is None or through is None:
             return
         if hidden is not None:
-            add_product(hidden, through, lora[0])
+            self.gemms.add_product(hidden, through, lora[0])
         if self.lora_b is not None:
-            scaled = matmul(inputs, lora[0].T).mul_(self.lora_scale)
-            add_product(self.lora_b[rows], dlogits.T, scaled)
+            scaled = self.gemms.matmul(inputs, lora[0].T).mul_(self.lora_scale)
+            self.gemms.add_product(self.lora_b[rows], dlogits.T, scaled)
 
     def _add_lora_a(
         self, dlogits: Tensor, lora: tuple[Tensor, Tensor] | None, inputs: Tensor
@@ -134,9 +137,9 @@ class Gradients:
         """Add to lora_a's gradient; returns dlogits through lora_b, [C, R]."""
         if lora is None:
             return None
-        through = matmul(dlogits, lora[1]).mul_(self.lora_scale)
+        through = self.gemms.matmul(dlogits, lora[1]).mul_(self.lora_scale)
         if self.lora_a is not None:
-            add_product(self.lora_a, through.T, inputs)
+            self.gemms.add_product(self.lora_a, through.T, inputs)
         return through
 
     def _add_hidden(
@@ -149,11 +152,11 @@ class Gradients:
     ) -> None:
         assert self.hidden is not None
         if isinstance(at, slice) and self.hidden.dtype == dlogits.dtype and lora_a is None:
-            matmul(dlogits, weight, out=self.hidden[at])
+            self.gemms.matmul(dlogits, weight, out=self.hidden[at])
             return
-        rows = product(dlogits, weight, self.hidden.dtype)
+        rows = self.gemms.product(dlogits, weight, self.hidden.dtype)
         if lora_a is not None and through is not None:
-            add_product(rows, through, lora_a)
+            self.gemms.add_product(rows, through, lora_a)
         self.hidden[at] = rows
 
     def finish(self) -> None:
@@ -181,27 +184,14 @@ class Gradients:
         weight = None if self.in_place else self.weight
         values = self.hidden, weight, self.bias, self.lora_a, self.lora_b
         return tuple(
-            None if value is None or dtype is None else _scaled(value, factor, dtype)
+            None if value is None or dtype is None else self._result(value, factor, dtype)
             for value, dtype in zip(values, self.dtypes, strict=True)
         )
+
+    def _result(self, value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return value.to(dtype) if factor is None else self.scale(value, factor, dtype)
 
 
 def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
     # Contiguous, however `like` lies in memory.
     return torch.zeros(like.shape, dtype=dtype, device=like.device)
-
-
-def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    # To multiply a whole weight by one would take a CPU as long as a GEMM.
-    if factor is None or (factor.device.type == "cpu" and factor.item() == 1):
-        return value.to(dtype)
-    if value.is_cuda and value.dtype != torch.float64:
-        from aepo_kernels.gpu.scale import scale  # the package imports without triton
-
-        return scale(value, factor, dtype)
-    if value.dtype == dtype:
-        return value.mul_(factor)
-    scaled = torch.empty_like(value, dtype=dtype)
-    for part, block in zip(scaled.split(512), value.split(512), strict=True):
-        part.copy_(block.mul_(factor))  # in parts, or a whole copy in between would be made
-    return scaled

@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from aepo_kernels.gemm import add_product
 from aepo_kernels.head.accumulators import Gradients
 from aepo_kernels.head.parts import Part, join_parts
 from aepo_kernels.head.plan import Plan
@@ -129,7 +128,7 @@ class Blocks:
                 hidden = _at(sums, part)
                 total.add_slice(dlogits, row_major, head.weight, head.lora, inputs, hidden, rows)
             if weight_sum is not None:
-                add_product(weight_sum, dlogits.T, inputs)
+                self.head.plan.gemms.add_product(weight_sum, dlogits.T, inputs)
         if weight_sum is not None:
             total.make_weight()[rows] = weight_sum
 

@@ -27,7 +27,7 @@ def logprob(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> LogprobOutput:
 
 def forward(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> tuple[Tokens, RowStats]:
     """The M tokens that count and the statistics of their rows, each [M]."""
-    with computing_on(problem.hidden.device):
+    with computing_on(problem.hidden):
         plan = make_plan(problem, budget=budget)
         head, tokens = head_of(problem, plan), tokens_of(problem)
         count, size = len(tokens.targets), plan.stats_tokens
@@ -45,7 +45,7 @@ def backward(
     budget: Budget = DEFAULT_BUDGET,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the problem's inputs from those of the four outputs, [N] each."""
-    with computing_on(problem.hidden.device):
+    with computing_on(problem.hidden):
         count = len(tokens.targets)
         plan = make_plan(problem, needs_weight=needs[1], rows=count, budget=budget)
         gradients = pass_of(problem, plan, head_of(problem, plan), tuple(needs))

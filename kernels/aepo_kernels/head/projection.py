@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from aepo_kernels.cpu import rows as cpu_rows
-from aepo_kernels.gemm import add_product, matmul
 from aepo_kernels.head.plan import Plan
 from aepo_kernels.head.sharding import combine
 from aepo_kernels.head.stashed_logits import StashedLogits, logits_in
@@ -127,6 +126,7 @@ class Head:
             self.logit_map,
             self.plan.stats_dtype,
             squares=self.squares,
+            **self.plan.row_options,
             **part,
         )
 
@@ -149,15 +149,16 @@ class Head:
     def raw_logits(self, tokens: Tokens, out: Tensor | None = None) -> Tensor:
         """GEMM 1: the raw logits of some tokens, [C, V], in `out` where there is one."""
         inputs, dtype = take(self.hidden, tokens.positions), self.plan.logits_dtype  # [C, H]
+        gemms = self.plan.gemms
         if self.plan.column_major:
             transposed = None if out is None else out.T  # [V, C]
-            raw_logits = matmul(self.weight, inputs.T, dtype, out=transposed).T
+            raw_logits = gemms.matmul(self.weight, inputs.T, dtype, out=transposed).T
         else:
-            raw_logits = matmul(inputs, self.weight.T, dtype, out=out)
+            raw_logits = gemms.matmul(inputs, self.weight.T, dtype, out=out)
         if self.lora is not None:
             down, up = self.lora
-            low_rank = matmul(inputs, down.T).mul_(self.lora_scale)  # [C, R]
-            add_product(raw_logits, low_rank, up.T)
+            low_rank = gemms.matmul(inputs, down.T).mul_(self.lora_scale)  # [C, R]
+            gemms.add_product(raw_logits, low_rank, up.T)
         return raw_logits
 
     def dlogits(
@@ -177,7 +178,7 @@ class Head:
         stashed: see `StashedLogits.read`.
         """
         if out is None:
-            in_place = raw_logits.dtype == self.hidden.dtype or self.plan.upcast
+            in_place = raw_logits.dtype == self.hidden.dtype or self.plan.gemms.upcast
             out = raw_logits
             if not in_place:
                 out = torch.empty_like(raw_logits, dtype=self.hidden.dtype)
@@ -191,6 +192,7 @@ class Head:
             coefs,
             out=out,
             bias_grad=bias_grad,
+            **self.plan.row_options,
             **({} if row_major is None else {"row_major": row_major}),
             **stashed,
         )

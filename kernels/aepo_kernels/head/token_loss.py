@@ -37,7 +37,7 @@ def token_loss(
     """`linear_token_loss`, with gradients computed here and only scaled in backward."""
     inputs = problem.inputs
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    with torch.no_grad(), computing_on(problem.hidden.device):
+    with torch.no_grad(), computing_on(problem.hidden):
         tokens, num_active = _active_first(problem, tokens_of(problem))  # [M]
         num_active = num_active if any(needs) else 0
         plan = make_plan(problem, needs_weight=needs[1], rows=num_active, budget=budget)
