@@ -1,4 +1,8 @@
-"""Checks of the arguments, before any work: ValueError naming argument, value, reason and fix."""
+"""Checks of the arguments, before any work.
+
+Every check raises a ValueError that names the argument, its value, the reason and a fix. No check
+waits for a GPU: `is_readable_at_once` guards each look at a tensor's values.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def check_problem(problem: Problem) -> None:
-    """Raise ValueError naming argument, value, reason and fix; never waits for a GPU."""
+    """Raise ValueError unless shapes, dtypes, devices and options of a problem fit together."""
     hidden, weight, targets = problem.hidden, problem.weight, problem.targets
     if hidden.ndim != 2:
         _fail("hidden", tuple(hidden.shape), "must be [N, H]", "flatten batch and time first")
@@ -68,7 +72,7 @@ def check_problem(problem: Problem) -> None:
 
 
 def check_token_tensors(problem: Problem, tensors: tuple[Tensor, ...]) -> None:
-    """Raise ValueError for token tensors that do not have one detached row per token."""
+    """Raise ValueError unless each tensor is [N, ...], detached and on hidden's device."""
     num_tokens = len(problem.targets)
     for index, tensor in enumerate(tensors):
         name = f"token_tensors[{index}]"
@@ -81,7 +85,8 @@ def check_token_tensors(problem: Problem, tensors: tuple[Tensor, ...]) -> None:
 
 
 def _check_targets(problem: Problem) -> None:
-    # On CUDA this would wait for the device; there torch's own gather traps a bad index.
+    # On a GPU a look at the targets would wait. There a bad target gives a log-prob of NaN, and
+    # with the reference backend torch's own gather traps it.
     targets = problem.targets
     vocab = problem.weight.shape[0] if problem.shard is None else problem.shard.vocab
     bad = (targets < 0) | (targets >= vocab)
@@ -94,7 +99,7 @@ def _check_targets(problem: Problem) -> None:
 
 
 def check_active(problem: Problem) -> None:
-    """Raise ValueError unless `active` holds positions of tokens, each once."""
+    """Raise ValueError unless `active` is [A] int64: positions in [0, N), each at most once."""
     active = problem.active
     if active is None:
         return
@@ -197,7 +202,7 @@ def _check_weight_slice(problem: Problem) -> None:
 
 
 def check_row_sampling(problem: Problem) -> None:
-    """Raise ValueError unless rows can be sampled as asked."""
+    """Raise ValueError unless the threshold is positive and the backend can sample rows."""
     how = problem.row_sampling
     if how is None:
         return

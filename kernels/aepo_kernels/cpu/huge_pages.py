@@ -1,4 +1,4 @@
-"""Large memory of a CPU in pages of 2 MiB, of which the first touch makes fewer faults."""
+"""Pages of 2 MiB for large tensors of a CPU: touching them for the first time faults less often."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 from torch import Tensor
 
 _PAGE, _MADV_HUGEPAGE = 2**21, 14  # of Linux
-# glibc maps larger blocks apart. In its heap other blocks would come to lie where huge pages are
-# wanted, and take a whole one each.
+# glibc gives larger blocks a mapping of their own (DEFAULT_MMAP_THRESHOLD_MAX of its malloc, on 64
+# bits). Smaller blocks share the heap, where other blocks would take a whole huge page each.
 _LARGEST_IN_HEAP = 2**25
 
 

@@ -1,4 +1,4 @@
-"""The head's gradients, added up over chunks: GEMMs 2 and 3."""
+"""The head's gradients, added up over chunks: GEMM 2 (hidden's) and GEMM 3 (the weight's)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from aepo_kernels.head.plan import Plan
 from aepo_kernels.problem import Problem
 from aepo_kernels.ranges import part_of, slices
 
-# Rows of hidden's gradient that are rounded at a time, on their way to where they belong. Not
-# measured.
+# Rows of hidden's gradient that are rounded at a time, on their way to their positions in the
+# batch: a whole rounded copy is never made. Not measured.
 _COPIED_ROWS = 512
 
 

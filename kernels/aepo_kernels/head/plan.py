@@ -1,4 +1,4 @@
-"""How one call goes: how many tokens and columns are in memory at once, and which pass takes them.
+"""The decisions of one call: what is in memory at once, and which pass adds up gradients.
 
 `Budget` holds the tuned numbers. `make_plan` reads the problem's device, dtypes and backend once.
 It hands over a `Plan` of decisions, so that no later code asks for those again.
@@ -21,8 +21,8 @@ from aepo_kernels.head import scaling
 from aepo_kernels.problem import Problem
 from aepo_kernels.rows import torch_rows
 
-# The C++ rows are added up in blocks of so many columns. Slices that are multiples of a block give
-# the same bits as whole rows.
+# The C++ rows are added up in blocks of so many columns: kBlock of csrc/cpu/row_math.h. Slices that
+# are multiples of a block give the same bits as whole rows.
 _ROW_BLOCK = 2048
 
 
@@ -53,12 +53,14 @@ class Budget:
     sum_bytes: int = 28 * 2**20
     # Stashed float16 logits beside the weight's gradient. Not measured: chosen for at most 64 MiB.
     stash_bytes: int = 2**25
-    # Logits of a chunk on a GPU, and its most tokens. Not measured against others;
-    # bench/results/h200/kernels-20261126-104727.json timed the calls with these.
+    # Logits of a chunk on a GPU, and its most tokens. "train H N chunk" in
+    # bench/results/h200/launches-20261126-2.json has milliseconds and MiB of chunks of 2,048 to
+    # 8,192 tokens beside this default ("None").
     gpu_chunk_bytes: int = 3 * 2**29
     gpu_chunk_tokens: int = 8192
     # "fused" is for small memory. Its forward pass needs some 20 KB a token, and logits of few
-    # tokens exist in its backward pass. Not measured against others; that file timed these, too.
+    # tokens exist in its backward pass. Not measured against others:
+    # bench/results/h200/kernels-20261126-104727.json timed these alone.
     fused_forward_tokens: int = 4096
     fused_chunk_bytes: int = 2**28
     # Blocks of some tokens by some rows of the vocabulary: a block's logits, its hidden states, a
@@ -69,11 +71,11 @@ class Budget:
     block_weight_bytes: int = 2**23
     block_tokens: int = 1024
     block_sum_bytes: int = 20 * 2**20
-    # What a chunk leaves to its GEMMs where they upcast, three blocks and a small operand whole, or
-    # run in C++, the packed blocks of two threads. Not measured.
+    # Memory that a chunk leaves to GEMMs on a CPU. Upcast GEMMs hold three blocks and a whole small
+    # operand. GEMMs in C++ hold the packed blocks of two threads. Not measured.
     gemm_bytes: int = 2**23
-    # A block of a GEMM that stays cached: some rows of a product that is added to a float32 sum, or
-    # of an operand as float32. Not measured.
+    # A block that stays cached: some rows of a bfloat16 product on its way to a float32 sum, or
+    # some rows of an operand as float32. Not measured.
     gemm_block_bytes: int = 2**21
     # Elements of a scratch buffer of torch's row operations. On a CPU the buffer should stay near
     # the cache, yet every operation pays for waking up threads. Not measured.

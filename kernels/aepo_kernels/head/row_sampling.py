@@ -9,7 +9,7 @@ from aepo_kernels.problem import RowSampling
 from aepo_kernels.ranges import slices
 from aepo_kernels.rows.interface import RowCoefs, RowStats
 
-# Rows whose norm a CPU takes at a time: it makes a wide copy of them. Not measured.
+# Rows whose norm a CPU computes at a time: torch makes a float32 copy of those rows. Not measured.
 _NORM_ROWS = 16
 
 
