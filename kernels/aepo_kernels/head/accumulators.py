@@ -19,10 +19,10 @@ _COPIED_ROWS = 512
 class Gradients:
     """Gradients of a problem's inputs, summed over chunks.
 
-    All but hidden's are sums in float32 (float64 for float64 hidden), whatever the number of
-    chunks. Where the weight's is written once, the GEMM writes it in its own dtype. What is not
-    needed is neither allocated nor computed. rows: how many took part in GEMMs. variance: what
-    sampling those rows added.
+    Every gradient but hidden's is a sum in float32 (float64 for float64 hidden), at any number of
+    chunks. A weight's gradient that is written once is written in the weight's dtype. A gradient
+    that is not needed is neither allocated nor computed. rows: number of rows that took part in
+    GEMMs. variance: [], what sampling these rows added.
     """
 
     def __init__(self, problem: Problem, plan: Plan, needs: tuple[bool, ...]) -> None:
@@ -58,9 +58,10 @@ class Gradients:
         inputs: Tensor,
         at: Tensor | slice,
     ) -> None:
-        """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora (A, B).
+        """Add a chunk. dlogits: [C, V]. inputs: [C, H], the rows `at` of hidden. lora: (A, B).
 
-        row_major: dlogits once more where they are column-major, which suits GEMM 3 but not GEMM 2.
+        row_major: dlogits, or a row-major copy where dlogits are column-major. GEMM 2 reads this
+        one, and GEMM 3 reads dlogits.
         """
         through = self._add_lora_a(row_major, lora, inputs)
         if self.hidden is not None:
@@ -75,7 +76,7 @@ class Gradients:
             self.gemms.add_product(self.lora_b, dlogits.T, scaled)
 
     def make_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight's gradient, in its own dtype or another; at first it holds anything."""
+        """The weight's gradient, [V, H], in `dtype` or the weight's own; new memory is not set."""
         if self.weight is None:
             dtype = dtype or self.dtypes[1]
             assert dtype is not None
@@ -85,24 +86,24 @@ class Gradients:
         return self.weight
 
     def hidden_sum(self, positions: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
-        """Hidden's gradient at some positions; None where no sum in `dtype` can be made in it."""
+        """Hidden's gradient at some positions, or None where it cannot hold a sum in `dtype`."""
         if self.hidden is None or isinstance(positions, Tensor) or self.hidden.dtype != dtype:
             return None
         return self.hidden[positions]
 
     def set_hidden(self, positions: Tensor | slice, values: Tensor) -> None:
-        """Hidden's gradient at some positions, rounded a few rows at a time."""
+        """Write hidden's gradient at some positions. values: [A, H], rounded some rows at once."""
         assert self.hidden is not None
         for rows in slices(len(values), _COPIED_ROWS):
             self.hidden[part_of(positions, rows)] = values[rows].to(self.hidden.dtype)
 
     def set_weight(self, dlogits: Tensor, inputs: Tensor, rows: slice) -> None:
-        """The weight's gradient at a slice of the vocabulary: dlogits, inputs of all tokens."""
+        """Write the weight's gradient at a slice. dlogits: [A, S]. inputs: [A, H] of all tokens."""
         if self.needs_weight:
             weight_grad = self.make_weight()[rows]
             if weight_grad.dtype in (inputs.dtype, self.wide):
                 self.gemms.product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
-            else:  # which no GEMM writes
+            else:  # no GEMM writes this dtype
                 weight_grad.copy_(self.gemms.product(dlogits.T, inputs, self.wide))
 
     def add_slice(
@@ -115,10 +116,10 @@ class Gradients:
         hidden: Tensor | None,
         rows: slice,
     ) -> None:
-        """Add some tokens at a slice of the vocabulary, to all but weight's and bias's gradients.
+        """Add some tokens at a slice, to every gradient but the weight's and the bias's.
 
-        Shapes: see `add`; weight and lora are those of the slice. The gradient of inputs is added
-        to `hidden`.
+        Shapes: see `add`, with the slice's S rows in place of V. hidden: [C, H], the gradient by
+        inputs is added to it.
         """
         if hidden is not None:
             self.gemms.add_product(hidden, row_major, weight)
@@ -170,16 +171,16 @@ class Gradients:
                     dist.all_reduce(part, group=self.shard.group)
 
     def sampling_metrics(self) -> dict[str, Tensor]:
-        """The rows that were sampled and the variance that this added, where rows were sampled."""
+        """The number of kept rows and the variance that sampling added; empty without sampling."""
         if not self.sampled:
             return {}
         rows = torch.full_like(self.variance, self.rows)  # new_tensor would wait for a GPU
         return {"row_sampling/rows": rows, "row_sampling/variance": self.variance}
 
     def results(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Gradients times `factor`, in their inputs' dtypes; in place where those are equal.
+        """Gradients times `factor`, [], in their inputs' dtypes; in place where dtypes are equal.
 
-        None stands for what is not needed, and for a weight's that went to `weight_grad`.
+        A gradient is None where it is not needed, and where it went to `weight_grad`.
         """
         weight = None if self.in_place else self.weight
         values = self.hidden, weight, self.bias, self.lora_a, self.lora_b

@@ -11,9 +11,10 @@ _COPIED_ROWS = 512
 
 
 def scale(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """value [..., H] * factor in `dtype`, in place where that is value's own. factor: one number.
+    """value * factor in `dtype`; `value` is overwritten in any case.
 
-    Where it is not, `value` is overwritten, too.
+    value: [V, H] or any other shape. factor: one number, []. Where value has the `dtype` already,
+    the result is value itself.
     """
     if value.dtype == dtype:
         return value.mul_(factor)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aepo_kernels.rows.interface import LogitMap, RowCoefs, RowStats
 
-# A log-weight that stands in for -inf: exp gives 0 as well, but 0 times it is 0 and not NaN.
+# A log-weight that replaces -inf: its exp is 0 as well, and 0 times it is 0, not NaN.
 _FLOOR = -1e30
 
 
@@ -24,9 +24,11 @@ def row_stats(
     squares: bool = False,
     block_elements: int | None = None,
 ) -> RowStats:
-    """Log-prob, entropy and normalisers of each row, computed in `dtype`; raw_logits stay as is.
+    """Log-prob, entropy and normalisers of each row, [C] each in `dtype`, in nats.
 
-    block_elements: most elements of a scratch buffer; None takes all rows at once.
+    raw_logits: [C, V], not changed. targets: [C] int64. Inverse temperatures: a number or [C].
+    squares: give the sum of squared probabilities, too. block_elements: most elements of a scratch
+    buffer; None takes all rows at once.
     """
     columns: list[list[Tensor | None]] = []
     for rows, logits, work in _blocks(raw_logits, dtype, 2, block_elements):
@@ -115,7 +117,8 @@ def _first_grad(
     inverse: float | Tensor,
     scale: float,
 ) -> Tensor:
-    # dz = exp(tempered) * (constant + slope * tempered), the row's factors gathered first.
+    # dz = exp(tempered) * (constant + slope * tempered). tempered, work: [B, V]. A row's factors,
+    # [B], are multiplied before they meet the matrix.
     zero = torch.zeros_like(stats.log_sum)
     by_target = zero if coef.logprob is None else coef.logprob
     constant = -by_target if coef.lse is None else coef.lse - by_target
@@ -131,12 +134,12 @@ def _first_grad(
     return _add_at_targets(grad, targets, target_grad.to(grad.dtype))
 
 
-# A target of -1 is another rank's: its row has no logit of the target, and no gradient through it.
+# A target of -1 belongs to another rank: the row has no logit of its target, and no gradient by it.
 
 
 def _at_targets(logits: Tensor, targets: Tensor) -> Tensor:
     column, last = targets[:, None], logits.shape[1] - 1
-    # On a GPU nobody has looked at the targets.
+    # On a GPU no check has looked at the targets.
     bad = (column < -1) | (column > last)
     return logits.gather(1, column.clamp(0, last)).masked_fill(bad, torch.nan)
 
@@ -172,7 +175,7 @@ def _to_logits(raw_logits: Tensor, logit_map: LogitMap, out: Tensor) -> Tensor:
 
 
 def _scale_(values: Tensor, factor: float | Tensor) -> Tensor:
-    # A plain 1.0, the common case, saves a pass.
+    # A factor of 1.0, the common case, needs no pass over the values.
     return values if isinstance(factor, float) and factor == 1.0 else values.mul_(factor)
 
 
