@@ -1,4 +1,4 @@
-"""The two public functions: they check their arguments and hand them to a backend."""
+"""The two public functions: both check their arguments and hand a `Problem` to a backend."""
 
 from __future__ import annotations
 
@@ -44,29 +44,35 @@ def linear_logprob(
 ) -> LogprobOutput:
     """Log-probs of target tokens and entropies under a language-model head, differentiable.
 
-    With logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), the results
-    are those of softmax(logits / temperature), in nats; `lse` is logsumexp(logits / temperature)
-    and `second_logprob` the log-prob under softmax(logits / second_temperature).
+    The logits are softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), [N, V]. The
+    results, in nats, are those of softmax(logits / temperature): `lse` is logsumexp(logits /
+    temperature), and `second_logprob` is the log-prob under softmax(logits / second_temperature).
 
-    hidden: [N, H] float32, bfloat16 or float64. weight: [V, H], any of these; GEMMs run in
-    hidden's dtype. targets: [N] int64. Temperatures: positive float or [N]. bias: [V].
-    ignore_index: target of tokens to leave out; their outputs are 0. None says that there are
-    none, and then nothing waits for a GPU. lora_a [R, H] and lora_b [V, R] stand for a weight of
-    weight + lora_scale * lora_b @ lora_a, which never exists. shard: this rank's part of a
-    vocabulary that is split over ranks; weight, bias, lora_b and weight_grad hold its rows, and the
-    results are those of the whole. weight_grad: [V, H] in float32 (float64 for float64 hidden), to
-    which the weight's gradient is added; autograd gets none then. weight_slice: rows of weight
-    whose logits are recomputed at once, for all tokens, in the gradient pass; the weight's gradient
-    is then written once, in its own dtype, and no float32 copy of it exists (4 GEMMs in all).
-    sum_squares: give the sum of squared probabilities too, without gradient. logits_dtype: of the
-    first GEMM's output; None is hidden's, float32 costs memory and time on a GPU and rounds less.
-    backend: "auto" is the environment variable AEPO_KERNELS_BACKEND, or else "chunked". "fused"
-    never has logits in its forward pass and takes 4 GEMMs with gradient. chunk_tokens: tokens whose
-    logits exist at once; None derives it from a memory budget.
+    The head:
+    hidden: [N, H] float32, bfloat16 or float64. weight: [V, H], any of these dtypes; GEMMs run in
+    hidden's dtype. targets: [N] int64. bias: [V]. temperature, second_temperature: a positive float
+    or [N]. lora_a [R, H] and lora_b [V, R] stand for a weight of weight + lora_scale * lora_b @
+    lora_a, which never exists. ignore_index: the target of tokens to leave out; their outputs are
+    0. None says that there are no such tokens, and then nothing waits for a GPU.
 
-    Returns [N] tensors, float32 (float64 for float64 hidden). Each output's gradient reaches
-    hidden, weight and bias; "chunked" recomputes the logits for it (4 GEMMs in all), or skips
-    what needs no gradient. Raises ValueError for bad arguments. torch.compile takes it whole
+    Memory and gradients:
+    shard: this rank's part of a vocabulary that is split over ranks. weight, bias, lora_b and
+    weight_grad then hold this rank's rows, and the results are those of the whole vocabulary.
+    weight_grad: [V, H] float32 (float64 for float64 hidden). The weight's gradient is added to it,
+    and autograd gets none. weight_slice: rows of weight whose logits the gradient pass recomputes
+    at once, for all tokens. The weight's gradient is then written once, in its own dtype, and no
+    float32 copy of it exists (4 GEMMs in all). chunk_tokens: tokens whose logits exist at once;
+    None derives the number from a memory budget.
+
+    Other options:
+    sum_squares: give the sum of squared probabilities, too, without a gradient. logits_dtype: dtype
+    of the first GEMM's output. None is hidden's; float32 costs memory and time on a GPU and rounds
+    less. backend: "auto" is the environment variable AEPO_KERNELS_BACKEND, or else "chunked".
+    "fused" never has logits in its forward pass and takes 4 GEMMs with gradient.
+
+    Returns [N] tensors in float32 (float64 for float64 hidden). Each output's gradient reaches
+    hidden, weight and bias. "chunked" recomputes the logits for it (4 GEMMs in all), and skips what
+    needs no gradient. Raises ValueError for bad arguments. torch.compile takes the function whole
     (fullgraph) unless there is a shard, weight_grad, weight_slice or sum_squares.
     """
     apart = (shard, weight_grad, weight_slice, sum_squares or None)
@@ -119,7 +125,7 @@ def linear_logprob(
         logits_dtype=logits_dtype,
     )
     check_problem(problem)
-    run = reference.logprob if problem.backend == "reference" else chunked_logprob
+    run = reference.logprob if problem.features.autograd else chunked_logprob
     return run(problem)
 
 
@@ -147,24 +153,27 @@ def linear_token_loss(
     backend: str = "auto",
     chunk_tokens: int | None = None,
 ) -> TokenLossOutput:
-    """A loss written on per-token log-probs and entropies, with its gradients, in three GEMMs.
+    """A loss of per-token log-probs and entropies, and its gradients, in three GEMMs.
 
-    token_loss(logprob [C], entropy [C], second_logprob [C] or None, *slices [C]) is called on
-    chunks of the tokens that are not ignored and returns their summed loss, or (loss, {name:
-    summed metric}). The loss of the batch must be the sum of that of its chunks. It may use the
-    gradient of all three vectors; tokens that get none from it are left out of the gradient GEMMs.
-    On a GPU that takes `active`, [A] int64, the positions of tokens whose loss may have a gradient:
-    finding them would wait for the device. The loss's gradient is ignored elsewhere.
-    row_sampling: leave out rows at random and without bias; adds the metrics row_sampling/rows and
-    row_sampling/variance (of the logits' gradient, as sampling adds to it) and waits for a GPU.
-    weight_grad is added to here, so the loss's own backward must come with a factor of 1.
-    token_tensors: [N, ...]; the slices are their rows. Neither they nor anything else that the
-    loss reads get a gradient. Other arguments: see `linear_logprob`.
+    token_loss(logprob [C], entropy [C], second_logprob [C] or None, *slices [C, ...]) is called on
+    one chunk of tokens after the other. Ignored tokens are in no chunk. The function returns the
+    chunk's summed loss, or (loss, {name: summed metric}): the batch's loss must be the sum of the
+    losses of its chunks. The loss may use the gradient of all three vectors.
 
-    Returns the loss, whose backward only scales gradients computed here (once: "chunked" raises
-    RuntimeError on a second backward), and detached metrics, log-probs and entropies [N]. Under
-    torch.no_grad only the first GEMM runs. `metrics` is empty if every token is ignored. Raises
-    ValueError for bad arguments.
+    token_tensors: [N, ...]; a chunk's slices are rows of these tensors. Neither the tensors nor
+    anything else that the loss reads get a gradient. active: [A] int64, the positions of tokens at
+    which the loss may have a gradient; the loss's gradient is ignored at all other tokens. On a
+    CPU, tokens that get no gradient are left out of the gradient GEMMs without `active`. On a GPU,
+    finding those tokens would wait for the device. row_sampling: leave out rows at random and
+    without bias. It adds two metrics, row_sampling/rows and row_sampling/variance, the variance
+    that sampling adds to the logits' gradient, and waits for a GPU. weight_grad: the gradient is
+    added during this call, so the loss's own backward must come with a factor of 1. Other
+    arguments: see `linear_logprob`.
+
+    Returns the loss, detached metrics, and detached log-probs and entropies [N]. The loss's
+    backward only scales gradients that are computed here. A second backward raises RuntimeError
+    with "chunked" and "fused". Under torch.no_grad only the first GEMM runs. `metrics` is empty if
+    every token is ignored. Raises ValueError for bad arguments.
     """
     problem = Problem(
         hidden,
@@ -192,7 +201,7 @@ def linear_token_loss(
     check_active(problem)
     check_row_sampling(problem)
     check_token_tensors(problem, token_tensors)
-    run = reference.token_loss if problem.backend == "reference" else chunked_token_loss
+    run = reference.token_loss if problem.features.autograd else chunked_token_loss
     return run(problem, token_loss, token_tensors)
 
 

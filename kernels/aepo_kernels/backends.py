@@ -6,31 +6,62 @@ import functools
 import importlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
+from aepo_kernels.cpu import gemm as cpu_gemm
 from aepo_kernels.cpu import library as cpu_library
 from aepo_kernels.cpu import rows as cpu_rows
 from aepo_kernels.rows import torch_rows
 
 BACKEND_VARIABLE = "AEPO_KERNELS_BACKEND"
-_BACKENDS = ("reference", "chunked", "fused")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backend does, and which arguments it takes.
+
+    autograd: all logits exist at once, and autograd differentiates them. fused: the forward pass
+    writes no logits. Every other field is the name of an argument that the backend takes or
+    refuses.
+    """
+
+    autograd: bool = False
+    fused: bool = False
+    lora: bool = True
+    shard: bool = True
+    weight_grad: bool = True
+    weight_slice: bool = True
+    row_sampling: bool = True
+
+
+FEATURES = {
+    "reference": Features(
+        autograd=True, shard=False, weight_grad=False, weight_slice=False, row_sampling=False
+    ),
+    "chunked": Features(),
+    "fused": Features(fused=True, lora=False, shard=False, weight_slice=False),
+}
 
 
 def backend_status(device: torch.device | str | None = None) -> dict[str, str | None]:
-    """Report every backend of this version: name -> None where it can run, else the reason.
+    """Report every backend: its name, and None where it can run or the reason why it cannot.
 
     device: None is the first GPU where there is one, else the CPU.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    return {name: unavailable_reason(name, kind) for name in _BACKENDS}
+    return {name: unavailable_reason(name, kind) for name in FEATURES}
 
 
 def unavailable_reason(
     backend: str, device_type: str, dtype: torch.dtype = torch.float32
 ) -> str | None:
-    """Why a backend cannot run on "cpu" or "cuda" with hidden states of a dtype; None if it can."""
+    """Why a backend cannot run with hidden states of a dtype; None where it can.
+
+    device_type: "cpu" or "cuda".
+    """
     if backend == "reference" or (backend == "chunked" and device_type == "cpu"):
         return None
     if importlib.util.find_spec("triton") is None:
@@ -52,9 +83,9 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
     if backend == "auto":
         source = BACKEND_VARIABLE
         backend = os.environ.get(BACKEND_VARIABLE) or "chunked"
-    if backend not in _BACKENDS:
+    if backend not in FEATURES:
         raise ValueError(
-            f"{source} = {backend!r}: no such backend; use one of {', '.join(_BACKENDS)}"
+            f"{source} = {backend!r}: no such backend; use one of {', '.join(FEATURES)}"
             + (" or auto" if source == "backend" else "")
         )
     reason = unavailable_reason(backend, device_type, dtype)
@@ -66,8 +97,8 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
 def row_operations(hidden: torch.Tensor) -> ModuleType:
     """The module with `row_stats` and `row_grad` for logits of these hidden states.
 
-    It is Triton's on a GPU, and C++ on a CPU where the package was built with it. torch's serves
-    float64 and all others.
+    hidden: [N, H]. A GPU takes Triton's module, and a CPU the C++ one where the package was built
+    with it. torch's module serves float64 and every other case.
     """
     if hidden.dtype == torch.float64:
         return torch_rows
@@ -77,19 +108,42 @@ def row_operations(hidden: torch.Tensor) -> ModuleType:
 
 
 def gemms_want_column_major(hidden: torch.Tensor) -> bool:
-    """Whether logits of these hidden states should be column-major: weight @ hidden.T.
+    """Whether logits of these hidden states, [C, V], should be column-major: weight @ hidden.T.
 
-    With AMX, oneDNN's bfloat16 GEMMs take their first operand as it is laid out in memory. They
-    rearrange the second, which should be the small one.
+    On a CPU with AMX, oneDNN's bfloat16 GEMMs read their first operand as it is laid out in memory
+    and rearrange the second one. The second operand should be the small one: hidden.
     """
     narrow = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu"
     return narrow and row_operations(hidden) is cpu_rows and _has_amx()
 
 
-def multiplies_bfloat16(device_type: str) -> bool:
-    """Whether "cpu" or "cuda" has instructions for bfloat16 GEMMs; float32 ones are faster if not.
+def upcasts_gemms(hidden: torch.Tensor) -> bool:
+    """Whether GEMMs of these hidden states convert bfloat16 operands to float32."""
+    return hidden.dtype == torch.bfloat16 and not multiplies_bfloat16(hidden.device.type)
 
-    x86 has them since AVX-512 (torch takes older CPUs' numbers one by one), 64-bit ARM since 8.6.
+
+def gemms_in_cpp(hidden: torch.Tensor) -> bool:
+    """Whether `cpu.gemm` multiplies these hidden states: float32, or bfloat16 that is upcast."""
+    if hidden.device.type != "cpu" or not cpu_gemm.is_available():
+        return False
+    return hidden.dtype == torch.float32 or upcasts_gemms(hidden)
+
+
+def writes_float32(hidden: torch.Tensor) -> bool:
+    """Whether torch has GEMMs from bfloat16 to float32 on the device of these hidden states."""
+    return hidden.is_cuda
+
+
+def is_readable_at_once(tensor: torch.Tensor) -> bool:
+    """Whether a look at a tensor's values waits for no device: checks look at such values alone."""
+    return tensor.device.type == "cpu"
+
+
+def multiplies_bfloat16(device_type: str) -> bool:
+    """Whether a device has instructions for bfloat16 GEMMs; where not, float32 GEMMs are faster.
+
+    device_type: "cpu" or "cuda". x86 has such instructions since AVX-512: on older CPUs torch
+    multiplies the numbers one by one. 64-bit ARM has them since version 8.6.
     """
     return device_type != "cpu" or _cpu_multiplies_bfloat16()
 
@@ -108,9 +162,9 @@ def _has_amx() -> bool:
 def row_kernels(
     device_type: str, dtype: torch.dtype = torch.float32, backend: str = "chunked"
 ) -> str:
-    """Which row operations a backend runs on "cpu" or "cuda", and where those are torch's why.
+    """Which row operations a backend runs: "triton", "c++ (avx512)" or "torch (why)".
 
-    dtype: of the hidden states.
+    device_type: "cpu" or "cuda". dtype: of the hidden states.
     """
     if backend == "reference":
         return "torch"

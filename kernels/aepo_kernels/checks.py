@@ -1,4 +1,8 @@
-"""Checks of the arguments, before any work: ValueError naming argument, value, reason and fix."""
+"""Checks of the arguments, before any work.
+
+Every check raises a ValueError that names the argument, its value, the reason and a fix. No check
+waits for a GPU: `is_readable_at_once` guards each look at a tensor's values.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aepo_kernels.backends import is_readable_at_once, writes_float32
 from aepo_kernels.problem import Problem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def check_problem(problem: Problem) -> None:
-    """Raise ValueError naming argument, value, reason and fix; never waits for a GPU."""
+    """Raise ValueError unless shapes, dtypes, devices and options of a problem fit together."""
     hidden, weight, targets = problem.hidden, problem.weight, problem.targets
     if hidden.ndim != 2:
         _fail("hidden", tuple(hidden.shape), "must be [N, H]", "flatten batch and time first")
@@ -62,12 +67,12 @@ def check_problem(problem: Problem) -> None:
         _fail(
             "chunk_tokens", problem.chunk_tokens, "must be at least 1", "use None for the default"
         )
-    if targets.device.type == "cpu":
+    if is_readable_at_once(targets):
         _check_targets(problem)
 
 
 def check_token_tensors(problem: Problem, tensors: tuple[Tensor, ...]) -> None:
-    """Raise ValueError for token tensors that do not have one detached row per token."""
+    """Raise ValueError unless each tensor is [N, ...], detached and on hidden's device."""
     num_tokens = len(problem.targets)
     for index, tensor in enumerate(tensors):
         name = f"token_tensors[{index}]"
@@ -80,7 +85,8 @@ def check_token_tensors(problem: Problem, tensors: tuple[Tensor, ...]) -> None:
 
 
 def _check_targets(problem: Problem) -> None:
-    # On CUDA this would wait for the device; there torch's own gather traps a bad index.
+    # On a GPU a look at the targets would wait. There a bad target gives a log-prob of NaN, and
+    # with the reference backend torch's own gather traps it.
     targets = problem.targets
     vocab = problem.weight.shape[0] if problem.shard is None else problem.shard.vocab
     bad = (targets < 0) | (targets >= vocab)
@@ -93,7 +99,7 @@ def _check_targets(problem: Problem) -> None:
 
 
 def check_active(problem: Problem) -> None:
-    """Raise ValueError unless `active` holds positions of tokens, each once."""
+    """Raise ValueError unless `active` is [A] int64: positions in [0, N), each at most once."""
     active = problem.active
     if active is None:
         return
@@ -103,7 +109,7 @@ def check_active(problem: Problem) -> None:
         _fail("active", (tuple(active.shape), active.dtype), "is no list of positions", fix)
     if active.device != problem.hidden.device:
         _fail("active", active.device, f"hidden is on {problem.hidden.device}", "move it there")
-    if active.device.type == "cpu" and len(active):
+    if is_readable_at_once(active) and len(active):
         if not 0 <= int(active.min()) <= int(active.max()) < num_tokens:
             _fail("active", active.tolist()[:8], f"outside [0, {num_tokens})", fix)
         if len(active.unique()) != len(active):
@@ -118,7 +124,7 @@ def _check_logits_dtype(problem: Problem) -> None:
         _fail(
             "logits_dtype", dtype, f"hidden is {hidden.dtype}", "use None, or float32 on bfloat16"
         )
-    if not hidden.is_cuda:
+    if not writes_float32(hidden):
         reason = f"{hidden.device} has no GEMM from bfloat16 to float32"
         _fail("logits_dtype", dtype, reason, "use None, or float32 hidden and weight")
 
@@ -144,15 +150,15 @@ def _check_lora(problem: Problem) -> None:
             _fail(name, tensor.device, f"hidden is on {hidden.device}", "move it there")
     if not math.isfinite(problem.lora_scale):
         _fail("lora_scale", problem.lora_scale, "must be finite", "use alpha / rank")
-    if problem.backend == "fused":
-        _fail("backend", "fused", "has no low-rank part of the head", "use chunked")
+    if not problem.features.lora:
+        _fail("backend", problem.backend, "has no low-rank part of the head", "use chunked")
 
 
 def _check_shard(problem: Problem) -> None:
     shard = problem.shard
     if shard is None:
         return
-    if problem.backend != "chunked":
+    if not problem.features.shard:
         _fail("backend", problem.backend, "knows no sharded vocabulary", "use chunked")
     if not dist.is_available() or not dist.is_initialized():
         reason = "torch.distributed is not initialised"
@@ -167,8 +173,8 @@ def _check_weight_grad(problem: Problem) -> None:
     grad, weight = problem.weight_grad, problem.weight
     if grad is None:
         return
-    if problem.backend == "reference":
-        _fail("weight_grad", "given", "reference returns its gradients", "use chunked")
+    if not problem.features.weight_grad:
+        _fail("weight_grad", "given", f"{problem.backend} returns its gradients", "use chunked")
     if grad.shape != weight.shape or grad.dtype != problem.stats_dtype:
         what = f"{tuple(grad.shape)}, {grad.dtype}"
         reason = f"must be {list(weight.shape)}, {problem.stats_dtype}"
@@ -185,7 +191,7 @@ def _check_weight_slice(problem: Problem) -> None:
         return
     if size < 1:
         _fail("weight_slice", size, "must be at least 1", "use None for chunks of tokens")
-    if problem.backend != "chunked":
+    if not problem.features.weight_slice:
         _fail("weight_slice", size, f"{problem.backend} has no slices", "use chunked")
     for name, value in (
         ("weight_grad", problem.weight_grad),
@@ -196,14 +202,14 @@ def _check_weight_slice(problem: Problem) -> None:
 
 
 def check_row_sampling(problem: Problem) -> None:
-    """Raise ValueError unless rows can be sampled as asked."""
+    """Raise ValueError unless the threshold is positive and the backend can sample rows."""
     how = problem.row_sampling
     if how is None:
         return
     if not 0 < how.threshold < math.inf:
         _fail("row_sampling.threshold", how.threshold, "must be positive", "use None for none")
-    if problem.backend == "reference":
-        _fail("row_sampling", how, "reference takes every row", "use chunked")
+    if not problem.features.row_sampling:
+        _fail("row_sampling", how, f"{problem.backend} takes every row", "use chunked")
     if problem.shard is not None:
         _fail("row_sampling", how, "ranks of a shard would draw different rows", "drop one")
 
@@ -222,7 +228,7 @@ def _check_temperature(name: str, value: float | Tensor, hidden: Tensor) -> None
         _fail(name, "requires_grad", "temperatures get no gradient", "pass tensor.detach()")
     if value.device != hidden.device:
         _fail(name, value.device, f"hidden is on {hidden.device}", "move it there")
-    if value.device.type == "cpu" and not bool(((value > 0) & value.isfinite()).all()):
+    if is_readable_at_once(value) and not bool(((value > 0) & value.isfinite()).all()):
         _fail(name, value[~((value > 0) & value.isfinite())][0].item(), "must be positive", fix)
 
 

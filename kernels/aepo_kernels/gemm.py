@@ -1,171 +1,170 @@
-"""The GEMMs: operands in the model's dtype, accumulation in fp32.
+"""Matrix products: operands in the model's dtype, sums in float32.
 
-A CPU without bfloat16 instructions would multiply bfloat16 numbers one by one, at a tenth to a
-hundredth of its float32 speed. There GEMMs are upcast. Those in C++ (`cpu.gemm`) convert operands
-to float32 as they pack them. Without C++, operands become float32 some rows at a time, while they
-are cached. The product is rounded once, as elsewhere. float32 operands go by GEMMs in C++, too.
+Some CPUs have no bfloat16 instructions. torch multiplies bfloat16 numbers one by one there, at a
+tenth to a hundredth of its float32 speed. On such a CPU, GEMMs are upcast. The GEMMs in C++
+(`cpu.gemm`) convert operands to float32 while they pack them. Without C++, some rows of an operand
+at a time become float32, while those rows are cached. The product is rounded once in both cases.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from aepo_kernels import backends
 from aepo_kernels.cpu import gemm as cpu_gemm
 from aepo_kernels.ranges import slices
 
-# Bytes of a product that is made and added to a wider sum at a time, while it is cached; and of
-# some rows of an operand as float32. Not measured.
-_BLOCK_BYTES = 2**21
-# What GEMMs take: upcast ones three blocks and a small operand whole, those in C++ the packed
-# blocks of two threads.
-GEMM_BYTES = 2**23
 # torch's switch that lets cuBLAS add the parts of a split reduction in bfloat16.
 _REDUCED_SUMS = "allow_bf16_reduced_precision_reduction"
 
 
-def matmul(
-    left: Tensor, right: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None
-) -> Tensor:
-    """left @ right in `dtype`, or in the operands'; accumulated in fp32 and rounded once.
+@dataclass(frozen=True)
+class Gemms:
+    """How the GEMMs of one call multiply: a plan decides it, `head.plan.gemms_for`.
 
-    Another dtype than the operands' is float32 from bfloat16, which CUDA can do and upcast
-    operands can; elsewhere `out` is of the operands' dtype.
+    in_cpp: `cpu.gemm` multiplies. upcast: bfloat16 operands are converted to float32; without
+    in_cpp, block by block. writes_float32: torch's GEMM of bfloat16 operands can write float32. A
+    CPU's cannot: its bfloat16 products are added to a float32 sum block by block. block_bytes: size
+    of such a block.
     """
-    if in_cpp(left) or is_upcast(left) or is_upcast(right):
-        if out is None:
-            shape = len(left), right.shape[1]
-            out = torch.empty(shape, dtype=dtype or left.dtype, device=left.device)
-        return _special(out, left, right)
-    if dtype is None or dtype == left.dtype:
-        return torch.mm(left, right, out=out)
-    return torch.mm(left, right, out_dtype=dtype)
 
+    in_cpp: bool
+    upcast: bool
+    writes_float32: bool
+    block_bytes: int
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right, in place and accumulated in total's dtype."""
-    if in_cpp(left) or is_upcast(left) or is_upcast(right):
-        return _special(total, left, right, add=True)
-    if total.dtype == left.dtype:
-        return total.addmm_(left, right)
-    if total.is_cuda:
-        return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    wide = None
-    for rows, block in _blocks(left, right):
-        wide = torch.empty_like(block, dtype=total.dtype) if wide is None else wide
-        total[rows].add_(wide[: len(block)].copy_(block))  # add_ itself would make a new copy
-    return total
+    def matmul(
+        self,
+        left: Tensor,
+        right: Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """left [M, K] @ right [K, N], summed in float32 and rounded once.
 
+        dtype: of the result; None is the operands'. float32 from bfloat16 operands needs
+        `writes_float32` or `upcast`. out: [M, N] in the result's dtype, gets the result.
+        """
+        if self.in_cpp or self.upcast:
+            if out is None:
+                shape = len(left), right.shape[1]
+                out = torch.empty(shape, dtype=dtype or left.dtype, device=left.device)
+            return self._in_float32(out, left, right)
+        if dtype is None or dtype == left.dtype:
+            return torch.mm(left, right, out=out)
+        return torch.mm(left, right, out_dtype=dtype)
 
-def product(
-    left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
-) -> Tensor:
-    """left @ right in `dtype`; a CPU's bfloat16 GEMMs round it to bfloat16 first."""
-    if dtype == left.dtype or is_upcast(left) or is_upcast(right):
-        return matmul(left, right, dtype, out=out)
-    if left.is_cuda:
-        wide = matmul(left, right, dtype)
-        return wide if out is None else out.copy_(wide)
-    total = out
-    if total is None:
-        total = torch.empty(len(left), right.shape[1], dtype=dtype, device=left.device)
-    for rows, block in _blocks(left, right):
-        total[rows] = block
-    return total
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """total [M, N] + left [M, K] @ right [K, N], in place and summed in total's dtype."""
+        if self.in_cpp or self.upcast:
+            return self._in_float32(total, left, right, add=True)
+        if total.dtype == left.dtype:
+            return total.addmm_(left, right)
+        if self.writes_float32:
+            return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        wide = None
+        for rows, block in self._blocks(left, right):
+            wide = torch.empty_like(block, dtype=total.dtype) if wide is None else wide
+            total[rows].add_(wide[: len(block)].copy_(block))  # add_ itself would make a new copy
+        return total
 
+    def product(
+        self, left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Tensor:
+        """left [M, K] @ right [K, N] in any `dtype`.
 
-def _blocks(left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """left @ right some rows at a time, each until the next: on a CPU no GEMM writes wider."""
-    count, width = len(left), right.shape[1]
-    size = max(64, _BLOCK_BYTES // max(1, width * left.element_size()) // 64 * 64)
-    workspace = left.new_empty(min(size, count), width)
-    for rows in slices(count, size):
-        yield rows, torch.mm(left[rows], right, out=workspace[: rows.stop - rows.start])
+        Where GEMMs of bfloat16 operands write bfloat16 alone, the product is rounded to it first.
+        """
+        if dtype == left.dtype or self.upcast:
+            return self.matmul(left, right, dtype, out=out)
+        if self.writes_float32:
+            wide = self.matmul(left, right, dtype)
+            return wide if out is None else out.copy_(wide)
+        total = out
+        if total is None:
+            total = torch.empty(len(left), right.shape[1], dtype=dtype, device=left.device)
+        for rows, block in self._blocks(left, right):
+            total[rows] = block
+        return total
 
+    def _blocks(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of left @ right at a time, [rows, N]; each block lasts until the next one."""
+        count, width = len(left), right.shape[1]
+        size = max(64, self.block_bytes // max(1, width * left.element_size()) // 64 * 64)
+        workspace = left.new_empty(min(size, count), width)
+        for rows in slices(count, size):
+            yield rows, torch.mm(left[rows], right, out=workspace[: rows.stop - rows.start])
 
-def is_upcast(operand: Tensor) -> bool:
-    """Whether GEMMs of an operand go by float32."""
-    return operand.dtype == torch.bfloat16 and not backends.multiplies_bfloat16(operand.device.type)
+    def _in_float32(self, out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> Tensor:
+        """left @ right into `out` or added to it: in C++, or by float32 blocks of the longest side.
 
-
-def in_cpp(operand: Tensor) -> bool:
-    """Whether GEMMs of an operand are those of `cpu.gemm`."""
-    if operand.device.type != "cpu" or not cpu_gemm.is_available():
-        return False
-    return operand.dtype == torch.float32 or is_upcast(operand)
-
-
-def _special(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> Tensor:
-    """left @ right into `out`, or added to it, in C++ or by float32 blocks of the longest side.
-
-    One of the operands may be float32 already.
-    """
-    if in_cpp(left):
-        return cpu_gemm.multiply(out, left, right, add=add)
-    (rows, inner), columns = left.shape, right.shape[1]
-    if inner > max(rows, columns):
-        _upcast_inner(out, left, right, add)
-    elif columns > rows:
-        _upcast_rows(out.T, right.T, left.T, add)
-    else:
-        _upcast_rows(out, left, right, add)
-    return out
-
-
-def _upcast_rows(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-    (rows, inner), columns = left.shape, right.shape[1]
-    size = _block_size(rows, max(inner, columns))
-    workspace, product = _workspace_like(left, size), _workspace_like(out, size)
-    right = right.float()
-    for block in slices(rows, size):
-        wide = _wide(left[block], workspace)
-        if out.dtype == torch.float32:
-            torch.addmm(out[block], wide, right, beta=float(add), out=out[block])
-        elif add:
-            out[block] += torch.mm(wide, right, out=product[: len(wide)])
+        One of the operands may be float32 already.
+        """
+        if self.in_cpp:
+            return cpu_gemm.multiply(out, left, right, add=add)
+        (rows, inner), columns = left.shape, right.shape[1]
+        if inner > max(rows, columns):
+            self._upcast_inner(out, left, right, add)
+        elif columns > rows:
+            self._upcast_rows(out.T, right.T, left.T, add)
         else:
-            out[block] = torch.mm(wide, right, out=product[: len(wide)])
+            self._upcast_rows(out, left, right, add)
+        return out
 
+    def _upcast_rows(self, out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+        (rows, inner), columns = left.shape, right.shape[1]
+        size = self._block_size(rows, max(inner, columns))
+        workspace, product = _workspace_like(left, size), _workspace_like(out, size)
+        right = right.float()  # [K, N]
+        for block in slices(rows, size):
+            wide = _upcast(left[block], workspace)  # [rows, K]
+            if out.dtype == torch.float32:
+                torch.addmm(out[block], wide, right, beta=float(add), out=out[block])
+            elif add:
+                out[block] += torch.mm(wide, right, out=product[: len(wide)])
+            else:
+                out[block] = torch.mm(wide, right, out=product[: len(wide)])
 
-def _upcast_inner(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-    (rows, inner), columns = left.shape, right.shape[1]
-    total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    size = _block_size(inner, max(rows, columns))
-    lefts, rights = _workspace_like(left.T, size), _workspace_like(right, size)
-    for block in slices(inner, size):
-        some, others = _wide(left.T[block], lefts), _wide(right[block], rights)
-        begun = block.start > 0 or (add and total is out)
-        torch.addmm(total, some.T, others, beta=float(begun), out=total)
-    if total is not out:
-        out.add_(total) if add else out.copy_(total)
+    def _upcast_inner(self, out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+        (rows, inner), columns = left.shape, right.shape[1]
+        total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        size = self._block_size(inner, max(rows, columns))
+        lefts, rights = _workspace_like(left.T, size), _workspace_like(right, size)
+        for block in slices(inner, size):
+            # [inner block, M] and [inner block, N]
+            some, others = _upcast(left.T[block], lefts), _upcast(right[block], rights)
+            begun = block.start > 0 or (add and total is out)
+            torch.addmm(total, some.T, others, beta=float(begun), out=total)
+        if total is not out:
+            out.add_(total) if add else out.copy_(total)
 
-
-def _block_size(count: int, width: int) -> int:
-    return min(max(1, count), max(64, _BLOCK_BYTES // (4 * max(1, width)) // 64 * 64))
+    def _block_size(self, count: int, width: int) -> int:
+        return min(max(1, count), max(64, self.block_bytes // (4 * max(1, width)) // 64 * 64))
 
 
 def _workspace_like(matrix: Tensor, rows: int) -> Tensor:
-    """Float32 memory for some rows of a matrix, laid out as they are."""
+    """Float32 memory for some rows of a matrix, in the matrix's own layout."""
     columns = matrix.shape[1]
     if matrix.stride(0) == 1 and matrix.stride(1) > 1:
         return matrix.new_empty(columns, rows, dtype=torch.float32).T
     return matrix.new_empty(rows, columns, dtype=torch.float32)
 
 
-def _wide(rows: Tensor, workspace: Tensor) -> Tensor:
+def _upcast(rows: Tensor, workspace: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float32 else workspace[: len(rows)].copy_(rows)
 
 
 class _WholeSums:
     """A context in which cuBLAS adds the parts of a split reduction in float32, for all threads.
 
-    The switch is the process's. So the first of those inside keeps what it was, and the last to
-    leave puts that back, in whatever order threads come and go.
+    The switch belongs to the process. So the first thread to enter remembers the switch's setting,
+    and the last thread to leave restores it, in whatever order threads come and go.
     """
 
     def __init__(self) -> None:
@@ -192,17 +191,17 @@ class _WholeSums:
         setattr(settings, _REDUCED_SUMS, reduced if split is None else (reduced, split))
 
 
-# For GEMMs outside the kernels, too, that run in one thread while another is in the kernels.
+# Public: a thread may need it for GEMMs of its own while another thread is in the kernels.
 whole_sums = _WholeSums()
 
 
 @contextmanager
-def computing_on(device: torch.device) -> Iterator[None]:
-    """What GEMMs and kernels need around them.
+def computing_on(hidden: Tensor) -> Iterator[None]:
+    """The context that GEMMs and kernels on the device of `hidden` need.
 
-    Without it, autocast would cast again what was cast on purpose, cuBLAS might add the parts of a
-    split reduction in bfloat16, and Triton would launch on the current device.
+    Without this context, autocast would cast again what was cast on purpose, cuBLAS might add the
+    parts of a split reduction in bfloat16, and Triton would launch on the current device.
     """
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with whole_sums, torch.autocast(device.type, enabled=False), on_device:
+    no_autocast = torch.autocast(hidden.device.type, enabled=False)
+    with whole_sums, no_autocast, torch.cuda.device_of(hidden):  # device_of skips CPU tensors
         yield

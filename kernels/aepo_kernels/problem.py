@@ -1,4 +1,4 @@
-"""What both functions take and give back: the arguments, their options, and the output tuples."""
+"""Arguments and results of both functions: the problem, its options and the output tuples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aepo_kernels.backends import row_kernels
+from aepo_kernels.backends import FEATURES, Features, row_kernels
 
 TokenLoss = Callable[..., Any]
 
@@ -19,9 +19,9 @@ TokenLoss = Callable[..., Any]
 class VocabShard:
     """This rank's part of a head whose vocabulary is split over the ranks of a process group.
 
-    start: the first token id of this rank's rows of weight (and bias, and lora_b). vocab: the size
-    of the whole vocabulary, all ranks together. group: a torch.distributed process group, or None
-    for the default one. Hidden states, targets and token tensors are equal on all ranks.
+    start: the token id of this rank's first row of weight, bias and lora_b. vocab: the size of the
+    whole vocabulary, all ranks together. group: a torch.distributed process group, or None for the
+    default one. Hidden states, targets and token tensors are equal on all ranks.
     """
 
     start: int
@@ -33,10 +33,10 @@ class VocabShard:
 class RowSampling:
     """Unbiased sampling of the rows that take part in the gradient GEMMs.
 
-    A token of size s = |c_lp| (1 - p) + |c_second| (1 - p_second) + |c_H| min(H, 1), the c being
-    the loss's derivatives, is kept with probability q = min(1, s / threshold), and its gradient is
-    divided by q, which is at least 0.001. generator: source of randomness, on hidden's device; None
-    is torch's default.
+    A token has the size s = |c_lp| (1 - p) + |c_second| (1 - p_second) + |c_H| min(H, 1), where
+    each c is the loss's derivative by that output. The token is kept with probability q = min(1, s
+    / threshold), at least 0.001, and its gradient is divided by q. threshold: positive, in the
+    loss's units. generator: source of randomness, on hidden's device; None is torch's default.
     """
 
     threshold: float
@@ -44,7 +44,10 @@ class RowSampling:
 
 
 class LogprobOutput(NamedTuple):
-    """Per-token results of `linear_logprob`; tensors are [N], zero at ignored positions."""
+    """Per-token results of `linear_logprob`, in nats; tensors are [N], 0 at ignored positions.
+
+    row_kernels: of the backend that ran: "triton", "c++ (avx512)" or "torch (why)".
+    """
 
     logprob: Tensor
     entropy: Tensor
@@ -52,13 +55,14 @@ class LogprobOutput(NamedTuple):
     second_logprob: Tensor | None
     sum_squares: Tensor | None
     backend: str
-    row_kernels: str  # those of the backend that ran: "triton", "c++ (avx512)", "torch (why)"
+    row_kernels: str
 
 
 class TokenLossOutput(NamedTuple):
-    """Results of `linear_token_loss`; `loss` has a gradient, the rest is detached.
+    """Results of `linear_token_loss`; `loss` has a gradient, everything else is detached.
 
-    `active_rows` is the number of tokens that took part in the gradient GEMMs (0 without gradient).
+    loss: []. metrics: sums over chunks. logprob, entropy, second_logprob: [N] in nats, 0 at ignored
+    positions. active_rows: tokens that took part in the gradient GEMMs, 0 without gradient.
     """
 
     loss: Tensor
@@ -76,9 +80,9 @@ class Problem:
     """A head applied to hidden states: logits = softcap * tanh(scale * (h W^T + b) / softcap).
 
     hidden: [N, H]. weight: [V, H]. targets: [N], int64. bias: [V]. Temperatures: float or [N].
-    active: [A], int64, tokens at which a loss has a gradient, or None for all. lora_a: [R, H] and
-    lora_b: [V, R], which add lora_scale * lora_b @ lora_a to the weight. weight_grad: [V, H], where
-    the weight's gradient is added instead of returned. V is this rank's where there is a shard.
+    active: [A], int64, tokens at which a loss has a gradient, or None for all. lora_a [R, H] and
+    lora_b [V, R] add lora_scale * lora_b @ lora_a to the weight. weight_grad: [V, H], the weight's
+    gradient is added to it instead of returned. With a shard, V counts this rank's rows.
     """
 
     hidden: Tensor
@@ -105,17 +109,17 @@ class Problem:
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """The tensors that can have a gradient."""
+        """The tensors that can have a gradient: hidden, weight, bias, lora_a, lora_b."""
         return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
 
     def with_inputs(self, inputs: Sequence[Tensor | None]) -> Problem:
-        """The same problem with other `inputs`."""
+        """The same problem with other `inputs`, in the order of `inputs`."""
         names = "hidden", "weight", "bias", "lora_a", "lora_b"
         return replace(self, **dict(zip(names, inputs, strict=True)))  # type: ignore[arg-type]
 
     @property
     def chunk_vocab(self) -> int:
-        """Rows of weight that sizes of chunks go by; the same on all ranks."""
+        """Rows of weight that decide the sizes of chunks; the same number on all ranks."""
         if self.shard is None:
             return self.weight.shape[0]
         return -(-self.shard.vocab // dist.get_world_size(self.shard.group))
@@ -126,12 +130,17 @@ class Problem:
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
     @property
+    def features(self) -> Features:
+        """What this problem's backend does, and which arguments it takes."""
+        return FEATURES[self.backend]
+
+    @property
     def row_kernels(self) -> str:
-        """Which row operations run."""
+        """Which row operations run: see `backends.row_kernels`."""
         return row_kernels(self.hidden.device.type, self.hidden.dtype, self.backend)
 
     def kept(self) -> Tensor | None:
-        """Positions whose target counts, [M], or None if all do."""
+        """Positions [M] of tokens that are not ignored, or None if none is ignored."""
         if self.ignore_index is None:
             return None
         # The count of kept tokens sizes every later buffer, so on CUDA this waits for the device.
@@ -139,14 +148,17 @@ class Problem:
         return None if len(positions) == len(self.targets) else positions
 
     def spread(self, values: Tensor, positions: Tensor | slice | None) -> Tensor:
-        """Per-token values [M] of the kept positions as [N], with zeros elsewhere."""
+        """Values [M] of the tokens at `positions` as [N], with zeros at all other tokens."""
         if not isinstance(positions, Tensor):
             return values
         return values.new_zeros(len(self.targets)).index_copy(0, positions, values)
 
 
 def sum_losses(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Split what a token loss returned into its scalar and its metrics."""
+    """Split the result of a token loss into its scalar loss, [], and its metrics.
+
+    Raises ValueError where the loss is not a scalar.
+    """
     loss, metrics = result if isinstance(result, tuple) else (result, {})
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -1,4 +1,4 @@
-"""Parts of a batch: positions of tokens, and slices of so many things at a time."""
+"""Parts of a batch: positions of tokens, and slices of at most so many items."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 def take(values: Tensor, positions: Tensor | slice | None) -> Tensor:
-    """Rows of `values` at some positions; all of them where `positions` is None."""
+    """Rows of `values`, [N, ...], at some positions, [M]; None takes all rows."""
     if isinstance(positions, Tensor):
         return values.index_select(0, positions)
     return values if positions is None else values[positions]
 
 
 def slices(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` of `count` things."""
+    """Slices of at most `size` items that together cover `count` items."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 def slices_of_runs(runs: Sequence[tuple[int, int]]) -> Iterator[slice]:
-    """Slices of things from 0 on: of each run's count, so many at a time. runs: (count, size)."""
+    """Slices that cover one run of items after the other, from 0 on. runs: (count, size) each."""
     start = 0
     for count, size in runs:
         for index in slices(count, max(size, 1)):
@@ -32,7 +32,7 @@ def slices_of_runs(runs: Sequence[tuple[int, int]]) -> Iterator[slice]:
 
 
 def part_of(positions: Tensor | slice, index: Tensor | slice) -> Tensor | slice:
-    """Some of these positions."""
+    """The positions at an index of `positions`; a slice of a slice stays a slice."""
     if isinstance(positions, Tensor):
         return positions[index]
     if isinstance(index, Tensor):

@@ -20,7 +20,7 @@ class _Rows(NamedTuple):
 
 
 def logprob(problem: Problem) -> LogprobOutput:
-    """`linear_logprob` on materialised logits."""
+    """`linear_logprob` on materialised logits, [N, V]."""
     with torch.autocast(problem.hidden.device.type, enabled=False):
         kept = problem.kept()
         rows = _rows(problem, kept)
@@ -31,12 +31,12 @@ def logprob(problem: Problem) -> LogprobOutput:
 def token_loss(
     problem: Problem, loss_fn: TokenLoss, token_tensors: tuple[Tensor, ...]
 ) -> TokenLossOutput:
-    """`linear_token_loss` on materialised logits, all tokens at once."""
+    """`linear_token_loss` on materialised logits, [N, V], of all tokens at once."""
     with torch.autocast(problem.hidden.device.type, enabled=False):
         kept = problem.kept()
         rows = _rows(problem, kept)
         inputs = [x for x in problem.inputs if x is not None]
-        # Sums over nothing: zero, and connected to every input.
+        # A sum over no rows is 0, and it connects the loss to every input.
         loss = torch.stack([x[:0].sum().to(problem.stats_dtype) for x in inputs]).sum()
         metrics: dict[str, Tensor] = {}
         if len(rows.logprob):
@@ -74,7 +74,7 @@ def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
     targets = take(problem.targets, kept)[:, None]  # [M, 1]
     tempered = logits / _column(problem.temperature, kept, dtype)
     logp = torch.log_softmax(tempered, dim=1)  # [M, V]
-    # p log p is 0 where p is 0; as a product it would be 0 * -inf.
+    # Where p is 0, p log p is 0, but 0 * -inf would be NaN.
     finite = logp.masked_fill(logp == -torch.inf, 0.0)
     second = None
     if problem.second_temperature is not None:

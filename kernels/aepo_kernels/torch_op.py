@@ -42,12 +42,12 @@ def linear_logprob(
     backend: str,
     chunk_tokens: int | None,
 ) -> list[Tensor]:
-    """Log-prob, entropy, lse, with a second temperature its log-prob; then statistics of rows.
+    """Log-prob, entropy, lse and, with a second temperature, its log-prob; then row statistics.
 
-    Each [N]. A temperature is a tensor [N], or where that is None the number.
+    Every output is [N]. A temperature is the tensor [N], or the number where the tensor is None.
     """
     problem = _problem(locals())
-    if problem.backend == "reference":
+    if problem.features.autograd:
         raise ValueError("backend = 'reference': is no operator; use it outside of torch.compile")
     check_problem(problem)
     tokens, stats = logprob.forward(problem)
@@ -91,7 +91,7 @@ def linear_logprob_backward(
     backend: str,
     chunk_tokens: int | None,
 ) -> list[Tensor]:
-    """Gradients of hidden, weight, bias, lora_a and lora_b; those without need are left out."""
+    """Gradients of hidden, weight, bias, lora_a and lora_b, without those that are not needed."""
     problem = _problem(locals())
     tokens = tokens_of(problem)
     kept = [take(x, tokens.positions) for x in results]
@@ -142,7 +142,7 @@ def backend_names(backend: str, device_type: str, dtype: torch.dtype) -> tuple[s
     return name, row_kernels(device_type, dtype, name)
 
 
-# Arguments are tensors but for these positions.
+# Positions of the arguments that are no tensors.
 _NUMBERS = (7, 9, 10, 11, 12, 13, 14, 15, 16)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from aepo_kernels import backends, gemm
 from aepo_kernels.cpu import gemm as cpu_gemm
 from aepo_kernels.cpu import library as cpu_library
+from aepo_kernels.gemm import Gemms
+from aepo_kernels.head.plan import Budget, gemms_for
 
 SHAPES = [(1, 1, 1), (5, 130, 7), (130, 5, 7), (7, 5, 130), (64, 64, 64), (3, 200, 200)]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -28,9 +30,18 @@ needs_avx2 = pytest.mark.skipif(
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way, whichever this machine would choose."""
     monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(gemm, "_BLOCK_BYTES", 64)  # blocks of 64 rows
     monkeypatch.setattr(cpu_gemm, "is_available", lambda: request.param == "c++")
     return request.param
+
+
+@pytest.fixture
+def gemms(kind: str) -> Gemms:
+    """How bfloat16 hidden states are multiplied here."""
+    return gemms_of(torch.bfloat16)
+
+
+def gemms_of(dtype: torch.dtype) -> Gemms:
+    return gemms_for(torch.zeros(2, 2, dtype=dtype), Budget(gemm_block_bytes=64))  # of 64 rows
 
 
 def laid_out(rows: int, columns: int, layout: str, seed: int) -> Tensor:
@@ -54,26 +65,26 @@ def near(found: Tensor, left: Tensor, right: Tensor, before: Tensor | float = 0.
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("lies", ["rows", "columns", "part"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products(shape: tuple[int, int, int], lies: str, dtype: torch.dtype) -> None:
+def test_products(shape: tuple[int, int, int], lies: str, dtype: torch.dtype, gemms: Gemms) -> None:
     rows, inner, columns = shape
     left, right = laid_out(rows, inner, lies, 0), laid_out(inner, columns, lies, 1)
-    near(gemm.matmul(left, right), left, right)
-    near(gemm.product(left, right, dtype), left, right)
+    near(gemms.matmul(left, right), left, right)
+    near(gemms.product(left, right, dtype), left, right)
     for target in ("rows", "columns", "part"):
         out = laid_out(rows, columns, target, 2).to(dtype).fill_(float("nan"))
-        assert gemm.product(left, right, dtype, out=out).data_ptr() == out.data_ptr()
+        assert gemms.product(left, right, dtype, out=out).data_ptr() == out.data_ptr()
         near(out, left, right)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("lies", ["rows", "columns", "part"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sums(shape: tuple[int, int, int], lies: str, dtype: torch.dtype) -> None:
+def test_sums(shape: tuple[int, int, int], lies: str, dtype: torch.dtype, gemms: Gemms) -> None:
     rows, inner, columns = shape
     left, right = laid_out(rows, inner, lies, 0), laid_out(inner, columns, lies, 1)
     total = laid_out(rows, columns, lies, 2).to(dtype)
     before = total.double()
-    assert gemm.add_product(total, left, right) is total
+    assert gemms.add_product(total, left, right) is total
     if dtype == torch.float32:
         near(total, left, right, before)
     else:  # the product is rounded, and the sum
@@ -83,12 +94,12 @@ def test_sums(shape: tuple[int, int, int], lies: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (5, 7, 0), (0, 7, 0)], ids=str)
-def test_nothing(shape: tuple[int, int, int]) -> None:
+def test_nothing(shape: tuple[int, int, int], gemms: Gemms) -> None:
     rows, inner, columns = shape
     left, right = laid_out(rows, inner, "rows", 0), laid_out(inner, columns, "rows", 1)
-    assert gemm.matmul(left, right).shape == (rows, columns)
+    assert gemms.matmul(left, right).shape == (rows, columns)
     total = torch.zeros(rows, columns)
-    assert gemm.add_product(total, left, right).shape == (rows, columns)
+    assert gemms.add_product(total, left, right).shape == (rows, columns)
 
 
 @needs_avx2
@@ -105,19 +116,21 @@ def test_in_cpp_any_strides(dtype: torch.dtype) -> None:
 
 
 def test_float32_goes_by_cpp_where_that_is_fastest(kind: str) -> None:
-    assert gemm.in_cpp(torch.zeros(2, 2)) == (kind == "c++")
-    assert not gemm.in_cpp(torch.zeros(2, 2, dtype=torch.float64))
+    gemms = gemms_of(torch.float32)
+    assert gemms.in_cpp == (kind == "c++") and not gemms.upcast
+    assert not gemms_of(torch.float64).in_cpp
     left, right = torch.randn(5, 300), torch.randn(300, 7)
-    near(gemm.matmul(left, right), left, right)
+    near(gemms.matmul(left, right), left, right)
     total = torch.randn(5, 7)
     before = total.double()
-    near(gemm.add_product(total, left, right), left, right, before)
+    near(gemms.add_product(total, left, right), left, right, before)
 
 
 def test_what_has_instructions_is_multiplied_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: True)
+    gemms = gemms_of(torch.bfloat16)
     left, right = laid_out(5, 6, "rows", 0), laid_out(6, 7, "rows", 1)
-    assert torch.equal(gemm.matmul(left, right), left @ right)
+    assert torch.equal(gemms.matmul(left, right), left @ right)
     assert backends.multiplies_bfloat16("cuda")
 
 
@@ -142,7 +155,7 @@ def chosen(request: pytest.FixtureRequest) -> Iterator[tuple[bool, bool]]:
 
 @two_switches
 def test_the_callers_choice_of_cublas_sums_is_put_back(chosen: tuple[bool, bool]) -> None:
-    with gemm.computing_on(torch.device("cpu")):
+    with gemm.computing_on(torch.empty(0)):
         assert cublas_sums() == (False, chosen[1])
     assert cublas_sums() == chosen
 
@@ -161,14 +174,14 @@ def test_the_last_of_several_threads_puts_cublas_sums_back(
 
     inside = (False, chosen[1])
     with ThreadPoolExecutor(1) as trainer, ThreadPoolExecutor(1) as sampler:
-        first, second = (gemm.computing_on(torch.device("cpu")) for _ in range(2))
+        first, second = (gemm.computing_on(torch.empty(0)) for _ in range(2))
         trainer.submit(first.__enter__).result()
         sampler.submit(second.__enter__).result()
         trainer.submit(leave, first).result()
         assert cublas_sums() == inside  # the sampler still computes
         sampler.submit(leave, second).result()
     assert cublas_sums() == chosen
-    with gemm.computing_on(torch.device("cpu")):
+    with gemm.computing_on(torch.empty(0)):
         assert cublas_sums() == inside
     assert cublas_sums() == chosen
 
@@ -176,7 +189,7 @@ def test_the_last_of_several_threads_puts_cublas_sums_back(
 @two_switches
 def test_many_threads_always_have_whole_sums_inside(chosen: tuple[bool, bool]) -> None:
     def compute(_: int) -> bool:
-        with gemm.computing_on(torch.device("cpu")):
+        with gemm.computing_on(torch.empty(0)):
             return cublas_sums() == (False, chosen[1])
 
     with ThreadPoolExecutor(8) as threads:

@@ -38,17 +38,18 @@ class _Gemm(ctypes.Structure):
 
 
 def is_available() -> bool:
-    """Whether these run here: with the package's C++ part on a CPU whose best vectors are AVX2's.
+    """Whether these GEMMs run here: the package has its C++ part, and AVX2 is the CPU's best.
 
-    Wider ones have float32 GEMMs in torch that these were never measured against.
+    On CPUs with wider vectors, these GEMMs were never measured against torch's float32 GEMMs.
     """
     return cpu_library.unavailable_reason() is None and cpu_library.chosen() == "avx2"
 
 
 def multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> Tensor:
-    """left @ right into `out`, or added to it; summed in float32 and rounded once.
+    """Write left [M, K] @ right [K, N] into `out` [M, N], or add it; summed in float32.
 
-    Any strides, and dtypes among float32, bfloat16 and float16, of `out`, too.
+    The result is rounded once. All three matrices may have any strides, and each of them any dtype
+    of float32, bfloat16 and float16. Returns `out`. Raises KeyError for another dtype.
     """
     if out.stride(1) != 1 and out.shape[1] > 1:
         if out.stride(0) != 1:

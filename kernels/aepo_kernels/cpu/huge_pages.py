@@ -1,4 +1,4 @@
-"""Large memory of a CPU in pages of 2 MiB, of which the first touch makes fewer faults."""
+"""Pages of 2 MiB for large tensors of a CPU: touching them for the first time faults less often."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import sys
 from torch import Tensor
 
 _PAGE, _MADV_HUGEPAGE = 2**21, 14  # of Linux
-# glibc maps larger blocks apart. In its heap other blocks would come to lie where huge pages are
-# wanted, and take a whole one each.
+# glibc gives larger blocks a mapping of their own (DEFAULT_MMAP_THRESHOLD_MAX of its malloc, on 64
+# bits). Smaller blocks share the heap, where other blocks would take a whole huge page each.
 _LARGEST_IN_HEAP = 2**25
 
 
 def advise(tensor: Tensor) -> Tensor:
-    """Ask Linux for huge pages within a new tensor; returns it, the same elsewhere."""
-    if (
-        tensor.device.type != "cpu"
-        or tensor.nbytes <= _LARGEST_IN_HEAP
-        or (madvise := _madvise()) is None
-    ):
+    """Ask Linux for huge pages within a new tensor of the CPU; returns the tensor itself.
+
+    Small tensors, and all tensors on other systems, stay as they are.
+    """
+    if tensor.nbytes <= _LARGEST_IN_HEAP or (madvise := _madvise()) is None:
         return tensor
     start = -(-tensor.data_ptr() // _PAGE) * _PAGE
     stop = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE

@@ -70,9 +70,11 @@ class _Decode(ctypes.Structure):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in `dtype` or x's own.
+    """RMS norm over the last dimension: weight * x / sqrt(mean(x^2) + eps).
 
-    x: [..., C]. weight: [C]. Gradients by both.
+    x: [..., C]. weight: [C]. dtype: of the result; None is x's. Both inputs get a gradient. Raises
+    TypeError for tensors not on the CPU or of another dtype, ValueError for shapes that do not fit.
+    Formula: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
     _check(x, weight)
     if weight.shape != x.shape[-1:]:
@@ -113,7 +115,12 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of two tensors of one shape and dtype; gradients by both."""
+    """silu(gate) * up, in the inputs' dtype.
+
+    gate, up: any one shape and dtype. Both inputs get a gradient. Raises TypeError for tensors not
+    on the CPU or of another dtype, ValueError where the two differ in shape or dtype. Formula:
+    Shazeer, "GLU Variants Improve Transformer" (2020).
+    """
     _check(gate, up)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
@@ -149,10 +156,12 @@ class _SwigluFunction(torch.autograd.Function):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding with halves, x * cos + (-x_2, x_1) * sin, in x's dtype.
+    """Rotary position embedding of the two halves of x: x * cos + (-x_2, x_1) * sin, in x's dtype.
 
-    x: [B, heads, L, D], D even, any strides. cos, sin: [B or 1, L, D], no gradient. Returns a
-    contiguous tensor; its gradient by x is contiguous as [B, L, heads, D].
+    x: [B, heads, L, D], D even, any strides. cos, sin: [B or 1, L, D], without a gradient. Returns
+    a contiguous tensor; the gradient by x is contiguous as [B, L, heads, D]. Raises TypeError for
+    tensors not on the CPU or of another dtype, ValueError for shapes that do not fit. Formula: Su
+    et al., "RoFormer" (2021), with a head's first and second half in place of neighbouring pairs.
     """
     _check(x, cos, sin)
     batch, _, length, width = x.shape
@@ -186,10 +195,12 @@ class _RotaryFunction(torch.autograd.Function):
 def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention of one query a row and head, softmax(scale q k^T + mask) v; no gradient.
+    """Attention of one query per row and head, softmax(scale q k^T + mask) v, without a gradient.
 
     query: [B, heads, D]. key, value: [B, shared heads, S, D], any strides but the last. mask: [B or
     1, S], added to the scores. Returns [B, heads, D] in query's dtype, 0 where all keys are masked.
+    Raises TypeError for tensors not on the CPU or of another dtype, ValueError for shapes or dtypes
+    that do not fit.
     """
     _check(query, key, value, *([] if mask is None else [mask]))
     batch, heads, width = query.shape
@@ -227,7 +238,8 @@ def decode_attention(
 
 
 def _check(*tensors: Tensor) -> None:
-    # The library gets addresses: of another device's memory they would end the process.
+    # The library gets addresses. The address of another device's memory would end the process. So
+    # this public function asks for the device itself: no plan was made before it.
     for tensor in tensors:
         if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
             known = ", ".join(str(dtype) for dtype in DTYPES)

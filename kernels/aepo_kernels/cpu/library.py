@@ -91,7 +91,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def instruction_sets() -> list[str]:
-    """Those compiled in that this machine runs, the fastest last."""
+    """The instruction sets that are compiled in and that this machine runs, the fastest last."""
     loaded = library()
     names: list[str] = []
     while loaded is not None and (name := loaded.aepo_isa_name(len(names))) is not None:
@@ -100,7 +100,7 @@ def instruction_sets() -> list[str]:
 
 
 def unavailable_reason() -> str | None:
-    """Why torch's row operations run on the CPU instead of these; None where these do."""
+    """Why the C++ library does not run on this CPU; None where it does."""
     if os.environ.get(ISA_VARIABLE) == "torch":
         return f"{ISA_VARIABLE} = torch"
     if library() is None:
@@ -112,7 +112,7 @@ def unavailable_reason() -> str | None:
 
 
 def chosen() -> str:
-    """The instruction set in use; raises ValueError where AEPO_CPU_ISA names none that runs."""
+    """The instruction set in use. Raises ValueError if AEPO_CPU_ISA names one that cannot run."""
     return _choose(os.environ.get(ISA_VARIABLE))
 
 
@@ -135,7 +135,10 @@ def _number(name: str) -> int:
 
 
 def call(name: str, *arguments: ctypes.Structure) -> None:
-    """Call a function of the library in the chosen instruction set."""
+    """Call a function of the library in the chosen instruction set.
+
+    Raises TypeError where the library has no kernel for the arguments' dtypes and strides.
+    """
     loaded = library()
     assert loaded is not None
     pointers = [ctypes.byref(argument) for argument in arguments]

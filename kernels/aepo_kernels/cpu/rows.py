@@ -16,8 +16,8 @@ from aepo_kernels.cpu.library import DTYPES, Coefs, Grad, Kept, Logits, Sample, 
 from aepo_kernels.rows.interface import LogitMap, RowCoefs, RowStats
 
 _STATE_SIZE = 6  # of rows.h
-# Defined and implemented, not torch.library.custom_op: what that wraps around an operator takes
-# some 0.2 ms a call, of which a head makes hundreds.
+# Operators are defined and implemented by hand. torch.library.custom_op would wrap each call in
+# some 0.2 ms of Python, and a head makes hundreds of calls.
 _LIBRARY = torch.library.Library("aepo_kernels", "FRAGMENT")
 _DISTRIBUTION = (
     "Tensor inv_temperature, Tensor? second_inv_temperature, Tensor? bias, float softcap, "
@@ -55,13 +55,14 @@ def row_stats(
 ) -> RowStats | None:
     """See `torch_rows.row_stats`; dtype is torch.float32.
 
-    Rows may come one slice of their columns after the other, with targets -1 outside of it and a
-    `state` from `new_state`. The last slice gives the statistics of whole rows, the others None.
-    The bits are those of whole rows where the other slices are multiples of 2048 columns.
+    Rows may come one slice of their columns after the other, with a `state` from `new_state` and
+    targets of -1 for tokens outside the slice. The last slice gives the statistics of whole rows,
+    every other slice gives None. The bits are those of whole rows where each slice but the last is
+    a multiple of 2048 columns.
 
-    kept, base: [C, V] float16 and [C] float32 that become the logits less a base per row, for
-    `row_grad`. Raw logits and `kept` are then row-major. The base is a row's largest logit so
-    far, so that logits near it lose next to nothing.
+    kept, base: [C, V] float16 and [C] float32. They become the logits less a base per row, and the
+    bases, for `row_grad`. Raw logits and `kept` are then row-major. The base is a row's largest
+    logit so far, so that float16 rounds the largest logits least.
     """
     assert dtype == torch.float32
     distribution = _distribution(
@@ -76,7 +77,7 @@ def row_stats(
 
 
 def new_state(count: int) -> Tensor:
-    """What `row_stats` keeps of so many rows from slice to slice: float64."""
+    """What `row_stats` keeps of so many rows from slice to slice: [count, 6] float64."""
     return torch.empty(count, _STATE_SIZE, dtype=torch.float64)
 
 
@@ -97,8 +98,9 @@ def row_grad(
 ) -> None:
     """See `torch_rows.row_grad`.
 
-    row_major: [C, V], takes a row-major copy of the gradient where `out` is column-major.
-    base, picked: the raw_logits are what `row_stats` kept with that base, or rows [C] of it.
+    row_major: [C, V], gets a row-major copy of the gradient where `out` is column-major. base: [T],
+    says that raw_logits [T, V] are what `row_stats` kept with this base. picked: [C] int64, the
+    rows of raw_logits and base to take; None takes all.
     """
     distribution = _distribution(len(targets), inv_temperature, second_inv_temperature, logit_map)
     given = (
@@ -160,7 +162,10 @@ def _stats(
     kept: Tensor | None,
     base: Tensor | None,
 ) -> list[Tensor]:
-    """Those of RowStats that are wanted, in order, after the last slice; softcap 0 is none."""
+    """The wanted fields of RowStats in order, [C] each; empty before the last slice.
+
+    softcap: 0 is none.
+    """
     distribution = _floats(inv_temperature, second_inv_temperature, bias)
     given = [targets.contiguous(), *distribution]
     wanted = _wanted(second_inv_temperature is not None, squares)
@@ -227,12 +232,12 @@ def _grad(
 
 
 def _wanted(second: bool, squares: bool) -> tuple[bool, ...]:
-    """Which of RowStats there are."""
+    """Which fields of RowStats are computed."""
     return (True, True, True, True, second, second, squares)
 
 
 def _floats(*values: Tensor | None) -> list[Tensor | None]:
-    """Tensors as the library reads them: float32, adjacent."""
+    """Tensors as the library reads them: float32 and contiguous."""
     return [None if x is None else x.float().contiguous() for x in values]
 
 
@@ -244,7 +249,7 @@ def _logits(
     base: Tensor | None = None,
     picked: Tensor | None = None,
 ) -> Logits:
-    """The C arguments; `given` (targets, temperatures, bias) has to outlive the call."""
+    """The C arguments. The caller keeps `given` alive: targets, temperatures and bias."""
     return Logits(
         raw_logits.data_ptr(),
         DTYPES[raw_logits.dtype],
@@ -261,7 +266,7 @@ def _logits(
 
 
 def _strides(matrix: Tensor) -> tuple[int, int]:
-    """Strides of rows and of columns, as the library reads them; (n, 1) is row-major."""
+    """A matrix's strides of rows and of columns: (n, 1) is row-major, (1, n) column-major."""
     if matrix.stride(1) == 1 or matrix.shape[1] == 1:
         return matrix.stride(0), 1
     if matrix.stride(0) != 1 and matrix.shape[0] != 1:

@@ -3,8 +3,9 @@
 # pyright: reportOperatorIssue=false
 """Row statistics straight from hidden states, as Triton kernels: the logits never reach memory.
 
-One program multiplies a tile of tokens by a tile of the vocabulary and keeps, of each row of its
-logits, what an online softmax keeps. A second kernel combines the tiles of a row, in order.
+A first kernel multiplies a tile of tokens by a tile of the vocabulary. It writes, for each row of
+the tile's logits, the numbers that an online softmax carries: the maximum, and sums relative to
+that maximum. A second kernel combines the tiles of a row, in a fixed order.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from aepo_kernels.gpu.rows import (
 )
 from aepo_kernels.rows.interface import LogitMap, RowStats
 
+# Tokens of a program that combines tiles, and tiles that it reads at once. Not measured.
 _COMBINE_ROWS, _COMBINE_TILES = 32, 32
 
 
@@ -38,11 +40,12 @@ def linear_row_stats(
     *,
     squares: bool = False,
 ) -> RowStats:
-    """What `torch_rows.row_stats` gives for hidden @ weight.T, in float32.
+    """The row statistics, [C] float32, that `torch_rows.row_stats` gives for hidden @ weight.T.
 
-    hidden: [C, H]. weight: [V, H] of the same dtype, float32 or bfloat16, any strides. A target
-    outside [0, V) gives a log-prob of NaN. Needs 12 to 20 bytes per token and tile of the
-    vocabulary.
+    hidden: [C, H]. weight: [V, H] in hidden's dtype, float32 or bfloat16, any strides. targets: [C]
+    int64; a target outside [0, V) gives a log-prob of NaN. Inverse temperatures: a number or [C].
+    squares: give the sum of squared probabilities, too. The kernels need 12 to 20 bytes of memory
+    per token and tile of the vocabulary.
     """
     num_rows, hidden_size = hidden.shape
     vocab = weight.shape[0]
@@ -53,8 +56,8 @@ def linear_row_stats(
         launch = fused_launch(hidden.device, hidden.dtype, fits_tma)
         num_tiles = triton.cdiv(vocab, launch.block_vocab)
         num_parts = triton.cdiv(vocab, launch.block_vocab // (1 + launch.split))
-        partials = out.new_empty((3 + has_second + squares, num_parts, num_rows))
-        target_logits = out.new_full((num_rows,), float("nan"))
+        partials = out.new_empty((3 + has_second + squares, num_parts, num_rows))  # [S, parts, C]
+        target_logits = out.new_full((num_rows,), float("nan"))  # [C]
         temperatures = [
             optional_argument(inv_temperature),
             optional_argument(second_inv_temperature),
@@ -105,7 +108,7 @@ def linear_row_stats(
 
 
 def _fits_tma(matrix: Tensor) -> bool:
-    """Whether the copy engine can read it: rows of whole 16-byte units, one after another."""
+    """Whether the copy engine (TMA) can read a matrix: rows of whole 16-byte units, aligned."""
     width = matrix.element_size()
     return (
         matrix.stride(1) == 1 and matrix.stride(0) * width % 16 == 0 and matrix.data_ptr() % 16 == 0
@@ -145,8 +148,8 @@ def partials_kernel(
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    # Programs that run together share tiles of both operands: GROUP tiles of tokens by as many of
-    # the vocabulary as there are programs left.
+    # Programs that run at the same time share tiles of both operands in the cache. A group is GROUP
+    # tiles of tokens by all tiles of the vocabulary, and its tiles of tokens change fastest.
     num_blocks = tl.cdiv(num_rows, BLOCK_TOKENS)
     num_tiles = tl.cdiv(vocab, BLOCK_VOCAB)
     per_group = GROUP * num_tiles
@@ -162,7 +165,7 @@ def partials_kernel(
             right = weight.load([tile * BLOCK_VOCAB, start])
             raw_logits = tl.dot(left, right.T, raw_logits, input_precision="ieee")
     else:
-        # Rows and columns past the end repeat the last one, which needs no mask.
+        # Rows and columns past the end read the last row again, so that no mask is needed.
         within = tl.arange(0, BLOCK_HIDDEN)
         rows = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         columns = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
@@ -181,7 +184,8 @@ def partials_kernel(
     rows = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     row_inputs = targets, inv_temperature, second_inv_temperature
     logit_map = bias, scale, softcap
-    # One half after the other, where the sums of both together would not fit the registers.
+    # SPLIT: the two halves of a tile one after the other, because the sums of both halves together
+    # would not fit the registers.
     PARTS: tl.constexpr = SPLIT + 1
     WIDTH: tl.constexpr = BLOCK_VOCAB // PARTS
     if SPLIT:
@@ -222,7 +226,11 @@ def _store_partials(
     SQUARES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Store what is kept of some columns, the `part`-th WIDTH of them."""
+    """Store the maximum and the sums of the columns from part * WIDTH on.
+
+    raw_logits: [BLOCK_TOKENS, WIDTH]. rows: [BLOCK_TOKENS]. Each number goes to partials [S, parts,
+    C], the target's logit to target_logits [C].
+    """
     targets, inv_temperature, second_inv_temperature = row_inputs
     bias, scale, softcap = logit_map
     first = part * WIDTH
@@ -231,7 +239,7 @@ def _store_partials(
     if bias is not None:
         shift = tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :]
     logits, _ = to_logits(raw_logits, shift, scale, softcap)
-    real = rows < tl.where(first < vocab, num_rows, 0)  # the last half may lie past the end
+    real = rows < tl.where(first < vocab, num_rows, 0)  # the last half may start past the end
     target = tl.load(targets + rows, mask=real, other=-1)
     place = target - first
     on_target = tl.arange(0, WIDTH)[None, :] == place.to(tl.int32)[:, None]

@@ -3,8 +3,9 @@
 # pyright: reportOperatorIssue=false
 """Row operations on a chunk of logits as Triton kernels; the interface is that of `torch_rows`.
 
-Everything is float32 inside. A row's statistics take one read of it: a running maximum, to which
-all sums are rescaled when it rises. Its gradient takes one read and one write.
+The kernels compute in float32. A row's statistics take one read of the row: the kernel keeps a
+running maximum, and rescales all sums when the maximum rises. A row's gradient takes one read and
+one write.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from aepo_kernels.gpu.launch import grad_launch, stats_launch
 from aepo_kernels.rows.interface import LogitMap, RowCoefs, RowStats
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# A logit that stands in for -inf: exp gives 0 as well, but 0 times it is 0 and not NaN.
+# A logit that replaces -inf: its exp is 0 as well, and 0 times the logit is 0, not NaN.
 FLOOR = tl.constexpr(-1e30)
 
 
@@ -32,13 +33,15 @@ def row_stats(
     *,
     squares: bool = False,
 ) -> RowStats:
-    """Log-prob, entropy and normalisers of each row; `dtype` is float32.
+    """Log-prob, entropy and normalisers of each row, [C] each, in nats.
 
-    A target outside [0, V) gives a log-prob of NaN.
+    raw_logits: [C, V], V contiguous. targets: [C] int64; a target outside [0, V) gives a log-prob
+    of NaN. Inverse temperatures: a number or [C]. dtype: of the results, float32. squares: give the
+    sum of squared probabilities, too.
     """
     assert dtype == torch.float32, dtype
     num_rows, vocab = raw_logits.shape
-    out = new_stats(raw_logits, num_rows, second_inv_temperature is not None, squares)
+    out = new_stats(raw_logits, num_rows, second_inv_temperature is not None, squares)  # [S, C]
     if num_rows:
         launch = stats_launch(raw_logits.device)
         stats_kernel[(num_rows,)](
@@ -65,12 +68,12 @@ def row_stats(
 
 
 def new_stats(like: Tensor, num_rows: int, has_second: bool, squares: bool) -> Tensor:
-    """Memory for the statistics of rows, one statistic after another."""
+    """Memory [S, C] for S statistics of C rows, one statistic after another."""
     return like.new_empty((4 + 2 * has_second + squares, num_rows), dtype=torch.float32)
 
 
 def stats_of(out: Tensor, has_second: bool, squares: bool) -> RowStats:
-    """What a kernel has written, by name."""
+    """The statistics that a kernel wrote to `out` [S, C], by name."""
     second = (out[4], out[5]) if has_second else (None, None)
     return RowStats(out[0], out[1], out[2], out[3], *second, out[-1] if squares else None)
 
@@ -89,13 +92,15 @@ def row_grad(
 ) -> None:
     """Write the loss's gradient by raw logits into `out`; add its column sums to `bias_grad`.
 
-    The formula is that of `torch_rows.row_grad`. `out` may be `raw_logits` itself.
+    The formula is that of `torch_rows.row_grad`. raw_logits, out: [C, V], V contiguous; `out` may
+    be `raw_logits` itself. stats, coefs: [C] each. bias_grad: [V] float32 or None.
     """
     num_rows, vocab = raw_logits.shape
     if not num_rows:
         return
     launch = grad_launch(raw_logits.device)
-    # Column sums go through one row of partial sums per group of rows: no atomics, one order.
+    # Each group of rows writes a row of partial column sums, [groups, V]. Adding those rows up
+    # needs no atomics, and its order is fixed.
     rows_each = 1 if bias_grad is None else 64
     num_groups = triton.cdiv(num_rows, rows_each)
     partial = None if bias_grad is None else out.new_empty((num_groups, vocab), dtype=torch.float32)
@@ -136,13 +141,13 @@ def _rows_of(matrix: Tensor) -> Tensor:
 
 
 def optional_argument(value: float | Tensor | None) -> float | Tensor | None:
-    """A kernel argument: a number, a contiguous tensor, or None for what is left out."""
+    """A kernel's argument: a number, a contiguous tensor, or None for an argument left out."""
     return value.contiguous() if isinstance(value, Tensor) else value
 
 
 @triton.jit
 def _tanh(x):
-    # From exp of a negative number, which cannot overflow.
+    # exp of a negative number cannot overflow.
     small = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     size = (1 - small) / (1 + small)
     return tl.where(x < 0, -size, size)
@@ -150,7 +155,7 @@ def _tanh(x):
 
 @triton.jit
 def to_logits(values, bias, scale, softcap):
-    """Products to logits, and the slope of the cap; bias and softcap may be None."""
+    """Raw logits to logits, and the softcap's derivative; bias and softcap may be None."""
     logits = values.to(tl.float32)
     if bias is not None:
         logits += bias
@@ -165,7 +170,7 @@ def to_logits(values, bias, scale, softcap):
 
 @triton.jit
 def inverse_of(inv_temperature, row, PER_TOKEN: tl.constexpr):
-    """1/T of a row from a number or from one per token."""
+    """1/T of a row, from one number for all rows or from one per row, [C]."""
     if PER_TOKEN:
         return tl.load(inv_temperature + row)
     else:
@@ -201,8 +206,8 @@ def stats_kernel(
         second_inverse = inverse_of(second_inv_temperature, row, SECOND_PER_TOKEN)
         second_rate = second_inverse * LOG2E
 
-    # Every thread has a softmax of its own over the VECTOR columns that it loads at once, so that
-    # no step waits for other threads.
+    # Each lane keeps an online softmax of its own over the VECTOR columns that it loads at once. So
+    # no step of the loop waits for other threads. within: [LANES, VECTOR].
     LANES: tl.constexpr = BLOCK // VECTOR
     within = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     lane_maximum = tl.full([LANES], FLOOR, tl.float32)
@@ -311,7 +316,7 @@ def grad_kernel(
         centred = logits - maximum
         centred = tl.where(centred < FLOOR, FLOOR, centred)
         tempered = centred * inverse
-        # p = exp(tempered) / exp(log_sum): exact where it matters, at the top of the row.
+        # p = exp(tempered) / exp(log_sum), which is most exact for the largest logits.
         distribution = tl.exp2(tempered * LOG2E) * tl.exp2(log_sum * -LOG2E)
 
         on_target = 0.0

@@ -1,7 +1,7 @@
 # The bodies of kernels are Triton, whose launches and operators are not Python's:
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
-"""A gradient times a factor that lies on the GPU, in one pass or, in place, none where it is 1."""
+"""A gradient times a factor that is on the GPU: one pass, or no pass where the factor is 1."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Elements of a block, and the most programs. bench/results/h200/launches-20261126-2.json times this
+# kernel at five sizes from 1,024 to 65,536, within 7 % of each other ("scale").
 _BLOCK, _PROGRAMS = 2048, 2048
 
 
 def scale(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """values * factor in `dtype`: in place where that is theirs; factor: one number.
+    """Multiply a gradient by one number, in float32, and round the result to `dtype`.
 
-    values: contiguous.
+    values: contiguous, any shape. factor: [] or [1] on the same device. Where values have the
+    `dtype` already, the result overwrites them, and a factor of 1 writes nothing.
     """
     assert values.is_contiguous(), "gradients are allocated contiguous"
     out = values if values.dtype == dtype else torch.empty_like(values, dtype=dtype)

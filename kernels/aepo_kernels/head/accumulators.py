@@ -1,4 +1,4 @@
-"""The head's gradients, added up over chunks: GEMMs 2 and 3."""
+"""The head's gradients, added up over chunks: GEMM 2 (hidden's) and GEMM 3 (the weight's)."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aepo_kernels.cpu.huge_pages import advise
-from aepo_kernels.gemm import add_product, matmul, product
 from aepo_kernels.head.plan import Plan
 from aepo_kernels.problem import Problem
 from aepo_kernels.ranges import part_of, slices
 
-# Rows of hidden's gradient that are rounded at a time, on their way to where they belong. Not
-# measured.
+# Rows of hidden's gradient that are rounded at a time, on their way to their positions in the
+# batch: a whole rounded copy is never made. Not measured.
 _COPIED_ROWS = 512
 
 
 class Gradients:
     """Gradients of a problem's inputs, summed over chunks.
 
-    All but hidden's are sums in float32 (float64 for float64 hidden), whatever the number of
-    chunks. Where the weight's is written once, the GEMM writes it in its own dtype. What is not
-    needed is neither allocated nor computed. rows: how many took part in GEMMs. variance: what
-    sampling those rows added.
+    Every gradient but hidden's is a sum in float32 (float64 for float64 hidden), at any number of
+    chunks. A weight's gradient that is written once is written in the weight's dtype. A gradient
+    that is not needed is neither allocated nor computed. rows: number of rows that took part in
+    GEMMs. variance: [], what sampling these rows added.
     """
 
     def __init__(self, problem: Problem, plan: Plan, needs: tuple[bool, ...]) -> None:
         hidden, weight, bias, lora_a, lora_b = problem.inputs
         assert hidden is not None and weight is not None
         self.wide = wide = plan.stats_dtype
+        self.gemms, self.scale, self.huge_pages = plan.gemms, plan.scale, plan.huge_pages
         self.dtypes = tuple(None if x is None else x.dtype for x in problem.inputs)
         self.weight_shape, self.device = weight.shape, weight.device
         self.shard, self.lora_scale, self.needs_weight = problem.shard, problem.lora_scale, needs[1]
@@ -58,49 +58,53 @@ class Gradients:
         inputs: Tensor,
         at: Tensor | slice,
     ) -> None:
-        """Add a chunk: dlogits [C, V]; inputs [C, H], rows `at` of hidden; lora (A, B).
+        """Add a chunk. dlogits: [C, V]. inputs: [C, H], the rows `at` of hidden. lora: (A, B).
 
-        row_major: dlogits once more where they are column-major, which suits GEMM 3 but not GEMM 2.
+        row_major: dlogits, or a row-major copy where dlogits are column-major. GEMM 2 reads this
+        one, and GEMM 3 reads dlogits.
         """
         through = self._add_lora_a(row_major, lora, inputs)
         if self.hidden is not None:
             self._add_hidden(row_major, weight, None if lora is None else lora[0], through, at)
         if self.weight is not None:
-            add_product(self.weight, dlogits.T, inputs)
+            self.gemms.add_product(self.weight, dlogits.T, inputs)
         elif self.needs_weight:
             out = self.make_weight(self.weight_dtype) if self.reuses_memory else None
-            self.weight = product(dlogits.T, inputs, self.weight_dtype, out=out)
+            self.weight = self.gemms.product(dlogits.T, inputs, self.weight_dtype, out=out)
         if self.lora_b is not None and lora is not None:
-            add_product(self.lora_b, dlogits.T, matmul(inputs, lora[0].T).mul_(self.lora_scale))
+            scaled = self.gemms.matmul(inputs, lora[0].T).mul_(self.lora_scale)  # [C, R]
+            self.gemms.add_product(self.lora_b, dlogits.T, scaled)
 
     def make_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight's gradient, in its own dtype or another; at first it holds anything."""
+        """The weight's gradient, [V, H], in `dtype` or the weight's own; new memory is not set."""
         if self.weight is None:
             dtype = dtype or self.dtypes[1]
             assert dtype is not None
-            self.weight = advise(torch.empty(self.weight_shape, dtype=dtype, device=self.device))
+            self.weight = torch.empty(self.weight_shape, dtype=dtype, device=self.device)
+            if self.huge_pages:
+                advise(self.weight)
         return self.weight
 
     def hidden_sum(self, positions: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
-        """Hidden's gradient at some positions; None where no sum in `dtype` can be made in it."""
+        """Hidden's gradient at some positions, or None where it cannot hold a sum in `dtype`."""
         if self.hidden is None or isinstance(positions, Tensor) or self.hidden.dtype != dtype:
             return None
         return self.hidden[positions]
 
     def set_hidden(self, positions: Tensor | slice, values: Tensor) -> None:
-        """Hidden's gradient at some positions, rounded a few rows at a time."""
+        """Write hidden's gradient at some positions. values: [A, H], rounded some rows at once."""
         assert self.hidden is not None
         for rows in slices(len(values), _COPIED_ROWS):
             self.hidden[part_of(positions, rows)] = values[rows].to(self.hidden.dtype)
 
     def set_weight(self, dlogits: Tensor, inputs: Tensor, rows: slice) -> None:
-        """The weight's gradient at a slice of the vocabulary: dlogits, inputs of all tokens."""
+        """Write the weight's gradient at a slice. dlogits: [A, S]. inputs: [A, H] of all tokens."""
         if self.needs_weight:
             weight_grad = self.make_weight()[rows]
             if weight_grad.dtype in (inputs.dtype, self.wide):
-                product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
-            else:  # which no GEMM writes
-                weight_grad.copy_(product(dlogits.T, inputs, self.wide))
+                self.gemms.product(dlogits.T, inputs, weight_grad.dtype, out=weight_grad)
+            else:  # no GEMM writes this dtype
+                weight_grad.copy_(self.gemms.product(dlogits.T, inputs, self.wide))
 
     def add_slice(
         self,
@@ -112,21 +116,21 @@ class Gradients:
         hidden: Tensor | None,
         rows: slice,
     ) -> None:
-        """Add some tokens at a slice of the vocabulary, to all but weight's and bias's gradients.
+        """Add some tokens at a slice, to every gradient but the weight's and the bias's.
 
-        Shapes: see `add`; weight and lora are those of the slice. The gradient of inputs is added
-        to `hidden`.
+        Shapes: see `add`, with the slice's S rows in place of V. hidden: [C, H], the gradient by
+        inputs is added to it.
         """
         if hidden is not None:
-            add_product(hidden, row_major, weight)
+            self.gemms.add_product(hidden, row_major, weight)
         through = self._add_lora_a(row_major, lora, inputs)
         if lora is None or through is None:
             return
         if hidden is not None:
-            add_product(hidden, through, lora[0])
+            self.gemms.add_product(hidden, through, lora[0])
         if self.lora_b is not None:
-            scaled = matmul(inputs, lora[0].T).mul_(self.lora_scale)
-            add_product(self.lora_b[rows], dlogits.T, scaled)
+            scaled = self.gemms.matmul(inputs, lora[0].T).mul_(self.lora_scale)
+            self.gemms.add_product(self.lora_b[rows], dlogits.T, scaled)
 
     def _add_lora_a(
         self, dlogits: Tensor, lora: tuple[Tensor, Tensor] | None, inputs: Tensor
@@ -134,9 +138,9 @@ class Gradients:
         """Add to lora_a's gradient; returns dlogits through lora_b, [C, R]."""
         if lora is None:
             return None
-        through = matmul(dlogits, lora[1]).mul_(self.lora_scale)
+        through = self.gemms.matmul(dlogits, lora[1]).mul_(self.lora_scale)
         if self.lora_a is not None:
-            add_product(self.lora_a, through.T, inputs)
+            self.gemms.add_product(self.lora_a, through.T, inputs)
         return through
 
     def _add_hidden(
@@ -149,11 +153,11 @@ class Gradients:
     ) -> None:
         assert self.hidden is not None
         if isinstance(at, slice) and self.hidden.dtype == dlogits.dtype and lora_a is None:
-            matmul(dlogits, weight, out=self.hidden[at])
+            self.gemms.matmul(dlogits, weight, out=self.hidden[at])
             return
-        rows = product(dlogits, weight, self.hidden.dtype)
+        rows = self.gemms.product(dlogits, weight, self.hidden.dtype)
         if lora_a is not None and through is not None:
-            add_product(rows, through, lora_a)
+            self.gemms.add_product(rows, through, lora_a)
         self.hidden[at] = rows
 
     def finish(self) -> None:
@@ -167,41 +171,28 @@ class Gradients:
                     dist.all_reduce(part, group=self.shard.group)
 
     def sampling_metrics(self) -> dict[str, Tensor]:
-        """The rows that were sampled and the variance that this added, where rows were sampled."""
+        """The number of kept rows and the variance that sampling added; empty without sampling."""
         if not self.sampled:
             return {}
         rows = torch.full_like(self.variance, self.rows)  # new_tensor would wait for a GPU
         return {"row_sampling/rows": rows, "row_sampling/variance": self.variance}
 
     def results(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Gradients times `factor`, in their inputs' dtypes; in place where those are equal.
+        """Gradients times `factor`, [], in their inputs' dtypes; in place where dtypes are equal.
 
-        None stands for what is not needed, and for a weight's that went to `weight_grad`.
+        A gradient is None where it is not needed, and where it went to `weight_grad`.
         """
         weight = None if self.in_place else self.weight
         values = self.hidden, weight, self.bias, self.lora_a, self.lora_b
         return tuple(
-            None if value is None or dtype is None else _scaled(value, factor, dtype)
+            None if value is None or dtype is None else self._result(value, factor, dtype)
             for value, dtype in zip(values, self.dtypes, strict=True)
         )
+
+    def _result(self, value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return value.to(dtype) if factor is None else self.scale(value, factor, dtype)
 
 
 def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
     # Contiguous, however `like` lies in memory.
     return torch.zeros(like.shape, dtype=dtype, device=like.device)
-
-
-def _scaled(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    # To multiply a whole weight by one would take a CPU as long as a GEMM.
-    if factor is None or (factor.device.type == "cpu" and factor.item() == 1):
-        return value.to(dtype)
-    if value.is_cuda and value.dtype != torch.float64:
-        from aepo_kernels.gpu.scale import scale  # the package imports without triton
-
-        return scale(value, factor, dtype)
-    if value.dtype == dtype:
-        return value.mul_(factor)
-    scaled = torch.empty_like(value, dtype=dtype)
-    for part, block in zip(scaled.split(512), value.split(512), strict=True):
-        part.copy_(block.mul_(factor))  # in parts, or a whole copy in between would be made
-    return scaled

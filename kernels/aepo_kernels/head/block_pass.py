@@ -1,9 +1,9 @@
-"""Gradients of so many tokens that a float32 sum of hidden's would be large, on a CPU.
+"""Gradients on a CPU of so many tokens that a float32 sum of hidden's gradient would be large.
 
-Logits are made by blocks: some tokens by some rows of the vocabulary. Hidden's sum has memory of
-its own up to a budget. The rest lies in the gradient of the weight's last rows, and is rounded
-before those are written. The logits of those rows alone are made once more. So memory beside the
-gradients has a bound at any N and V.
+Logits are made by blocks: some tokens by some rows of the vocabulary. The sum of hidden's gradient
+has memory of its own up to a budget. The rest of the sum borrows the gradient of the weight's last
+rows, and is rounded before these rows are written. The logits of these rows alone are made once
+more. So memory beside the gradients is bounded at any N and V.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from aepo_kernels.gemm import add_product
 from aepo_kernels.head.accumulators import Gradients
 from aepo_kernels.head.parts import Part, join_parts
 from aepo_kernels.head.plan import Plan
@@ -43,7 +42,7 @@ class BlockPass:
         return self.head.stats_alone(chunk, self.stats_workspace)
 
     def backward(self, chunk: Tokens, stats: RowStats, coefs: RowCoefs) -> None:
-        """Keep the rows with a coefficient for `finish`."""
+        """Keep the rows that have a coefficient for `finish`. coefs: [C] each."""
         active = rows_with_gradient(coefs, look=self.plan.drops_inactive)
         if active is None:
             return
@@ -97,9 +96,10 @@ class Blocks:
                 self._add_slice(rows, slice(0, count), None, weight=True)
 
     def _borrow(self) -> tuple[list[Tensor], int]:
-        """Where hidden's gradient is added up, and the first row of the weight's that lends memory.
+        """Memory for the sum of hidden's gradient, and the first row of weight's that lends some.
 
-        All pieces but the last are for whole blocks of tokens.
+        The memory is a list of pieces [tokens, H]. Each piece but the last holds whole blocks of
+        tokens.
         """
         count, width = len(self.tokens.targets), self.head.hidden.shape[1]
         num_rows, dtype = len(self.head.weight), self.dtype
@@ -118,7 +118,7 @@ class Blocks:
     def _add_slice(
         self, rows: slice, some: slice, sums: list[Tensor] | None, *, weight: bool
     ) -> None:
-        """Some tokens at a slice of the vocabulary; without `sums`, to the weight's alone."""
+        """Add the gradients of some tokens at a slice; without `sums`, the weight's alone."""
         head, total = self.head.at(rows), self.total
         weight_sum = self.weight_sum[: len(head.weight)].zero_() if weight else None
         for part in slices(some.stop - some.start, self.block):
@@ -129,16 +129,16 @@ class Blocks:
                 hidden = _at(sums, part)
                 total.add_slice(dlogits, row_major, head.weight, head.lora, inputs, hidden, rows)
             if weight_sum is not None:
-                add_product(weight_sum, dlogits.T, inputs)
+                self.head.plan.gemms.add_product(weight_sum, dlogits.T, inputs)
         if weight_sum is not None:
             total.make_weight()[rows] = weight_sum
 
     def _dlogits(
         self, head: Head, rows: slice, index: slice, *, weight_alone: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's gradient by the logits [C, S], a row-major one, its hidden states [C, H].
+        """A block's gradient by logits, [C, S], its row-major form and its hidden states, [C, H].
 
-        weight_alone: bias's gradient is not added to, and no row-major copy is made.
+        weight_alone: nothing is added to bias's gradient, and no row-major copy is made.
         """
         tokens = self.tokens.at(index).within(rows)
         inputs = take(head.hidden, tokens.positions)  # [C, H]
@@ -166,7 +166,7 @@ class Blocks:
 
 
 def _at(sums: list[Tensor], part: slice) -> Tensor | None:
-    """The sums of a block of tokens, or None where there are none."""
+    """The sum, [tokens, H], of a block of tokens; None without sums."""
     start = part.start
     for piece in sums:
         if start < len(piece):

@@ -1,4 +1,4 @@
-"""Gradients by chunks of tokens: each chunk's logits become their own gradient, then two GEMMs."""
+"""Gradients by chunks of tokens: logits become their own gradient, and two GEMMs follow."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ChunkPass:
         return stats
 
     def backward(self, chunk: Tokens, stats: RowStats, coefs: RowCoefs) -> None:
-        """Add the gradients of rows with a coefficient; logits that are gone are made again."""
+        """Add the gradients of rows with a coefficient, [C] each; make missing logits again."""
         logits, self.logits = self.logits, None
         keep_prob = None  # [C]
         if self.sampling is not None:
@@ -73,19 +73,19 @@ class ChunkPass:
     def _recompute(
         self, tokens: Tokens, stats: RowStats, coefs: RowCoefs, keep_prob: Tensor | None
     ) -> None:
-        """Make the logits of some tokens again, a chunk at a time, and add their gradients."""
+        """Make the logits of some tokens again, chunk by chunk, and add the gradients."""
         count, size, head = len(tokens.targets), self.plan.gradient_tokens, self.head
         workspace = head.workspace(min(count, size))
         for index in slices(count, size):
             chunk = tokens.at(index)
             out = None if workspace is None else head.logits_in(workspace, len(chunk.targets))
             logits = head.raw_logits(chunk, out)  # [C, V]
-            # A fused forward rounds its logits differently, or not at all: with its normaliser, the
-            # probabilities of these would not add up to one.
+            # A fused forward rounds logits differently, or not at all. With its normaliser, the
+            # probabilities of these logits would not add up to one.
             part = head.stats(chunk, logits) if self.plan.fused else stats.select(index)
             some = None if keep_prob is None else keep_prob[index]
             self._add(chunk, logits, part, coefs.select(index), some)
-            del logits  # or the next chunk's would stand beside them
+            del logits  # or the next chunk's logits would exist beside them
 
     def _add(
         self,
@@ -109,7 +109,7 @@ class ChunkPass:
 
 
 def pick_rows(logits: Tensor, active: Tensor, *, in_place: bool) -> Tensor:
-    """logits[active], [A, V]; in place, at the front of the same memory. active is ascending."""
+    """logits[active], [A, V]. active: [A], ascending. in_place: at the front of the same memory."""
     if not in_place:
         return logits.index_select(0, active)
     if logits.stride(0) == 1 and logits.stride(1) > 1:  # column-major

@@ -20,14 +20,14 @@ from aepo_kernels.rows.interface import RowCoefs, RowStats
 
 
 def logprob(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> LogprobOutput:
-    """`linear_logprob`, recomputing logits in backward."""
+    """`linear_logprob`: backward makes the logits of rows with a gradient again."""
     rows = _Logprob.apply(problem, budget, *problem.inputs)
     return LogprobOutput(*rows, problem.backend, problem.row_kernels)  # type: ignore[misc]
 
 
 def forward(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> tuple[Tokens, RowStats]:
-    """The M tokens that count and the statistics of their rows, each [M]."""
-    with computing_on(problem.hidden.device):
+    """The M tokens that are not ignored, and the statistics of their rows, [M] each."""
+    with computing_on(problem.hidden):
         plan = make_plan(problem, budget=budget)
         head, tokens = head_of(problem, plan), tokens_of(problem)
         count, size = len(tokens.targets), plan.stats_tokens
@@ -44,8 +44,8 @@ def backward(
     needs: Sequence[bool],
     budget: Budget = DEFAULT_BUDGET,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the problem's inputs from those of the four outputs, [N] each."""
-    with computing_on(problem.hidden.device):
+    """Gradients of the problem's inputs. grads: of the four outputs, [N] each or None."""
+    with computing_on(problem.hidden):
         count = len(tokens.targets)
         plan = make_plan(problem, needs_weight=needs[1], rows=count, budget=budget)
         gradients = pass_of(problem, plan, head_of(problem, plan), tuple(needs))

@@ -1,4 +1,4 @@
-"""Rows that wait until all are in: their gradients are made a slice of the vocabulary at a time."""
+"""Rows that a pass keeps until all rows are in: gradients follow by slices of the vocabulary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aepo_kernels.rows.interface import RowCoefs, RowStats
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows, with their raw logits [C, V] where those are still there."""
+    """Some rows, [C], with their raw logits [C, V] where these still exist."""
 
     tokens: Tokens
     stats: RowStats

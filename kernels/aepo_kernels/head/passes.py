@@ -16,9 +16,9 @@ from aepo_kernels.rows.interface import RowCoefs, RowStats
 
 
 class GradientPass(Protocol):
-    """Takes each chunk forward and, where it has a gradient, backward at once; then finishes.
+    """Takes each chunk forward, then backward if the chunk has a gradient, and finishes at the end.
 
-    `backward` without `forward` makes the logits again.
+    `backward` of a chunk that never went forward makes its logits again.
     """
 
     total: Gradients

@@ -1,4 +1,4 @@
-"""How one call goes: how many tokens and columns are in memory at once, and which pass takes them.
+"""The decisions of one call: what is in memory at once, and which pass adds up gradients.
 
 `Budget` holds the tuned numbers. `make_plan` reads the problem's device, dtypes and backend once.
 It hands over a `Plan` of decisions, so that no later code asks for those again.
@@ -6,19 +6,23 @@ It hands over a `Plan` of decisions, so that no later code asks for those again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from aepo_kernels import backends
 from aepo_kernels.cpu import rows as cpu_rows
-from aepo_kernels.gemm import GEMM_BYTES, in_cpp, is_upcast
+from aepo_kernels.gemm import Gemms
+from aepo_kernels.head import scaling
 from aepo_kernels.problem import Problem
+from aepo_kernels.rows import torch_rows
 
-# The C++ rows are added up in blocks of so many columns. Slices that are multiples of a block give
-# the same bits as whole rows.
+# The C++ rows are added up in blocks of so many columns: kBlock of csrc/cpu/row_math.h. Slices that
+# are multiples of a block give the same bits as whole rows.
 _ROW_BLOCK = 2048
 
 
@@ -49,12 +53,14 @@ class Budget:
     sum_bytes: int = 28 * 2**20
     # Stashed float16 logits beside the weight's gradient. Not measured: chosen for at most 64 MiB.
     stash_bytes: int = 2**25
-    # Logits of a chunk on a GPU, and its most tokens. Not measured against others;
-    # bench/results/h200/kernels-20261126-104727.json timed the calls with these.
+    # Logits of a chunk on a GPU, and its most tokens. "train H N chunk" in
+    # bench/results/h200/launches-20261126-2.json has milliseconds and MiB of chunks of 2,048 to
+    # 8,192 tokens beside this default ("None").
     gpu_chunk_bytes: int = 3 * 2**29
     gpu_chunk_tokens: int = 8192
     # "fused" is for small memory. Its forward pass needs some 20 KB a token, and logits of few
-    # tokens exist in its backward pass. Not measured against others; that file timed these, too.
+    # tokens exist in its backward pass. Not measured against others:
+    # bench/results/h200/kernels-20261126-104727.json timed these alone.
     fused_forward_tokens: int = 4096
     fused_chunk_bytes: int = 2**28
     # Blocks of some tokens by some rows of the vocabulary: a block's logits, its hidden states, a
@@ -65,6 +71,16 @@ class Budget:
     block_weight_bytes: int = 2**23
     block_tokens: int = 1024
     block_sum_bytes: int = 20 * 2**20
+    # Memory that a chunk leaves to GEMMs on a CPU. Upcast GEMMs hold three blocks and a whole small
+    # operand. GEMMs in C++ hold the packed blocks of two threads. Not measured.
+    gemm_bytes: int = 2**23
+    # A block that stays cached: some rows of a bfloat16 product on its way to a float32 sum, or
+    # some rows of an operand as float32. Not measured.
+    gemm_block_bytes: int = 2**21
+    # Elements of a scratch buffer of torch's row operations. On a CPU the buffer should stay near
+    # the cache, yet every operation pays for waking up threads. Not measured.
+    torch_rows_elements: int = 2**22
+    gpu_torch_rows_elements: int = 2**26
 
 
 DEFAULT_BUDGET = Budget()
@@ -93,30 +109,43 @@ class Stash:
 class Plan:
     """The decisions of one call.
 
-    row_ops: module with `row_stats` and `row_grad`. fused: the forward pass writes no logits.
-    column_major: logits are the transpose of a contiguous matrix [V, C]. upcast: bfloat16 GEMMs go
-    by float32, and so do logits. sliced_stats: statistics can come from one slice of the columns
-    after the other. reuses_memory: one workspace serves chunk after chunk. A GPU's allocator keeps
-    memory; on a CPU fresh memory costs more than the row operations. drops_inactive: rows without a
-    coefficient are left out of the gradient GEMMs, which on a GPU means waiting.
+    How to compute:
+    row_ops: module with `row_stats` and `row_grad`; row_options: further arguments of both. gemms:
+    how GEMMs multiply. scale: multiplies a finished gradient by one number. stats_dtype: of row
+    statistics and sums. logits_dtype: of raw logits, [C, V]. fused: the forward pass writes no
+    logits. column_major: logits are the transpose of a contiguous matrix [V, C]. sliced_stats:
+    statistics can come from one slice of the columns after the other.
 
+    How to use memory:
+    reuses_memory: one workspace serves chunk after chunk. A GPU's allocator keeps memory; on a CPU
+    fresh memory costs more than the row operations. huge_pages: large gradients lie in huge pages.
+    drops_inactive: rows without a coefficient are left out of the gradient GEMMs. On a GPU, finding
+    those rows waits for the device.
+
+    How much at once:
     forward_tokens: most tokens of a chunk that a gradient follows. gradient_tokens: most tokens
-    whose gradients are made at once. stats_tokens, stats_columns: where no gradient follows.
-    slice_rows: rows of the weight in a slice; most_slice_rows is the caller's. most_picked: most
-    rows of hidden that slices may copy, or None for any. stash: where raw logits wait for slices.
-    keeps_last: slices take the last chunk's logits instead of making them again.
-    written_once: the weight's gradient is written by a single GEMM.
+    whose gradients are made at once. stats_tokens, stats_columns: most tokens and columns where no
+    gradient follows.
+
+    Who adds up gradients:
+    strategy: the pass. slice_rows: rows of the weight in a slice; most_slice_rows is the caller's
+    limit. most_picked: most rows of hidden that slices may copy, or None for any. stash: where raw
+    logits wait for slices. keeps_last: slices take the last chunk's logits instead of making them
+    again. written_once: the weight's gradient is written by a single GEMM.
     """
 
     budget: Budget
     row_ops: ModuleType
+    row_options: dict[str, int]
+    gemms: Gemms
+    scale: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     stats_dtype: torch.dtype
     logits_dtype: torch.dtype
     fused: bool
     column_major: bool
-    upcast: bool
     sliced_stats: bool
     reuses_memory: bool
+    huge_pages: bool
     drops_inactive: bool
     forward_tokens: int
     gradient_tokens: int
@@ -158,13 +187,16 @@ def make_plan(
     return Plan(
         budget=budget,
         row_ops=facts.row_ops,
+        row_options=facts.row_options(),
+        gemms=facts.gemms,
+        scale=facts.scale(),
         stats_dtype=problem.stats_dtype,
         logits_dtype=facts.logits_dtype,
         fused=facts.fused,
         column_major=facts.column_major,
-        upcast=facts.upcast,
         sliced_stats=facts.cpp_rows,
         reuses_memory=facts.on_cpu,
+        huge_pages=facts.on_cpu,
         drops_inactive=facts.on_cpu or problem.row_sampling is not None,
         forward_tokens=forward,
         gradient_tokens=size,
@@ -180,23 +212,51 @@ def make_plan(
     )
 
 
+def gemms_for(hidden: Tensor, budget: Budget) -> Gemms:
+    """How GEMMs of these hidden states, [N, H], multiply."""
+    return Gemms(
+        in_cpp=backends.gemms_in_cpp(hidden),
+        upcast=backends.upcasts_gemms(hidden),
+        writes_float32=backends.writes_float32(hidden),
+        block_bytes=budget.gemm_block_bytes,
+    )
+
+
 class _Facts:
     """What a plan depends on, read from the problem once."""
 
     def __init__(self, problem: Problem, budget: Budget) -> None:
-        hidden, chunked = problem.hidden, problem.backend == "chunked"
+        hidden, self.fused = problem.hidden, problem.features.fused
         self.problem, self.budget = problem, budget
-        self.on_cpu, self.fused = hidden.device.type == "cpu", problem.backend == "fused"
-        self.on_cpu_in_chunks = self.on_cpu and chunked
+        self.on_cpu = hidden.device.type == "cpu"
+        self.on_cpu_in_chunks = self.on_cpu and not self.fused
         self.row_ops = backends.row_operations(hidden)
         # C++ rows need no whole rows: a slice of the columns after the other will do.
-        self.cpp_rows = chunked and self.row_ops is cpu_rows
-        self.column_major = chunked and backends.gemms_want_column_major(hidden)
-        self.upcast = is_upcast(hidden)
+        self.cpp_rows = not self.fused and self.row_ops is cpu_rows
+        self.column_major = not self.fused and backends.gemms_want_column_major(hidden)
+        self.gemms = gemms_for(hidden, budget)
         self.logits_dtype = problem.logits_dtype or hidden.dtype
-        if self.upcast:
+        if self.gemms.upcast:
             self.logits_dtype = torch.float32
         self.chunk_tokens = self._chunk_tokens()
+
+    def row_options(self) -> dict[str, int]:
+        """What torch's row operations take beside the arguments that all of them have."""
+        if self.row_ops is not torch_rows:
+            return {}
+        budget = self.budget
+        size = budget.torch_rows_elements if self.on_cpu else budget.gpu_torch_rows_elements
+        return {"block_elements": size}
+
+    def scale(self) -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
+        """How a finished gradient is multiplied by one number: see `head.scaling`."""
+        if self.on_cpu:
+            return scaling.scale_unless_one
+        if not self.problem.hidden.is_cuda or self.problem.stats_dtype == torch.float64:
+            return scaling.scale
+        from aepo_kernels.gpu.scale import scale  # the package imports without triton
+
+        return scale
 
     def logits_bytes(self) -> int:
         """Bytes of a logit in a chunk, with its gradient where that is beside it."""
@@ -210,8 +270,8 @@ class _Facts:
         budget, most = self.budget.chunk_bytes, self.budget.chunk_tokens
         if self.column_major:
             budget //= 2  # their gradient is written twice
-        elif self.upcast or in_cpp(self.problem.hidden):
-            budget -= GEMM_BYTES
+        elif self.gemms.upcast or self.gemms.in_cpp:
+            budget -= self.budget.gemm_bytes
         if not self.on_cpu:
             budget, most = self.budget.gpu_chunk_bytes, self.budget.gpu_chunk_tokens
         if self.fused:
@@ -267,7 +327,7 @@ class _Facts:
         weight, budget = self.problem.weight, self.budget
         lent = weight.shape[1] * weight.element_size()  # bytes of a row of the weight's gradient
         chunk = self.chunk_tokens if self.keeps_last(rows) else 0
-        if self.upcast and rows > lent // torch.float32.itemsize + chunk:
+        if self.gemms.upcast and rows > lent // torch.float32.itemsize + chunk:
             inside = min(rows, lent // torch.float16.itemsize)
             held = budget.stash_bytes // (torch.float16.itemsize * self.problem.chunk_vocab)
             return Stash(torch.float16, min(rows - inside, held if chunk else 0))

@@ -1,4 +1,4 @@
-"""The head that tokens go through: GEMM 1 and the row operations on its raw logits."""
+"""The head: GEMM 1, from hidden states to raw logits, and the row operations on raw logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from aepo_kernels.cpu import rows as cpu_rows
-from aepo_kernels.gemm import add_product, matmul
 from aepo_kernels.head.plan import Plan
 from aepo_kernels.head.sharding import combine
 from aepo_kernels.head.stashed_logits import StashedLogits, logits_in
@@ -21,10 +20,10 @@ from aepo_kernels.rows.interface import LogitMap, RowCoefs, RowStats
 
 @dataclass(frozen=True)
 class Head:
-    """The head as GEMMs and row operations read it.
+    """The head's tensors, cast once, and the plan by which they are multiplied.
 
-    hidden: [N, H]. weight: [V, H] and lora, (A [R, H], B [V, R]), in hidden's dtype. squares: sums
-    of squared probabilities are wanted.
+    hidden: [N, H]. weight: [V, H] in hidden's dtype. lora: (A [R, H], B [V, R]) in hidden's dtype.
+    squares: sums of squared probabilities are wanted.
     """
 
     plan: Plan
@@ -37,40 +36,43 @@ class Head:
     squares: bool
 
     def workspace(self, tokens: int) -> Tensor | None:
-        """Memory for the logits of so many tokens, for chunk after chunk; None on a GPU."""
+        """Memory [tokens * V] for the logits of one chunk after the other; None on a GPU."""
         if not self.plan.reuses_memory or self.plan.fused:
             return None
         return self.hidden.new_empty(tokens * len(self.weight), dtype=self.plan.logits_dtype)
 
     def row_major_workspace(self, tokens: int) -> Tensor | None:
-        """Memory [C, V] for a row-major copy of the logits' gradient, where that is not."""
+        """Memory [tokens, V] for a row-major copy of the logits' gradient, or None.
+
+        Only a column-major gradient needs the copy.
+        """
         if not self.plan.column_major:
             return None
         width = len(self.weight)
-        # Rows a power of two apart would fall into the same few lines of the cache, and oneDNN
-        # multiplies up to 31 numbers beyond each row by zero.
-        space = self.hidden.new_empty(tokens, width + 32)  # [C, V + 32]
-        space[:, width:] = 0
-        return space[:, :width]
+        # Rows a power of two apart would fall into the same few lines of the cache. oneDNN
+        # multiplies up to 31 numbers beyond each row by zero, so these numbers must not be NaN.
+        workspace = self.hidden.new_empty(tokens, width + 32)  # [C, V + 32]
+        workspace[:, width:] = 0
+        return workspace[:, :width]
 
     def stats_workspace(self, tokens: int, least: int = 0) -> Tensor | None:
-        """Memory for `stats_alone`, of so many numbers at least."""
+        """Memory for `stats_alone` of so many tokens, or of `least` numbers if these are more."""
         if not self.plan.sliced_stats:
             return self.workspace(tokens)
         columns = min(self.plan.stats_columns, len(self.weight))
         return self.hidden.new_empty(max(tokens * columns, least), dtype=self.plan.logits_dtype)
 
     def logits_in(self, workspace: Tensor, tokens: int) -> Tensor:
-        """[C, V] at the front of contiguous memory, as logits lie."""
+        """The front of contiguous memory as logits [tokens, V], in the plan's layout."""
         column_major = self.plan.column_major
         return logits_in(workspace, tokens, len(self.weight), column_major=column_major)
 
     def forward(
         self, tokens: Tokens, workspace: Tensor | None = None
     ) -> tuple[Tensor | None, RowStats]:
-        """Raw logits of some tokens, [C, V], unless the forward is fused; and their statistics.
+        """Raw logits [C, V] of some tokens, or None with a fused forward; and statistics, [C] each.
 
-        The logits may lie in `workspace` and last until it is used again.
+        Logits in `workspace` last until the workspace is used again.
         """
         if self.plan.fused:
             return None, self._fused_stats(tokens)
@@ -79,7 +81,7 @@ class Head:
         return raw_logits, self.stats(tokens, raw_logits)
 
     def stats_alone(self, tokens: Tokens, workspace: Tensor | None) -> RowStats:
-        """Statistics [C] without logits that last; on a CPU they are read while they are cached."""
+        """Statistics, [C] each, without logits that last: a CPU reads logits while cached."""
         if not self.plan.sliced_stats:
             return self.forward(tokens, workspace)[1]
         assert workspace is not None
@@ -88,7 +90,10 @@ class Head:
     def stash_logits(
         self, stash: StashedLogits, tokens: Tokens, workspace: Tensor | None
     ) -> RowStats:
-        """Statistics [C], with logits that are kept; float16 ones are made in `workspace` first."""
+        """Statistics, [C] each; the logits stay in `stash`.
+
+        Logits for a float16 stash are made in `workspace` first.
+        """
         return self._sliced_stats(tokens, stash.size, workspace, stash)
 
     def _sliced_stats(
@@ -114,7 +119,7 @@ class Head:
         return self._whole(stats, tokens)
 
     def stats(self, tokens: Tokens, raw_logits: Tensor) -> RowStats:
-        """Statistics [C] of raw logits [C, V]; of whole rows where the vocabulary is sharded."""
+        """Statistics, [C] each, of raw logits [C, V]; a shard's become those of whole rows."""
         return self._whole(self.row_stats(tokens, raw_logits), tokens)
 
     def row_stats(self, tokens: Tokens, raw_logits: Tensor, **part: Any) -> Any:
@@ -127,6 +132,7 @@ class Head:
             self.logit_map,
             self.plan.stats_dtype,
             squares=self.squares,
+            **self.plan.row_options,
             **part,
         )
 
@@ -137,7 +143,7 @@ class Head:
         return combine(stats, tokens.targets, *temperatures, self.shard)
 
     def at(self, rows: slice) -> Head:
-        """The head of some rows of the vocabulary."""
+        """The head of a slice of the vocabulary: weight [S, H]."""
         bias, lora = self.logit_map.bias, self.lora
         return replace(
             self,
@@ -147,17 +153,18 @@ class Head:
         )
 
     def raw_logits(self, tokens: Tokens, out: Tensor | None = None) -> Tensor:
-        """GEMM 1: the raw logits of some tokens, [C, V], in `out` where there is one."""
+        """GEMM 1: the raw logits of some tokens, [C, V], in `out` [C, V] unless that is None."""
         inputs, dtype = take(self.hidden, tokens.positions), self.plan.logits_dtype  # [C, H]
+        gemms = self.plan.gemms
         if self.plan.column_major:
             transposed = None if out is None else out.T  # [V, C]
-            raw_logits = matmul(self.weight, inputs.T, dtype, out=transposed).T
+            raw_logits = gemms.matmul(self.weight, inputs.T, dtype, out=transposed).T
         else:
-            raw_logits = matmul(inputs, self.weight.T, dtype, out=out)
+            raw_logits = gemms.matmul(inputs, self.weight.T, dtype, out=out)
         if self.lora is not None:
             down, up = self.lora
-            low_rank = matmul(inputs, down.T).mul_(self.lora_scale)  # [C, R]
-            add_product(raw_logits, low_rank, up.T)
+            low_rank = gemms.matmul(inputs, down.T).mul_(self.lora_scale)  # [C, R]
+            gemms.add_product(raw_logits, low_rank, up.T)
         return raw_logits
 
     def dlogits(
@@ -171,13 +178,13 @@ class Head:
         row_major: Tensor | None = None,
         **stashed: Tensor,
     ) -> Tensor:
-        """The loss's gradient by the raw logits [C, V]: in hidden's dtype, or in place if upcast.
+        """The loss's gradient by the raw logits, [C, V] in hidden's dtype, or in place if upcast.
 
-        bias_grad: [V], added to. row_major: see `row_major_workspace`; gets the gradient as well.
-        stashed: see `StashedLogits.read`.
+        bias_grad: [V], the gradient's column sums are added to it. row_major: [C, V] from
+        `row_major_workspace`, gets a copy of the gradient. stashed: see `StashedLogits.read`.
         """
         if out is None:
-            in_place = raw_logits.dtype == self.hidden.dtype or self.plan.upcast
+            in_place = raw_logits.dtype == self.hidden.dtype or self.plan.gemms.upcast
             out = raw_logits
             if not in_place:
                 out = torch.empty_like(raw_logits, dtype=self.hidden.dtype)
@@ -191,6 +198,7 @@ class Head:
             coefs,
             out=out,
             bias_grad=bias_grad,
+            **self.plan.row_options,
             **({} if row_major is None else {"row_major": row_major}),
             **stashed,
         )

@@ -9,15 +9,15 @@ from aepo_kernels.problem import RowSampling
 from aepo_kernels.ranges import slices
 from aepo_kernels.rows.interface import RowCoefs, RowStats
 
-# Rows whose norm a CPU takes at a time: it makes a wide copy of them. Not measured.
+# Rows whose norm a CPU computes at a time: torch makes a float32 copy of those rows. Not measured.
 _NORM_ROWS = 16
 
 
 def rows_with_gradient(coefs: RowCoefs, *, look: bool) -> Tensor | slice | None:
     """Rows with a coefficient that is not zero, [A] or all; None if there are none.
 
-    Without a `look` that is every row: on a GPU finding out waits for the device, so that there the
-    caller says which tokens are active.
+    look: False takes every row. On a GPU a look at the coefficients would wait for the device, so
+    the caller says there which tokens are active.
     """
     known = [coef for coef in coefs if coef is not None]
     if not known or not len(known[0]):
@@ -39,7 +39,7 @@ def sample_rows(stats: RowStats, coefs: RowCoefs, how: RowSampling) -> tuple[Row
         size += coefs.second_logprob.abs() * -torch.expm1(stats.second_logprob)
     if coefs.entropy is not None:
         size += coefs.entropy.abs() * stats.entropy.clamp(0, 1)
-    # A row whose size rounds to nothing keeps a chance, and with it an unbiased gradient.
+    # Even a row whose size rounds to 0 must have a chance, or its gradient would be biased.
     keep_prob = (size / how.threshold).clamp(1e-3, 1)
     draw = torch.rand(size.shape, dtype=size.dtype, device=size.device, generator=how.generator)
     factor = (draw < keep_prob) / keep_prob
@@ -49,9 +49,9 @@ def sample_rows(stats: RowStats, coefs: RowCoefs, how: RowSampling) -> tuple[Row
 def variance_of(dlogits: Tensor, keep_prob: Tensor, *, few: bool) -> Tensor:
     """Unbiased estimate of the variance that sampling adds to the kept rows' logit gradients.
 
-    A row with gradient g, kept with probability q, adds |g|^2 (1/q - 1), of which a kept row
-    estimates (1 - q) |g / q|^2. dlogits: g / q, [A, V]. keep_prob: q, [A]. few: take few rows at a
-    time, as a CPU should.
+    A row with gradient g that is kept with probability q adds |g|^2 (1/q - 1) to the variance. A
+    kept row's estimate of it is (1 - q) |g / q|^2. dlogits: g / q, [A, V]. keep_prob: q, [A]. few:
+    take a few rows at a time, which a CPU needs.
     """
     size = _NORM_ROWS if few else len(dlogits)
     norms = [

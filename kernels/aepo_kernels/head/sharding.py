@@ -1,4 +1,4 @@
-"""A vocabulary over several ranks: each rank's row statistics become those of whole rows."""
+"""A vocabulary that is split over ranks: each rank's row statistics become those of whole rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aepo_kernels.rows.interface import RowStats
 
 
 def local_targets(targets: Tensor, shard: VocabShard, num_rows: int) -> Tensor:
-    """Targets [N] as rows of this rank's weight; -1 for those of other ranks."""
+    """Targets [N] as rows of this rank's weight; -1 where the target is another rank's."""
     local = targets - shard.start
     return local.masked_fill((local < 0) | (local >= num_rows), -1)
 
@@ -23,11 +23,12 @@ def combine(
     second_inv_temperature: float | Tensor | None,
     shard: VocabShard,
 ) -> RowStats:
-    """Statistics of the whole rows, each [C]; two all-reduces.
+    """Statistics of the whole rows, [C] each, from two all-reduces.
 
-    With l_r the normaliser and H_r the entropy of a rank, w_r = exp(l_r - l) is its mass, and the
-    row's entropy is sum_r w_r (H_r - log w_r). Everything is kept relative to the largest logit of
-    all ranks: at the size of the logits themselves, float32 would round the masses.
+    stats: of this rank's columns. A rank with normaliser l_r and entropy H_r has the mass w_r =
+    exp(l_r - l), and the row's entropy is sum_r w_r (H_r - log w_r). All numbers are relative to
+    the largest logit of all ranks: float32 would round the masses at the size of the logits
+    themselves.
     """
     owned = targets >= 0
     top = stats.max_logit.clone()

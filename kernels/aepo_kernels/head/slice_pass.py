@@ -1,6 +1,6 @@
 """Gradients by slices of the vocabulary, for all tokens at once: each weight row is written once.
 
-Raw logits wait for their slice where there is memory for them; the others are made again.
+Raw logits are stashed for their slice as far as memory allows. All other logits are made again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aepo_kernels.rows.interface import RowCoefs, RowStats
 
 
 class SlicePass:
-    """Keeps rows and adds all their gradients to `total` in `finish`, one slice after the other."""
+    """Keeps rows until `finish`, which adds their gradients to `total` by slices."""
 
     def __init__(self, plan: Plan, head: Head, total: Gradients) -> None:
         self.plan, self.head, self.total = plan, head, total
@@ -70,7 +70,7 @@ class SlicePass:
         return self.head.stats_alone(chunk, self.stats_workspace)
 
     def backward(self, chunk: Tokens, stats: RowStats, coefs: RowCoefs) -> None:
-        """Keep the rows with a coefficient for `finish`."""
+        """Keep the rows that have a coefficient for `finish`. coefs: [C] each."""
         logits, self.logits = self.logits, None
         active = rows_with_gradient(coefs, look=self.plan.drops_inactive)
         if active is None:
@@ -99,7 +99,7 @@ class SlicePass:
         return self.total
 
     def _make_stashes(self, tokens: int) -> list[StashedLogits]:
-        """Memory for logits of the first of so many tokens."""
+        """Stashes for logits of the first tokens, of so many in all."""
         plan, weight = self.plan, self.total.weight_shape
         if plan.stash is None:
             return []
@@ -118,7 +118,7 @@ class SlicePass:
         return self.plan.stash is not None and self.plan.stash.dtype == torch.float16
 
     def _slice_numbers(self, tokens: int) -> int:
-        """Numbers that `_add_slices` works in where float16 logits leave it that workspace."""
+        """Size of the workspace that `_add_slices` takes over with a float16 stash; 0 without."""
         rows = min(self.plan.slice_rows, len(self.head.weight))
         return tokens * rows if self._is_float16() else 0
 
@@ -134,9 +134,10 @@ class SlicePass:
         parts = [join_parts(list(few)) for _, few in groupby(self.parts, lambda x: id(x.logits))]
         count, size = sum(len(part.tokens.targets) for part in parts), self.plan.slice_rows
         first, total = self.head.at(slice(size)), self.total
-        # First of all: what statistics have left is as large, and malloc may still have it.
+        # This allocation comes first: memory that the statistics freed has the same size, and
+        # malloc may still hold it.
         workspace = first.workspace(count) if workspace is None else workspace
-        row_major_space = first.row_major_workspace(count)
+        copies = first.row_major_workspace(count)
         positions = join_tokens([part.tokens for part in parts]).positions
         inputs = take(self.head.hidden, positions)  # [A, H]
         whole = replace(self.head, hidden=inputs)  # or every slice would pick the rows again
@@ -147,7 +148,7 @@ class SlicePass:
         for rows in slices(len(self.head.weight), size):
             head = whole.at(rows)
             bias_grad = None if total.bias is None else total.bias[rows]
-            row_major = None if row_major_space is None else row_major_space[:, : len(head.weight)]
+            row_major = None if copies is None else copies[:, : len(head.weight)]  # [A, S]
             if workspace is None:
                 (part,) = parts
                 dlogits = _dlogits(part, head, rows, None, bias_grad, row_major)  # [A, S]
@@ -160,8 +161,8 @@ class SlicePass:
             row_major = dlogits if row_major is None else row_major
             total.set_weight(dlogits, inputs, rows)
             total.add_slice(dlogits, row_major, head.weight, head.lora, inputs, hidden, rows)
-            del dlogits, row_major  # which may be views of the workspace
-        del workspace, row_major_space
+            del dlogits, row_major  # both may be views of the workspace
+        del workspace, copies
         if in_place is None and hidden is not None:
             total.set_hidden(positions, hidden)
 
@@ -174,7 +175,7 @@ def _dlogits(
     bias_grad: Tensor | None,
     row_major: Tensor | None,
 ) -> Tensor:
-    """The gradient by the logits at a slice of the vocabulary, in `out` where there is one."""
+    """The gradient by a slice's logits, [A, S], in `out` unless that is None."""
     local, more = part.tokens.within(rows), dict[str, Tensor]()
     if isinstance(part.logits, Tensor):
         raw_logits = part.logits[:, rows]
@@ -188,7 +189,7 @@ def _dlogits(
 
 
 def _side_by_side(parts: list[Part]) -> list[Part]:
-    """The same for inputs that hold the parts' rows one part after the other."""
+    """The parts with positions in inputs that hold one part's rows after the other's."""
     start, placed = 0, []
     for part in parts:
         rows = slice(start, start + len(part.tokens.targets))

@@ -1,9 +1,9 @@
 """`linear_token_loss` by chunks of tokens, so that [N, V] logits never exist: chunked and fused.
 
-A chunk takes one GEMM for its logits and one read of them for row statistics. Where gradients are
-wanted, the logits become their own gradient, and two more GEMMs follow: the loss's derivatives are
-known within the chunk. The fused backend has no logits in its forward pass, so that it makes them
-again (4 GEMMs).
+A chunk takes one GEMM for its logits and one read of the logits for row statistics. The loss's
+derivatives are known within the chunk. So where gradients are wanted, the logits become their own
+gradient, and two more GEMMs follow. The fused backend has no logits in its forward pass and makes
+them again (4 GEMMs).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def token_loss(
     token_tensors: tuple[Tensor, ...],
     budget: Budget = DEFAULT_BUDGET,
 ) -> TokenLossOutput:
-    """`linear_token_loss`, with gradients computed here and only scaled in backward."""
+    """`linear_token_loss`: gradients are computed here, and backward only scales them."""
     inputs = problem.inputs
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    with torch.no_grad(), computing_on(problem.hidden.device):
+    with torch.no_grad(), computing_on(problem.hidden):
         tokens, num_active = _active_first(problem, tokens_of(problem))  # [M]
         num_active = num_active if any(needs) else 0
         plan = make_plan(problem, needs_weight=needs[1], rows=num_active, budget=budget)
@@ -77,7 +77,7 @@ def token_loss(
 
 
 class _AttachGradients(torch.autograd.Function):
-    """The loss, with gradients that are already known."""
+    """Gives the loss, [], the gradients that are known already."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, total: Gradients, *inputs: Tensor | None) -> Tensor:
@@ -105,9 +105,10 @@ class _AttachGradients(torch.autograd.Function):
 def _evaluate(
     loss_fn: TokenLoss, stats: RowStats, slices: list[Tensor], wants_grad: bool
 ) -> tuple[Tensor, dict[str, Tensor], RowCoefs]:
-    """Run the token loss on a chunk and differentiate it by its vectors.
+    """Run the token loss on a chunk and differentiate it by log-prob, entropy and second log-prob.
 
-    stats, and the coefficients that are returned: each [C]. slices: [C, ...].
+    stats: each [C]. slices: [C, ...]. Returns the chunk's loss, its metrics and coefficients, [C]
+    each.
     """
     values = stats.logprob, stats.entropy, stats.second_logprob
     if not wants_grad:
@@ -136,7 +137,7 @@ def _active_first(problem: Problem, tokens: Tokens) -> tuple[Tokens, int]:
     others = torch.ones(len(problem.targets), dtype=torch.bool, device=tokens.targets.device)
     others.index_fill_(0, problem.active, False)  # others[active] = False would wait for a GPU
     num_active = len(problem.active)
-    if isinstance(tokens.positions, Tensor):  # some are ignored, and finding them has waited
+    if isinstance(tokens.positions, Tensor):  # finding the ignored tokens has waited already
         others = others[tokens.positions]
         num_active = int((~others).sum())
     return tokens.at(others.to(torch.uint8).argsort(stable=True)), num_active

@@ -1,4 +1,4 @@
-"""The tokens that count: where they stand in the batch, their targets and temperatures."""
+"""Tokens that are not ignored: their positions in the batch, their targets and temperatures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aepo_kernels.ranges import join_positions, part_of
 
 @dataclass(frozen=True)
 class Tokens:
-    """Some of the tokens that count. targets: [M]. Temperatures are inverse: one number or [M]."""
+    """Some tokens of the batch that are not ignored, with inverse temperatures."""
 
     positions: Tensor | slice  # in the batch, [M]
     targets: Tensor  # [M]
@@ -24,7 +24,7 @@ class Tokens:
     second_inv_temperature: float | Tensor | None
 
     def at(self, index: Tensor | slice) -> Tokens:
-        """Some of these tokens."""
+        """The tokens at an index of these."""
         return Tokens(
             part_of(self.positions, index),
             self.targets[index],
@@ -39,7 +39,7 @@ class Tokens:
 
 
 def join_tokens(parts: Sequence[Tokens]) -> Tokens:
-    """Several sets of tokens as one."""
+    """Several sets of tokens as one, in order."""
     if len(parts) == 1:
         return parts[0]
     return Tokens(

@@ -1,1 +1,1 @@
-"""What a row of logits gives and takes: the interface of row operations, and torch's own."""
+"""Row operations: statistics and gradients of rows of logits. Their interface, and torch's own."""

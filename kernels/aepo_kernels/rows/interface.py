@@ -1,8 +1,8 @@
-"""The interface of row operations: what a row of logits gives, and what its gradient takes.
+"""The interface of row operations: a row's statistics, and the coefficients of its gradient.
 
-A row backend is a module with `row_stats` and `row_grad` of the signatures in
+A module of row operations has `row_stats` and `row_grad` with the signatures of
 `aepo_kernels.rows.torch_rows`. Raw logits, [C, V], are the output of the first GEMM: hidden @
-weight.T. `LogitMap` says how they become logits.
+weight.T. A `LogitMap` turns raw logits into logits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogitMap:
-    """Raw logits to logits: softcap * tanh(scale * (x + bias) / softcap). bias: [V] or None."""
+    """How raw logits x become logits: softcap * tanh(scale * (x + bias) / softcap).
+
+    bias: [V] or None. softcap: None leaves scale * (x + bias).
+    """
 
     bias: Tensor | None
     softcap: float | None
@@ -23,10 +26,10 @@ class LogitMap:
 
 
 class RowStats(NamedTuple):
-    """Statistics of tempered rows, each [C]; `max_logit` is of the logits before temperature.
+    """Statistics of rows under their temperature T, each [C], in nats.
 
-    log_sum = log sum_j exp((logit_j - max_logit) / T), so lse = max_logit / T + log_sum.
-    sum_squares = sum_j p_j^2, where asked for.
+    max_logit: the largest logit before temperature. log_sum = log sum_j exp((logit_j - max_logit) /
+    T), so that lse = max_logit / T + log_sum. sum_squares = sum_j p_j^2, where it is asked for.
     """
 
     logprob: Tensor
@@ -38,7 +41,7 @@ class RowStats(NamedTuple):
     sum_squares: Tensor | None = None
 
     def select(self, rows: Tensor | slice) -> RowStats:
-        """The statistics of some rows."""
+        """The statistics of some rows, [rows] each."""
         return RowStats(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
 
@@ -51,5 +54,5 @@ class RowCoefs(NamedTuple):
     second_logprob: Tensor | None
 
     def select(self, rows: Tensor | slice) -> RowCoefs:
-        """The coefficients of some rows."""
+        """The coefficients of some rows, [rows] each."""
         return RowCoefs(*(None if x is None else x[rows] for x in self))

@@ -9,12 +9,8 @@ from torch import Tensor
 
 from aepo_kernels.rows.interface import LogitMap, RowCoefs, RowStats
 
-# A log-weight that stands in for -inf: exp gives 0 as well, but 0 times it is 0 and not NaN.
+# A log-weight that replaces -inf: its exp is 0 as well, and 0 times it is 0, not NaN.
 _FLOOR = -1e30
-# Elements of a scratch buffer. On the CPU it should stay near the cache, yet every operation
-# pays for waking up threads, dearly so on a busy machine.
-_CPU_BLOCK_ELEMENTS = 2**22
-_GPU_BLOCK_ELEMENTS = 2**26
 
 
 def row_stats(
@@ -26,10 +22,16 @@ def row_stats(
     dtype: torch.dtype,
     *,
     squares: bool = False,
+    block_elements: int | None = None,
 ) -> RowStats:
-    """Log-prob, entropy and normalisers of each row, computed in `dtype`; raw_logits stay as is."""
+    """Log-prob, entropy and normalisers of each row, [C] each in `dtype`, in nats.
+
+    raw_logits: [C, V], not changed. targets: [C] int64. Inverse temperatures: a number or [C].
+    squares: give the sum of squared probabilities, too. block_elements: most elements of a scratch
+    buffer; None takes all rows at once.
+    """
     columns: list[list[Tensor | None]] = []
-    for rows, logits, work in _blocks(raw_logits, dtype, 2):
+    for rows, logits, work in _blocks(raw_logits, dtype, 2, block_elements):
         _to_logits(raw_logits[rows], logit_map, logits)
         max_logit = logits.amax(1, keepdim=True)  # [B, 1]
         centred = logits.sub_(max_logit)
@@ -68,6 +70,7 @@ def row_grad(
     *,
     out: Tensor,
     bias_grad: Tensor | None,
+    block_elements: int | None = None,
 ) -> None:
     """Write the loss's gradient by raw logits into `out`; add its column sums to `bias_grad`.
 
@@ -77,7 +80,7 @@ def row_grad(
     """
     dtype = stats.log_sum.dtype
     count = 3 if coefs.entropy is not None or coefs.second_logprob is not None else 2
-    for rows, logits, *work in _blocks(raw_logits, dtype, count):
+    for rows, logits, *work in _blocks(raw_logits, dtype, count, block_elements):
         _to_logits(raw_logits[rows], logit_map, logits)
         slope = None
         if logit_map.softcap is not None:
@@ -114,7 +117,8 @@ def _first_grad(
     inverse: float | Tensor,
     scale: float,
 ) -> Tensor:
-    # dz = exp(tempered) * (constant + slope * tempered), the row's factors gathered first.
+    # dz = exp(tempered) * (constant + slope * tempered). tempered, work: [B, V]. A row's factors,
+    # [B], are multiplied before they meet the matrix.
     zero = torch.zeros_like(stats.log_sum)
     by_target = zero if coef.logprob is None else coef.logprob
     constant = -by_target if coef.lse is None else coef.lse - by_target
@@ -130,12 +134,12 @@ def _first_grad(
     return _add_at_targets(grad, targets, target_grad.to(grad.dtype))
 
 
-# A target of -1 is another rank's: its row has no logit of the target, and no gradient through it.
+# A target of -1 belongs to another rank: the row has no logit of its target, and no gradient by it.
 
 
 def _at_targets(logits: Tensor, targets: Tensor) -> Tensor:
     column, last = targets[:, None], logits.shape[1] - 1
-    # On a GPU nobody has looked at the targets.
+    # On a GPU no check has looked at the targets.
     bad = (column < -1) | (column > last)
     return logits.gather(1, column.clamp(0, last)).masked_fill(bad, torch.nan)
 
@@ -147,12 +151,11 @@ def _add_at_targets(grad: Tensor, targets: Tensor, values: Tensor) -> Tensor:
 
 
 def _blocks(
-    raw_logits: Tensor, dtype: torch.dtype, num_buffers: int
+    raw_logits: Tensor, dtype: torch.dtype, num_buffers: int, block_elements: int | None
 ) -> Iterator[tuple[slice, *tuple[Tensor, ...]]]:
     """Slices of rows, each with scratch buffers [rows, V] in `dtype`; buffers are reused."""
     num_rows, vocab = raw_logits.shape
-    on_cpu = raw_logits.device.type == "cpu"
-    size = max(1, (_CPU_BLOCK_ELEMENTS if on_cpu else _GPU_BLOCK_ELEMENTS) // vocab)
+    size = max(1, num_rows if block_elements is None else block_elements // vocab)
     shape = (min(size, num_rows), vocab)
     buffers = [
         torch.empty(shape, dtype=dtype, device=raw_logits.device) for _ in range(num_buffers)
@@ -172,7 +175,7 @@ def _to_logits(raw_logits: Tensor, logit_map: LogitMap, out: Tensor) -> Tensor:
 
 
 def _scale_(values: Tensor, factor: float | Tensor) -> Tensor:
-    # A plain 1.0, the common case, saves a pass.
+    # A factor of 1.0, the common case, needs no pass over the values.
     return values if isinstance(factor, float) and factor == 1.0 else values.mul_(factor)
 
 

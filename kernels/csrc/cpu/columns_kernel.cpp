@@ -1,5 +1,5 @@
-// Row operations on bf16 logits that lie by columns, as weight @ hidden.T makes them: a vector holds
-// one column's logits of neighbouring rows, and each lane is a row of its own.
+// Row operations on column-major bf16 logits, the layout of weight @ hidden.T. A vector holds one
+// column's logits of neighbouring rows, so that each lane is one row.
 
 #include "columns_kernel.h"
 
@@ -15,19 +15,22 @@
 
 namespace {
 
-// Columns whose floats, of one vector's rows, stay in the first-level cache.
+// Columns of a run: their floats, for one vector of rows, stay in the first-level cache. Not
+// measured.
 constexpr std::int64_t kRun = 128;
-// Rows of a task; its columns are a block, which has sums of its own that are added up in order.
+// Rows of a task. A task's columns are a block with sums of its own; blocks are added up in order.
+// Not measured.
 constexpr std::int64_t kBand = 64;
-// Columns that are asked for before they are needed: their pieces are too far apart to be foreseen.
+// Columns by which the code prefetches: they are too far apart for the processor to foresee the
+// next one. Not measured.
 constexpr std::int64_t kAhead = 32;
 
 const BFloat16* at(const AepoLogits& logits, std::int64_t column, std::int64_t row) {
   return static_cast<const BFloat16*>(logits.products) + column * logits.column_stride + row;
 }
 
-// The logits of up to a vector's rows in a column; 0 in the lanes beyond. GCC would leave it out of
-// line, which costs a third of the time.
+// The logits of one column for at most a vector of rows; 0 in the other lanes. GCC would not inline
+// the function on its own, which costs a third of the time.
 __attribute__((always_inline)) inline Floats logits_of(const AepoLogits& logits,
                                                        std::int64_t column, std::int64_t row,
                                                        std::int64_t count) {
@@ -44,7 +47,7 @@ __attribute__((always_inline)) inline Floats logits_of(const AepoLogits& logits,
   return shaped(logits, value);
 }
 
-// What is known of each row of a band after some of its columns.
+// The running statistics of each row of a band, [kBand], after some of its columns.
 struct Band {
   float max[kBand], inverse[kBand], second_inverse[kBand];
   double weights[kBand] = {}, tempered[kBand] = {}, squares[kBand] = {}, second[kBand] = {};
@@ -67,7 +70,7 @@ struct Band {
     return state;
   }
 
-  // Takes larger maxima of a vector's rows.
+  // Raises the maxima of a vector of rows where `largest` is larger, and rescales their sums.
   void raise(std::int64_t first, Floats largest) {
     bool grew = false;
     for (int lane = 0; lane < kLanes; ++lane) grew |= largest[lane] > max[first + lane];
@@ -90,7 +93,8 @@ void add(double* sums, Floats more) {
   for (int lane = 0; lane < kLanes; ++lane) sums[lane] += more[lane];
 }
 
-// Adds a run of columns of the vector of rows that starts at `row`, the `first` of the band.
+// Adds columns `start` to `end` of the vector of rows from `row` on. first: the row within the
+// band.
 void add_run(const AepoLogits& logits, bool squares, std::int64_t row, std::int64_t count,
              std::int64_t start, std::int64_t end, std::int64_t first, Band& band) {
   Floats block[kRun], largest = load(band.max + first);
@@ -101,7 +105,8 @@ void add_run(const AepoLogits& logits, bool squares, std::int64_t row, std::int6
     largest = largest < value ? value : largest;
   }
   band.raise(first, largest);
-  // While all logits are -inf there is no largest, yet NaN among them has to get into the sums.
+  // While all logits are -inf, the base is finite, so that a NaN among them still gets into the
+  // sums.
   const Floats base = larger(all(std::numeric_limits<float>::lowest()), largest);
   const Floats inverse = load(band.inverse + first);
   Floats weights{}, tempered{}, squared{};
@@ -124,7 +129,8 @@ void add_run(const AepoLogits& logits, bool squares, std::int64_t row, std::int6
   add(band.second + first, second);
 }
 
-// One block of columns of a band of rows; `numbers` are the block's, [rows, kStateSize].
+// The running statistics of one block of columns for a band of rows. numbers: the block's, [rows,
+// kStateSize].
 void stats_of_task(const AepoLogits& logits, bool squares, std::int64_t block, std::int64_t row,
                    double* numbers) {
   Band band(logits, row);
@@ -189,7 +195,7 @@ int row_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState&
   return 0;
 }
 
-// GradOfRow of one vector's rows.
+// GradOfRow of a vector of rows: lane i belongs to row i.
 struct GradOfRows {
   Floats max, inverse, second_inverse, constant, slope, second, at_target;
   Ints target;
@@ -227,10 +233,12 @@ __attribute__((always_inline)) inline Floats grad_of(const AepoLogits& logits,
   return value;
 }
 
-// Two vectors of columns by one of rows: the least that becomes whole vectors in either layout.
+// Columns of a tile. Two vectors of columns by one vector of rows are the smallest tile that
+// consists of whole vectors in either layout.
 constexpr std::int64_t kTile = 2 * kLanes;
 
-// The gradient of a tile; adds each column's sum over its rows to `sums`, where there are any.
+// The gradient of a tile, [kTile columns, kLanes rows]. Adds each column's sum over the rows to
+// `sums` [kTile], unless that is null.
 void grad_of_tile(const AepoLogits& logits, const AepoGrad& grad, const GradOfRows& rows,
                   bool has_second, std::int64_t start, std::int64_t row, double* sums) {
   const std::int64_t columns = std::min<std::int64_t>(kTile, logits.vocab - start);

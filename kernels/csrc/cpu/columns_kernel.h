@@ -1,4 +1,4 @@
-// The same operations on logits that lie by columns; interface.cpp chooses.
+// The row operations on column-major logits; interface.cpp chooses between these and rows_kernel.h.
 #pragma once
 
 #include "rows.h"

@@ -8,7 +8,7 @@
 
 namespace {
 
-// A vector of which only so many elements exist, 0 beyond them.
+// Loads a vector of which only `count` elements exist; the other lanes are 0.
 template <typename Value>
 inline Floats load_some(const Value* from, std::int64_t count) {
   if (count >= kLanes) return load(from);
@@ -25,7 +25,7 @@ inline void store_some(Value* to, Floats value, std::int64_t count) {
   std::copy(padded, padded + count, to);
 }
 
-// Calls with a null pointer to the type of a dtype; 1 where there is none.
+// Calls with a null pointer of a dtype's C++ type; returns 1 for an unknown dtype.
 template <typename Call>
 inline int with_type(std::int32_t dtype, Call call) {
   switch (dtype) {

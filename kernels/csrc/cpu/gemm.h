@@ -5,16 +5,16 @@
 
 #include "rows.h"
 
-// Strides are in elements; one of the two is 1.
+// A matrix. Strides are in elements, and one of the two is 1.
 struct AepoMatrix {
   const void* data;
   std::int32_t dtype;
   std::int64_t row_stride, column_stride;
 };
 
-// out = left @ right, or out + left @ right where `add`: [rows, columns] of [rows, inner] and
-// [inner, columns], each size at least 1. Sums are fp32, rounded once; their order is no matter of the
-// threads.
+// out = left @ right, or out + left @ right where `add` is set. left: [rows, inner]. right: [inner,
+// columns]. out: [rows, columns]. Each size is at least 1. Sums are fp32 and rounded once. Their
+// order, and so the bits, do not depend on the number of threads.
 struct AepoGemm {
   AepoMatrix left, right;
   void* out;  // unit stride along the columns

@@ -1,10 +1,11 @@
 // Matrix products by packed panels in float32, compiled for AVX2 alone.
 //
-// The result is made in tiles: a block of `inner` at a time, columns of the right operand are packed
-// (to stay in the last cache), then rows of the left one (to stay in the second), and both are run
-// over by the few rows and columns whose sums fit into registers. Packing is what widens
-// half precision, so that no wide copy of an operand is ever written to memory. The scheme is that
-// of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
+// The result is made tile by tile, and for each tile a block of `inner` at a time. Columns of the
+// right operand are packed first, and stay in the last-level cache. Rows of the left operand are
+// packed next, and stay in the second-level cache. The inner loop then takes the few rows and
+// columns whose sums fit into registers. Packing upcasts half precision, so that no float32 copy of
+// a whole operand is ever written to memory. The scheme is that of Goto and van de Geijn, "Anatomy
+// of High-Performance Matrix Multiplication" (2008).
 
 #include "gemm_kernel.h"
 
@@ -22,13 +23,17 @@ namespace {
 
 using Index = std::int64_t;
 
-constexpr int kRows = 6, kVectors = 2, kColumns = kVectors * kLanes;  // of sums in registers
+// Rows and columns whose sums are in registers: 12 of AVX2's 16.
+constexpr int kRows = 6, kVectors = 2, kColumns = kVectors * kLanes;
+// Most `inner` of a block, and rows of the left operand that are packed at once. Not measured.
 constexpr Index kInner = 576, kPackedRows = 120;
-// Products that are added up before they join the sum so far: a longer chain rounds worse.
+// Products that are added up in registers before they join the sum so far. A longer chain rounds
+// worse. Not measured.
 constexpr Index kChain = 192;
-// Of all threads' tiles: columns, of 128 to 768 each, and sums that need a copy.
+// Limits for the tiles of all threads together: columns (a tile has 128 to 768) and sums that need
+// a copy. Not measured.
 constexpr Index kAllColumns = 1536, kAllSums = 3 << 18;
-// To pack an element takes as long as to multiply it by so many numbers.
+// Packing one element costs as much time as multiplying it by so many numbers. Not measured.
 constexpr double kPackLeft = 5, kPackRight = 4;
 constexpr std::size_t kLine = 64;  // bytes of a line of the cache
 
@@ -46,7 +51,8 @@ Room room(Index count) {
   return Room(memory);
 }
 
-// A square of words, in place: vector.h's is made of shuffles that AVX2 has no single instruction for.
+// Transposes a square of words in place. AVX2 has no single instruction for the shuffles of
+// vector.h's transpose.
 inline void transpose_square(__m256 (&x)[8]) {
   __m256 pairs[8];
   for (int i = 0; i < 8; i += 4) {
@@ -64,21 +70,24 @@ inline void transpose_square(__m256 (&x)[8]) {
   }
 }
 
-// Packing reads pieces too short for the processor to foresee the next ones, which it asks for.
+// Packing reads short pieces, so that the processor does not foresee the next one: the code
+// prefetches it.
 
-// Panels of kWidth of the items, each with all of its items for one k after the other; items beyond
-// the last are 0. Writes up to a vector beyond the last panel. Here items lie side by side.
+// Packs items (rows of the left operand, or columns of the right one) into panels [inner, kWidth]
+// of kWidth items each. Items beyond the last are 0. Writes up to one vector beyond the last panel.
+// This function is for items that are adjacent in memory.
 template <int kWidth, typename Value>
 void pack_adjacent(const Value* from, Index k_stride, Index items, Index inner, float* to) {
   constexpr int kParts = (kWidth + kLanes - 1) / kLanes;
-  constexpr Index kBlock = 8;  // of k: rows that stay in the first cache though they share its sets
+  // k at a time: their lines stay in the first-level cache although they fall into the same sets.
+  constexpr Index kBlock = 8;
   for (Index start = 0; start < inner; start += kBlock) {
     const Index stop = std::min(start + kBlock, inner);
     for (Index first = 0; first < items; first += kWidth) {
       const Index left = items - first;
       float* panel = to + first * inner;
       const Value* at = from + first + start * k_stride;
-      // Whole vectors may reach into what is written next, not into the panel after that.
+      // A whole vector may reach into memory that is written next, but not into the next panel.
       if (left >= kParts * kLanes && (kWidth % kLanes == 0 || stop < inner)) {
         for (Index k = start; k < stop; ++k, at += k_stride) {
           __builtin_prefetch(at + kBlock * k_stride);
@@ -98,7 +107,7 @@ void pack_adjacent(const Value* from, Index k_stride, Index items, Index inner, 
   }
 }
 
-// The same where each item's numbers for one k after the other lie side by side.
+// The same for items whose numbers for successive k are adjacent in memory.
 template <int kWidth, typename Value>
 void pack_across(const Value* from, Index item_stride, Index items, Index inner, float* to) {
   constexpr int kMost = kWidth < kLanes ? kWidth : kLanes;
@@ -159,8 +168,9 @@ __attribute__((always_inline)) inline void add_product(const float* left, const 
   }
 }
 
-// out[kRows, kColumns] = a panel of rows times one of columns, or out + that. Out of line and
-// unrolled by hand, or GCC would spill sums in some copies of it.
+// out [kRows, kColumns] = a panel of rows times a panel of columns; add: out + that product. The
+// function is out of line and unrolled by hand, because GCC would spill sums in some inlined
+// copies.
 __attribute__((noinline)) void multiply(const float* left, const float* right, Index inner,
                                         float* out, Index stride, bool add) {
   for (int i = 0; i < kRows; ++i) __builtin_prefetch(out + i * stride, 1);
@@ -187,7 +197,7 @@ __attribute__((noinline)) void multiply(const float* left, const float* right, I
   }
 }
 
-// The same for what is left of the rows and columns at an edge.
+// The same for the last rows and columns, which may be fewer than kRows and kColumns.
 void multiply_edge(const float* left, const float* right, Index inner, float* out, Index stride,
                    bool add, Index rows, Index columns) {
   float whole[kRows * kColumns] = {};
@@ -200,26 +210,26 @@ void multiply_edge(const float* left, const float* right, Index inner, float* ou
   }
 }
 
-// A part of the result; as a size, the most a part has.
+// A part of the result: its first row and column, and its size. As a size alone: the largest part.
 struct Tile {
   Index row, column, rows, columns;
 };
 
-// What is multiplied, and by blocks of how many k.
+// The product to compute. block: `inner` that is taken at a time.
 struct Task {
   const AepoGemm& gemm;
   Index block;
 
-  // Rows of a tile whose sums are kept: each block of k adds to all of them.
+  // Rows of a tile whose sums are kept: all of them where several blocks of k add to each sum.
   Index kept_rows(Index rows) const {
     return gemm.inner > block ? rows : std::min(rows, kPackedRows);
   }
 };
 
-// A size of tiles for which packing and uneven shares of the threads cost least.
+// The size of tiles at which packing and uneven shares of the threads cost least.
 Tile size_of_tiles(const Task& task) {
   const AepoGemm& gemm = task.gemm;
-  // Whole panels, which is what packing writes.
+  // Packing writes whole panels.
   const Index share = kAllColumns / gemm.threads / kColumns * kColumns;
   const Index most = std::clamp<Index>(share, 128, 768);
   const Index sums = kAllSums / std::min(gemm.threads, 16);
@@ -234,7 +244,7 @@ Tile size_of_tiles(const Task& task) {
       const Index tiles = parts(gemm.rows, rows) * parts(gemm.columns, columns);
       const double rounds = double(parts(tiles, gemm.threads));
       const double packing = kPackLeft / double(columns) + kPackRight / double(rows);
-      // The last term: one thread may be held up in any tile.
+      // The 0.05: any one thread may be held up in a tile.
       const double time = double(rows * columns) * (1 + packing) * (rounds + 0.05);
       if (time < least) {
         least = time;
@@ -258,7 +268,7 @@ void round_rows(const float* sums, Index rows, Index columns, bool add, Out* out
   }
 }
 
-// One thread's memory, and what it does with it.
+// One thread's workspace, and its part of the work.
 template <typename Out>
 class Worker {
  public:
@@ -288,7 +298,7 @@ class Worker {
  private:
   static constexpr bool kInPlace = std::is_same_v<Out, float>;
 
-  // Rows of a tile from `top` on, by a block from k on.
+  // Adds a block of `inner` from k on to a tile's rows from `top` on.
   void multiply_part(const Tile& part, Index top, Index k, Index inner) {
     Out* out = static_cast<Out*>(gemm_.out) + part.row * gemm_.row_stride + part.column;
     if constexpr (kInPlace) {
@@ -324,7 +334,7 @@ class Worker {
 
 template <typename Out>
 int multiply_all(const AepoGemm& gemm) {
-  // Blocks of one size, and a matter of `inner` alone: so are the sums' roundings.
+  // All blocks have one size, which depends on `inner` alone. So do the roundings of the sums.
   const Task task{gemm, up(parts(gemm.inner, parts(gemm.inner, kInner)), 8)};
   const Tile size = size_of_tiles(task);
   const Index across = parts(gemm.columns, size.columns);

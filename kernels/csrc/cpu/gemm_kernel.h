@@ -1,4 +1,4 @@
-// Matrix products, which AVX2 alone has; interface.cpp asks whether it runs here.
+// Matrix products for AVX2; interface.cpp asks whether this machine runs AVX2.
 #pragma once
 
 #include "gemm.h"

@@ -28,7 +28,7 @@ constexpr const char* kFirst = "portable";
 #endif
 
 #if defined(__x86_64__)
-// Not every compiler's __builtin_cpu_supports knows its name.
+// Not every compiler's __builtin_cpu_supports knows the name f16c.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -73,7 +73,7 @@ int aepo_row_grad(const AepoLogits* logits, const AepoStats* stats, const AepoCo
                   const AepoGrad* grad, std::int32_t isa) {
   const bool by_columns[] = {logits->column_stride != 1, grad->column_stride != 1};
   if (by_columns[0] != by_columns[1] && logits->rows > 1 && logits->vocab > 1) return 1;
-  if (by_columns[0] || by_columns[1]) {  // one row lies either way
+  if (by_columns[0] || by_columns[1]) {  // a single row, or column, has both layouts
     return kIsas[isa].columns->row_grad(*logits, *stats, *coefs, *grad);
   }
   return kIsas[isa].rows->row_grad(*logits, *stats, *coefs, *grad);
@@ -85,7 +85,7 @@ int aepo_sample_rows(const AepoLogits* logits, const AepoSample* sample, std::in
 
 int aepo_gemm([[maybe_unused]] const AepoGemm* gemm) {
 #if defined(__x86_64__)
-  if (kIsas[1].runs()) return avx2_gemm(*gemm);  // that is avx2
+  if (kIsas[1].runs()) return avx2_gemm(*gemm);  // number 1 is avx2
 #endif
   return 2;
 }

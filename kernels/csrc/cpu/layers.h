@@ -1,7 +1,7 @@
 // What a transformer's layers do between their GEMMs: the C interface, free of torch.
 //
-// Arrays have unit stride along their last dimension; strides are in elements. They compute in
-// fp32, round once, and give the same bits for any number of threads.
+// Arrays have unit stride along their last dimension. Strides are in elements. The functions
+// compute in fp32, round once, and give the same bits at any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 // out = weight * x / sqrt(mean(x^2) + eps), row by row: [rows, columns].
 struct AepoNorm {
   const void *x, *weight;  // weight: [columns], of dtype weight_dtype
-  void* out;               // for the gradient: that by `out`, which is only read
+  void* out;               // the gradient functions read the gradient by `out` here
   float* rstd;             // 1 / sqrt(...): [rows]
   void* x_grad;            // of x's dtype
   float* weight_grad;      // [columns]; may be null
@@ -20,17 +20,18 @@ struct AepoNorm {
   float eps;
 };
 
-// out = gate * sigmoid(gate) * up: [count], all of one dtype.
+// out = gate * sigmoid(gate) * up, [count] each, all of one dtype.
 struct AepoSwiglu {
   const void *gate, *up;
-  void* out;  // for the gradient: that by `out`, which is only read
+  void* out;  // the gradient function reads the gradient by `out` here
   void *gate_grad, *up_grad;
   std::int32_t dtype, threads;
   std::int64_t count;
 };
 
-// Rotates the halves of x's last dimension: out = x * cos + (-x_2, x_1) * sin, or the transpose of
-// that map. x, out: [batch, heads, length, width]; cos, sin: [batch, length, width].
+// Rotates the two halves of x's last dimension: out = x * cos + (-x_2, x_1) * sin. transpose: apply
+// the transposed map, which gives the gradient. x, out: [batch, heads, length, width]. cos, sin:
+// [batch, length, width].
 struct AepoRotary {
   const void *x, *cos, *sin;
   void* out;
@@ -39,9 +40,10 @@ struct AepoRotary {
   std::int64_t x_strides[3], out_strides[3], angle_strides[2];
 };
 
-// softmax(scale * q k^T + mask) v of one query a row and head; `shared` heads of keys and values,
-// each for heads / shared queries in a row. q, out: [batch, heads, width]; k, v: [batch, shared,
-// keys, width]; mask, added to the scores: [batch, keys], may be null.
+// Attention of one query per row and head: softmax(scale * q k^T + mask) v. Each of the `shared`
+// heads of keys and values serves heads / shared neighbouring queries. q, out: [batch, heads,
+// width]. k, v: [batch, shared, keys, width]. mask: [batch, keys], added to the scores, may be
+// null.
 struct AepoDecode {
   const void *q, *k, *v, *mask;
   void* out;
@@ -52,7 +54,7 @@ struct AepoDecode {
 };
 
 extern "C" {
-// All return 0, or 1 where a dtype is unknown. isa: see aepo_isa_name.
+// All functions return 0, or 1 where a dtype is unknown. isa: see aepo_isa_name.
 AEPO_EXPORT int aepo_rms_norm(const AepoNorm* norm, std::int32_t isa);
 AEPO_EXPORT int aepo_rms_norm_grad(const AepoNorm* norm, std::int32_t isa);
 AEPO_EXPORT int aepo_swiglu(const AepoSwiglu* swiglu, std::int32_t isa);

@@ -1,4 +1,5 @@
-// The layers' operations themselves, compiled once per instruction set with AEPO_LAYERS naming it.
+// The layers' operations. This file is compiled once per instruction set, and AEPO_LAYERS names the
+// result.
 
 #include "layers_kernel.h"
 
@@ -13,12 +14,13 @@
 
 namespace {
 
-// Rows whose weight gradients are summed before those of different blocks are added up.
+// Rows of a block: their weight gradients are summed first, and then the sums of all blocks. Not
+// measured.
 constexpr std::int64_t kRowBlock = 32;
-// Elements that a thread takes at once.
+// Elements that a thread takes at once. Not measured.
 constexpr std::int64_t kCountBlock = 1 << 14;
 
-// Widens an array; false where the dtype is unknown.
+// Upcasts an array to float32, [count]; false where the dtype is unknown.
 bool widen(const void* from, std::int32_t dtype, std::int64_t count, float* to) {
   return with_type(dtype, [&](auto* type) {
     const auto* values = static_cast<decltype(type)>(const_cast<void*>(from));
@@ -33,7 +35,7 @@ using Four = float __attribute__((vector_size(16)));
 using Eight = float __attribute__((vector_size(32)));
 using Sixteen = float __attribute__((vector_size(64)));
 
-// The lanes' sum, by adding one half of them to the other.
+// The sum of the lanes: one half is added to the other, until one lane is left.
 inline float total(Four value) { return (value[0] + value[2]) + (value[1] + value[3]); }
 
 inline float total(Eight value) {
@@ -48,7 +50,7 @@ inline float total(Sixteen value) {
   return total(halves[0] + halves[1]);
 }
 
-// Sum over a row of what `at` gives from a column on, 0 beyond its end.
+// The sum over a row. at: gives a vector from a column on, with 0 beyond the row's end.
 template <typename At>
 float row_sum(std::int64_t columns, At at) {
   Floats parts[kParts] = {};
@@ -84,7 +86,8 @@ int norm_rows(const AepoNorm& norm, const float* weight) {
   return 0;
 }
 
-// With u = weight * dy and n = x * rstd: dx = rstd (u - n mean(u n)), dweight = sum over rows dy n.
+// With u = weight * dy and n = x * rstd: dx = rstd (u - n mean(u n)), and dweight is the sum of dy
+// n over the rows.
 template <typename Value, typename Out>
 int norm_grad_rows(const AepoNorm& norm, const float* weight) {
   const std::int64_t columns = norm.columns, blocks = (norm.rows + kRowBlock - 1) / kRowBlock;
@@ -145,7 +148,7 @@ Floats sigmoid(Floats x) {
   return (x < 0.0f ? power : all(1.0f)) / (1.0f + power);
 }
 
-// Calls with each vector's first element and how many are left.
+// Calls with the index of each vector's first element, and with the number of elements left.
 template <typename Call>
 void for_vectors(std::int64_t count, std::int32_t threads, Call call) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -225,7 +228,8 @@ int rotary(const AepoRotary& given) {
   });
 }
 
-// softmax(scores + mask) in place; the room beyond the keys, to a multiple of kLanes, becomes 0.
+// softmax(scores + mask) in place. scores: [keys], padded to a multiple of kLanes; the padding
+// becomes 0. mask: [keys] or null.
 template <typename Mask>
 void softmax(float* scores, std::int64_t keys, const Mask* mask) {
   Floats largest = all(-INFINITY);
@@ -237,7 +241,7 @@ void softmax(float* scores, std::int64_t keys, const Mask* mask) {
     store(scores + key, score);
     largest = larger(score, largest);
   }
-  // Where no key is to be seen all weights are 0.
+  // Where the mask hides all keys, all weights are 0.
   const float max = std::max(maximum(largest), -std::numeric_limits<float>::max());
   const float weights = row_sum(keys, [&](std::int64_t key) {
     const Floats weight = exp_negative(load(scores + key) - max);
@@ -250,8 +254,8 @@ void softmax(float* scores, std::int64_t keys, const Mask* mask) {
   }
 }
 
-// kCount queries, from one on, that share a head of keys and values; `room` is for
-// kCount * (width + keys), each padded to kLanes.
+// Attention of kCount neighbouring queries, from `head` on, that share a head of keys and values.
+// room: a workspace of kCount * (width + keys) floats, both padded to multiples of kLanes.
 template <int kCount, typename Value, typename Mask>
 void decode_queries(const AepoDecode& given, std::int64_t batch, std::int64_t head, float* room) {
   const std::int64_t width = given.width, keys = given.keys;
@@ -298,7 +302,7 @@ void decode_queries(const AepoDecode& given, std::int64_t batch, std::int64_t he
 
 template <typename Value, typename Mask>
 int decode_all(const AepoDecode& given) {
-  constexpr int kMost = 4;  // whose sums stay in registers
+  constexpr int kMost = 4;  // queries whose sums stay in registers
   const std::int64_t queries = given.heads / given.shared;
 #pragma omp parallel num_threads(given.threads)
   {

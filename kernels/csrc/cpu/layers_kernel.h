@@ -1,4 +1,4 @@
-// The layers' operations of each instruction set; interface.cpp chooses among them.
+// The layers' operations, by instruction set; interface.cpp chooses among them.
 #pragma once
 
 #include "layers.h"

@@ -1,4 +1,4 @@
-// What is known of a row of logits and of its gradient, however the logits lie in memory.
+// The statistics of a row of logits and its gradient, whatever the logits' layout in memory.
 // Everything has internal linkage: this is compiled once per target.
 #pragma once
 
@@ -11,12 +11,13 @@
 
 namespace {
 
-// Columns whose weights are summed up in float32, in 16 lanes or 16 runs, and then in float64.
+// Columns of a block: its weights are summed in float32, in 16 lanes or 16 runs, and the blocks'
+// sums in float64. The bits of all statistics depend on it. Not measured.
 constexpr std::int64_t kBlock = 2048;
-// Stands in for -inf: its exp is 0 as well, but 0 times it is 0 and not NaN.
+// Replaces -inf: its exp is 0 as well, and 0 times it is 0, not NaN.
 constexpr float kFloor = -1e30f;
 
-// Logits of products to which the bias was added.
+// Logits from raw logits to which the bias is added already.
 inline Floats shaped(const AepoLogits& logits, Floats value) {
   if (logits.softcap != 0) {
     return tanh_of(value * (logits.scale / logits.softcap)) * logits.softcap;
@@ -24,7 +25,8 @@ inline Floats shaped(const AepoLogits& logits, Floats value) {
   return logits.scale == 1.0f ? value : value * logits.scale;
 }
 
-// Sums over a row of w = exp((z - max) / T), kept right as the maximum grows.
+// Sums over a row of w = exp((z - max) / T): of w, of w (z - max) / T and of w^2. They are rescaled
+// when the maximum grows.
 struct Sums {
   double weights = 0, tempered = 0, squares = 0;
 
@@ -36,7 +38,7 @@ struct Sums {
   }
 };
 
-// What is known of a row after some of its columns.
+// A row's running statistics, after some of its columns. second: for the second temperature.
 struct RowState {
   float max = -std::numeric_limits<float>::infinity(), target = 0;
   Sums first, second;
@@ -86,8 +88,9 @@ inline void finish_row(const AepoLogits& logits, const AepoStats& stats, std::in
   }
 }
 
-// dz_j = ((c_lp (1{j=y} - p_j) + c_lse p_j - c_H p_j (log p_j + H)) / T + c_2 (1{j=y} - q_j) / T2,
-// written as w_j (constant + slope t_j) + v_j second + what the target adds.
+// dz_j = ((c_lp (1{j=y} - p_j) + c_lse p_j - c_H p_j (log p_j + H)) / T + c_2 (1{j=y} - q_j) / T2.
+// With t = (z - max) / T, w = exp(t) and v = exp((z - max) / T2), this is
+// w_j (constant + slope t_j) + v_j second, plus at_target for j = y.
 struct GradOfRow {
   float max, inverse, second_inverse, constant, slope, second, at_target;
   std::int64_t target;

@@ -1,4 +1,5 @@
-// The row operations themselves, compiled once per instruction set with AEPO_KERNELS naming it.
+// Row operations on row-major logits. This file is compiled once per instruction set, and
+// AEPO_KERNELS names the result.
 
 #include <algorithm>
 #include <cmath>
@@ -17,9 +18,9 @@ template <typename Value>
 struct Row {
   const Value* products;
   const AepoLogits& logits;
-  float base;  // of products that are logits but for this
+  float base;  // of stashed logits, z - base; 0 for raw logits
 
-  // A vector of logits from a column on; those beyond the vocabulary are -inf.
+  // A vector of logits from a column on; lanes beyond the vocabulary are -inf.
   Floats at(std::int64_t column) const {
     if (column + kLanes <= logits.vocab) return map(load(products + column), column);
     if (kParts > 1 && column >= logits.vocab) return all(-INFINITY);
@@ -75,7 +76,7 @@ void add_columns(const AepoLogits& logits, const AepoStats& stats, std::int64_t 
   const float inverse = logits.inv_temperature[index];
   const bool has_second = logits.second_inv_temperature != nullptr;
   const float second_inverse = has_second ? logits.second_inv_temperature[index] : 0;
-  // Copies: through the reference, the sums would go through memory for every block.
+  // These are copies. Through the reference, each block would write the sums to memory.
   float max = state.max;
   Sums first = state.first, second = state.second;
   Floats block[kBlock / kLanes];
@@ -98,7 +99,8 @@ void add_columns(const AepoLogits& logits, const AepoStats& stats, std::int64_t 
       }
       max = found;
     }
-    // While all logits are -inf there is no largest, yet NaN among them has to get into the sums.
+    // While all logits are -inf, the base is finite, so that a NaN among them still gets into the
+    // sums.
     const float base = std::max(max, std::numeric_limits<float>::lowest());
     const Sums more = block_sums(block, count, base, inverse, stats.sum_squares != nullptr);
     first.weights += more.weights;
@@ -113,12 +115,12 @@ void add_columns(const AepoLogits& logits, const AepoStats& stats, std::int64_t 
   state.second = second;
 }
 
-// Keeps a row's logits, which its statistics have just brought into the cache.
+// Stashes a row's logits, which the statistics have just brought into the cache.
 template <typename Value>
 void keep_row(const AepoLogits& logits, const AepoKept& kept, std::int64_t index, float max) {
   const Row<Value> row = row_at<Value>(logits, index);
   auto* to = static_cast<Float16*>(kept.logits) + index * kept.row_stride;
-  const float base = std::max(max, std::numeric_limits<float>::lowest());  // of a row of -inf
+  const float base = std::max(max, std::numeric_limits<float>::lowest());  // all may be -inf
   kept.base[index] = base;
   for (std::int64_t column = 0; column < logits.vocab; column += kLanes) {
     store_some(to + column, row.at(column) - base, logits.vocab - column);
@@ -183,7 +185,7 @@ void sample_row(const AepoLogits& logits, const AepoSample& sample, std::int64_t
   const auto weights_at = [&](std::int64_t column) {
     return exp_negative(larger(row.at(column) - max, all(kFloor)) * inverse);
   };
-  // No std::vector: its functions would be shared with the other instruction sets' objects.
+  // Not std::vector: the linker would share its functions with other instruction sets' objects.
   const std::int64_t count = (logits.vocab + kBlock - 1) / kBlock;
   const std::unique_ptr<double[]> blocks(new double[count]);
   double total = 0;
@@ -196,7 +198,8 @@ void sample_row(const AepoLogits& logits, const AepoSample& sample, std::int64_t
     blocks[start / kBlock] = sum(weights);
     total += blocks[start / kBlock];
   }
-  // Rounding may leave the point at a block's end, where the last token with any mass is meant.
+  // Rounding may leave the point at or beyond the end of a block's mass. Then the block's last
+  // token with mass is drawn.
   const double point = sample.uniform[index] * total;
   double before = 0;
   std::int64_t block = 0, last = count - 1;
@@ -245,7 +248,7 @@ void all_grads(const AepoLogits& logits, const AepoStats& stats, const AepoCoefs
     }
     return;
   }
-  // By columns, so that each bias sums its rows in order whatever the number of threads.
+  // Threads share the columns, so that each bias sums its rows in order at any number of threads.
 #pragma omp parallel for schedule(static) num_threads(logits.threads)
   for (std::int64_t start = 0; start < logits.vocab; start += kBlock) {
     const std::int64_t end = std::min(start + kBlock, logits.vocab);

@@ -1,4 +1,4 @@
-// The row operations of each instruction set; interface.cpp chooses among them.
+// The row operations on row-major logits, by instruction set; interface.cpp chooses among them.
 #pragma once
 
 #include "rows.h"

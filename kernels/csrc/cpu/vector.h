@@ -53,7 +53,7 @@ inline Floats load(const float* from) {
 inline Words load_words(const std::uint16_t* from) {
   Halves half;
   std::memcpy(&half, from, sizeof half);
-#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC would widen each half of it apart
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC would convert each half by itself
   return bits<Words>(_mm256_cvtepu16_epi32(bits<__m128i>(half)));
 #else
   return __builtin_convertvector(half, Words);
@@ -119,7 +119,7 @@ inline void store(Float16* to, Floats value) {
 }
 #endif
 
-// Sums are kept in 16 lanes whatever the registers' width, and added up in the same order.
+// Sums are kept in 16 lanes at any width of the registers, and added up in one order.
 constexpr int kWide = 16, kParts = kWide / kLanes;
 
 inline double sum(const Floats (&parts)[kParts]) {
@@ -130,7 +130,7 @@ inline double sum(const Floats (&parts)[kParts]) {
   return total;
 }
 
-// Lane i of a vector where i has the bit, and of the one before it where not, for both halves.
+// One step of a transpose: swaps the off-diagonal blocks of kBit by kBit words between two rows.
 template <int kBit, std::size_t... kLane>
 inline void swap_blocks(Words& a, Words& b, std::index_sequence<kLane...>) {
   const Words first = a;
@@ -143,7 +143,7 @@ inline void swap_blocks(Words& a, Words& b, std::index_sequence<kLane...>) {
 #endif
 }
 
-// A square of words, in place.
+// Transposes a square of words in place.
 template <int kBit = kLanes / 2>
 inline void transpose(Words (&square)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
@@ -161,7 +161,7 @@ inline float maximum(Floats value) {
   return largest;
 }
 
-// exp for x <= 0, within 2 ulp; 0 from some -87.68 on. NaN of NaN.
+// exp for x <= 0, within 2 ulp. It is 0 below about -87.68, and NaN for NaN.
 inline Floats exp_negative(Floats x) {
   constexpr float kLowest = -88, kLog2e = 0x1.715476p0f;
   constexpr float kLn2High = 0x1.62ep-1f, kLn2Low = 0x1.0bfbe8p-15f;  // the sum is ln 2
@@ -181,7 +181,7 @@ inline Floats exp_negative(Floats x) {
   return series * bits<Floats>(bits<Words>(shifted) << 23);  // at kLowest times 0
 }
 
-// tanh by way of exp of a negative number; its error is below 2e-7 in absolute terms.
+// tanh from exp of a negative number. Its absolute error is below 2e-7.
 inline Floats tanh_of(Floats x) {
   const Floats away = x < 0.0f ? x : -x;
   const Floats power = exp_negative(2.0f * away);

@@ -2,7 +2,8 @@
 //
 // Each bound adds up, to first order, the roundings that rows_kernel.cpp makes on the way: kUnit
 // times the value per operation, and what exp_negative and tanh_of promise (see test_vector.cpp).
-// Products of two such errors are what kSecondOrder allows for; double's own roundings vanish in it.
+// Products of two such errors are what kSecondOrder allows for; double's own roundings vanish in
+// it.
 #pragma once
 
 #include <algorithm>

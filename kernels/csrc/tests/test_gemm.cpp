@@ -1,7 +1,8 @@
 // Matrix products through their C interface, against sums in double.
 //
 // Every buffer has exactly the size the interface asks for, so that AddressSanitizer sees a stray
-// access; operands lie by rows or by columns, with NaN between rows that are an odd number apart.
+// access. Operands are row-major or column-major, with NaN between rows that are an odd number
+// apart.
 
 #include <cmath>
 #include <cstdio>

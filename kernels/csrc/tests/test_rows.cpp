@@ -86,7 +86,7 @@ struct Run {
   std::vector<float> bias_grad;
 };
 
-// Where the elements of a matrix lie: an odd number apart, after one that is not theirs.
+// The layout of a matrix: rows an odd number of elements apart, after one element of no row.
 struct Strides {
   std::int64_t row, column;
 
@@ -194,7 +194,7 @@ struct Case {
     return run;
   }
 
-  // Logits that wait change no statistic, and give the gradient of what they were rounded to.
+  // Stashed logits change no statistic, and give the gradient of the rounded logits.
   void check_kept(Run& whole, std::int32_t isa, const std::string& name) {
     const std::int64_t stride = vocab + 3;
     Run run{{}, Buffer(kFloat32, rows * vocab), Buffer(kFloat32, 0), {}};
@@ -259,7 +259,7 @@ struct Case {
     }
   }
 
-  // Only what is asked for is written, and the same by rows.
+  // Only what is asked for is written, and the row-major copy is the same.
   void check_gaps(Run& run, const std::string& name) {
     std::vector<bool> is_gap(out_strides.at(rows - 1, vocab - 1) + 1, true);
     for (std::int64_t row = 0; row < rows; ++row) {

@@ -10,7 +10,6 @@ import torch
 from aepo_kernels import RowSampling, VocabShard, backends
 from aepo_kernels import problem as problem_module
 from aepo_kernels.cpu import rows as cpu_rows
-from aepo_kernels.head import plan
 from aepo_kernels.head.plan import Strategy, make_plan
 from aepo_kernels.problem import Problem
 
@@ -88,8 +87,8 @@ def test_ranks_agree_on_chunks_where_their_rows_are_uneven(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(problem_module.dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(plan, "is_upcast", lambda operand: True)
-    monkeypatch.setattr(plan, "in_cpp", lambda operand: True)
+    monkeypatch.setattr(backends, "upcasts_gemms", lambda hidden: True)
+    monkeypatch.setattr(backends, "gemms_in_cpp", lambda hidden: True)
     monkeypatch.setattr(backends, "row_operations", lambda hidden: cpu_rows)
     sizes = []
     for start, stop in ((0, 100_000), (100_000, 160_000)):

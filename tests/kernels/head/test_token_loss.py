@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aepo_kernels import TokenLossOutput, linear_token_loss
+from aepo_kernels.gemm import Gemms
 from aepo_kernels.head import accumulators
 from aepo_kernels.head.plan import Budget
 from tests.kernels.budgets import token_loss_within
@@ -273,7 +274,7 @@ def test_frozen_head_skips_its_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, frozen = case.fresh(), case.fresh()
     run(whole, policy_gradient, advantage).loss.backward()
     frozen.weight.requires_grad_(False)
-    forbid(monkeypatch, accumulators, "product")
+    forbid(monkeypatch, Gemms, "product")
     run(frozen, policy_gradient, advantage).loss.backward()
     assert frozen.weight.grad is None
     assert frozen.hidden.grad is not None and whole.hidden.grad is not None

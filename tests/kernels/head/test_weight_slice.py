@@ -10,7 +10,6 @@ import torch
 
 from aepo_kernels import RowSampling, backends, linear_logprob, linear_token_loss
 from aepo_kernels.cpu import library as cpu_library
-from aepo_kernels.gemm import GEMM_BYTES
 from aepo_kernels.head import projection
 from aepo_kernels.head.accumulators import Gradients
 from aepo_kernels.head.plan import Budget
@@ -111,7 +110,7 @@ def test_on_a_cpu_few_logits_are_made_twice(
     # GEMMs' logits are as wide as a float32 weight. Of more than would fit, twice as many wait
     # there as float16, and 20 beside.
     chunk = 2 * 1000 * 32 * (1 if layout == "rows" else 2)
-    chunk += GEMM_BYTES if layout == "upcast" else 0
+    chunk += Budget.gemm_bytes if layout == "upcast" else 0
     budget = Budget(stash_bytes=2 * 1000 * 20, chunk_bytes=chunk)
     made: list[int] = []
     raw_logits = projection.Head.raw_logits
@@ -137,7 +136,7 @@ def test_what_waits_as_float16_keeps_its_accuracy(
     size: int, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "_cpu_multiplies_bfloat16", lambda: False)
-    budget = Budget(chunk_bytes=GEMM_BYTES + 4 * 3000 * 16)
+    budget = Budget(chunk_bytes=Budget.gemm_bytes + 4 * 3000 * 16)
     stashes: list[StashedLogits] = []
     read = StashedLogits.read
     monkeypatch.setattr(
