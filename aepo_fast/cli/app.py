@@ -93,7 +93,7 @@ def plot(run: Annotated[Path, typer.Argument(help="The output_dir of a run.")]) 
 @app.command()
 def configs(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
     """List the shipped configs, or print one."""
-    from aepo_fast.config.toml import config_path, shipped_configs
+    from aepo_fast.config.shipped import config_path, shipped_configs
 
     if name is not None:
         print(config_path(name).read_text(encoding="utf-8"), end="")
