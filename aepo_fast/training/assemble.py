@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from aepo_fast.rewards.reward import Reward, build_reward
 from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
 from aepo_fast.training.checkpoint import check_same_model, complete_checkpoints, load_state
+from aepo_fast.training.run_lock import RunLock
 
 _OF_A_RUN = (
     "config.toml",
@@ -89,9 +89,6 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
         check_same_model(state, cfg.model.path, checkpoint)
     inputs = read_inputs(cfg, cfg.model.path)
     _check_lengths(cfg, inputs.prompts, inputs.model_folder)
-    with _writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
     return dataclasses.replace(inputs, checkpoint=checkpoint, state=state)
 
 
@@ -149,6 +146,15 @@ def prepare_folder(cfg: Config, *, overwrite: bool) -> None:
             else:
                 path.unlink(missing_ok=True)
         (folder / "config.toml").write_text(dump_config(cfg), encoding="utf-8")
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; raises ConfigError where one is in it, or none can write."""
+    with ExitStack() as stack:
+        with _writing_to(folder):
+            stack.enter_context(RunLock(folder))
+        yield
 
 
 @contextmanager

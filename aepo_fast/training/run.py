@@ -17,7 +17,7 @@ from aepo_fast.report.plot import plot_run
 from aepo_fast.report.rollout_log import RolloutLog
 from aepo_fast.rewards.reward import RewardError
 from aepo_fast.rollout.engine import BrokenWeightsError, RolloutError
-from aepo_fast.training.assemble import load_inputs, prepare_folder
+from aepo_fast.training.assemble import hold_folder, load_inputs, prepare_folder
 from aepo_fast.training.checkpoint import complete_checkpoints, save_checkpoint
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
@@ -36,7 +36,7 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     cfg = machine.settled(cfg)
     # Beside the kernels, which switch cuBLAS's sums, the sampler's must not differ by chance.
     sums = whole_sums if cfg.rollout.steps_ahead else nullcontext()
-    with InterruptGuard() as guard, sums:
+    with InterruptGuard() as guard, sums, hold_folder(Path(cfg.output_dir)):
         inputs = load_inputs(cfg, resume=resume, overwrite=overwrite)
         print(inputs.prompts.preview(), flush=True)
         if resume:
