@@ -14,8 +14,8 @@ from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config, DataConfig, EvalConfig, ModelConfig, SourceConfig
 from aepo_fast.config.toml import load_config, with_overrides
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
-from aepo_fast.training.assemble import read_inputs
-from aepo_fast.training.checkpoint import complete_checkpoints
+from aepo_fast.training.assemble import read_inputs, rendering_time
+from aepo_fast.training.checkpoint import STATE_NAME, complete_checkpoints, load_state
 from aepo_fast.training.evaluate import EvalResult, evaluate
 
 
@@ -41,7 +41,9 @@ def evaluate_model(
     machine = resolve_machine(cfg, trains=False)
     cfg = machine.settled(cfg)
     check_rollout_backend(cfg)
-    inputs = read_inputs(cfg, path)
+    # A run's checkpoint: the prompts that the run evaluates on, on any day.
+    state = load_state(Path(path)) if (Path(path) / STATE_NAME).is_file() else None
+    inputs = read_inputs(cfg, path, rendered_at=rendering_time(state))
     chosen = (inputs.prompts.train if task else inputs.prompts.heldout)[:prompts]
     if not chosen:
         reason = "holds out no prompt to evaluate on"

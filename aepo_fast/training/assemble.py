@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import dump_config
-from aepo_fast.data.prompts import PromptSet, load_prompts
+from aepo_fast.data.prompts import PromptSet, load_prompts, prints_date
 from aepo_fast.model.load import load_model, load_tokenizer, resolve
 from aepo_fast.model.policy import Policy
 from aepo_fast.report.logger import check_tensorboard
@@ -45,6 +47,7 @@ class Inputs:
     prompts: PromptSet
     reward: Reward
     model_folder: str
+    rendered_at: datetime  # what the chat template took for now
     checkpoint: Path | None = None  # to go on from
     state: dict[str, Any] | None = None  # saved in it
 
@@ -87,16 +90,31 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
     if checkpoint is not None:
         state = load_state(checkpoint)
         check_same_model(state, cfg.model.path, checkpoint)
-    inputs = read_inputs(cfg, cfg.model.path)
+    rendered_at = rendering_time(state)
+    inputs = read_inputs(cfg, cfg.model.path, rendered_at=rendered_at)
+    if checkpoint is not None and rendered_at is None and prints_date(inputs.tokenizer):
+        print(
+            f"{checkpoint} does not say when its prompts were rendered, and the chat template "
+            "prints the date: today's is taken",
+            file=sys.stderr,
+        )
     _check_lengths(cfg, inputs.prompts, inputs.model_folder)
     return dataclasses.replace(inputs, checkpoint=checkpoint, state=state)
 
 
-def read_inputs(cfg: Config, model: str) -> Inputs:
+def rendering_time(state: dict[str, Any] | None) -> datetime | None:
+    """When the prompts of a checkpoint's run were rendered; None where its state does not say."""
+    saved = None if state is None else state.get("rendered_at")  # older checkpoints have none
+    return None if saved is None else datetime.fromisoformat(saved)
+
+
+def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None) -> Inputs:
     """Prompts and rewards of a configuration, as the tokenizer of `model` sees them.
 
-    model: anything `model.path` may be. There is no checkpoint to go on from.
+    model: anything `model.path` may be. There is no checkpoint to go on from. rendered_at: the time
+    that chat templates take for now, so that a run's prompts stay what they were on its first day.
     """
+    rendered_at = rendered_at or datetime.now()
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     reward = build_reward(cfg.reward, cfg.data)
@@ -105,8 +123,9 @@ def read_inputs(cfg: Config, model: str) -> Inputs:
         tokenizer,
         max_prompt_tokens=cfg.rollout.max_prompt_tokens,
         required_columns=reward.required_columns,
+        rendered_at=rendered_at,
     )
-    return Inputs(tokenizer, prompts, reward, str(folder))
+    return Inputs(tokenizer, prompts, reward, str(folder), rendered_at)
 
 
 def _check_samples_ahead(cfg: Config) -> None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aepo_fast.config.errors import ConfigError
 
 _COMPLETE = re.compile(r"step_(\d+)")
+STATE_NAME = "state.pt"
 
 
 class CheckpointError(RuntimeError):
@@ -88,7 +89,7 @@ def save_checkpoint(
         tokenizer.save_pretrained(partial)
         _make_portable(partial)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        torch.save(state, partial / "state.pt")
+        torch.save(state, partial / STATE_NAME)
         _flush(partial)
         if final.exists():  # a run that starts anew in an old folder
             shutil.rmtree(final)
@@ -141,7 +142,7 @@ def _sync(path: Path) -> None:
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The `state` given to `save_checkpoint`."""
-    return torch.load(checkpoint / "state.pt", weights_only=True)
+    return torch.load(checkpoint / STATE_NAME, weights_only=True)
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
