@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["__version__"]
+__version__: str
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from aepo_fast.config.toml import load_config, with_overrides
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
 from aepo_fast.training.assemble import read_inputs, rendering_time
 from aepo_fast.training.checkpoint import STATE_NAME, complete_checkpoints, load_state
+from aepo_fast.training.checkpoint_damage import damage, newest_whole
 from aepo_fast.training.evaluate import EvalResult, evaluate
 
 
@@ -65,7 +66,7 @@ def _configuration(
     model: str, config: str | None, task: str | None, overrides: Sequence[str]
 ) -> tuple[Config, str]:
     """The configuration to evaluate under, and the path of the weights."""
-    run = Path(model)
+    run = Path(model).expanduser()
     path = model
     if (run / "checkpoints").is_dir():
         found = complete_checkpoints(run / "checkpoints")
@@ -73,6 +74,12 @@ def _configuration(
             reason = "has no complete checkpoint"
             raise ConfigError("MODEL", model, reason, "Train it first, or name a model")
         path = str(found[-1])
+        if reason := damage(found[-1]):
+            older = newest_whole(found[:-1])
+            fix = "No older one is whole"
+            if older is not None:
+                fix = f"Evaluate {older} with --config {config or run / 'config.toml'}"
+            raise ConfigError("MODEL", model, f"{path} is damaged: {reason}", fix)
         config = config or str(run / "config.toml")
     if config is not None:
         cfg = load_config(config, overrides)
