@@ -164,12 +164,13 @@ def _stopped_clock(moment: datetime) -> Iterator[None]:
         def now(cls, tz: tzinfo | None = None) -> datetime:
             return moment
 
-    running = chat_template_utils.datetime
-    chat_template_utils.datetime = Stopped
+    module: Any = chat_template_utils
+    running = module.datetime
+    module.datetime = Stopped
     try:
         yield
     finally:
-        chat_template_utils.datetime = running
+        module.datetime = running
 
 
 def _check_lengths(
