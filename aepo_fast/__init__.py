@@ -1,5 +1,14 @@
 """A trainer for Arbitrary Entropy Policy Optimization (AEPO) on top of `aepo_kernels`."""
 
-from aepo_kernels import __version__
+from typing import Any
 
-__all__ = ["__version__"]
+__version__: str
+
+
+def __getattr__(name: str) -> Any:
+    # Not at import: with the kernels comes torch, which `aepo-fast --help` need not load.
+    if name == "__version__":
+        from aepo_kernels import __version__
+
+        return __version__
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,9 +19,12 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    from aepo_fast.cli.app import run
+    try:
+        from aepo_fast.cli.app import run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # before or after the command itself
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

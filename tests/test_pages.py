@@ -10,7 +10,8 @@ import torch
 from typer.main import get_group
 
 from aepo_fast.cli.app import app
-from aepo_fast.config.toml import load_config, shipped_configs
+from aepo_fast.config.shipped import shipped_configs
+from aepo_fast.config.toml import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

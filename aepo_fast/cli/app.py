@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from aepo_fast.cli.streams import open_closed_streams, outlive_the_terminal, show_every_character
 from aepo_fast.config.errors import ConfigError
+from aepo_fast.report.unexpected import describe
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
@@ -19,13 +23,26 @@ Overrides = Annotated[
 ]
 
 
+_folder: list[Path] = []  # of the run that a command works on, for the traceback of its errors
+
+
 def run() -> None:
-    """Run the command line; what a user can fix is one message and exit code 2 or 1."""
+    """Run the command line; what a user can fix is one message and exit code 2 or 1.
+
+    What nobody foresaw is one line as well, exit code 1, and a file with the traceback.
+    """
+    open_closed_streams()
+    show_every_character()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where its failure is caught
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(f"{error}", 2)
     except RuntimeError as error:
         from aepo_fast.rewards.reward import RewardError
         from aepo_fast.rollout.canary import StaleWeightsError
@@ -34,10 +51,20 @@ def run() -> None:
         from aepo_fast.training.trainer import TrainingError
 
         expected = (CheckpointError, RewardError, RolloutError, StaleWeightsError, TrainingError)
-        if not isinstance(error, expected):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(str(error) if isinstance(error, expected) else _unexpected(error), 1)
+    except Exception as error:
+        _fail(_unexpected(error), 1)
+
+
+def _unexpected(error: Exception) -> str:
+    command = " ".join(["running aepo-fast", *sys.argv[1:2]])
+    return describe(error, command, _folder[0] if _folder else None)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    with suppress(OSError):  # nobody reads it
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
 
 
 @app.command()
@@ -45,15 +72,22 @@ def train(
     config: Annotated[str, typer.Argument(help="A TOML file or the name of a shipped config.")],
     set_: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last step.")] = False,
+    start_from: Annotated[
+        str | None,
+        typer.Option("--from", metavar="CHECKPOINT", help="With --resume: not the last one."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an older run.")] = False,
 ) -> None:
     """Train a model with AEPO or one of its rivals."""
     from aepo_fast.config.toml import load_config
 
+    outlive_the_terminal()
     cfg = load_config(config, set_ or [])
+    _folder[:] = [Path(cfg.output_dir)]
     from aepo_fast.training.run import train as train_run
 
-    raise SystemExit(train_run(cfg, resume=resume, overwrite=overwrite))
+    code = train_run(cfg, resume=resume, overwrite=overwrite, start_from=start_from)
+    raise SystemExit(code)
 
 
 @app.command("eval")
@@ -83,17 +117,22 @@ def evaluate(
 
 
 @app.command()
-def plot(run: Annotated[Path, typer.Argument(help="The output_dir of a run.")]) -> None:
+def plot(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a run.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw this; else plot.png in the run.")
+    ] = None,
+) -> None:
     """Draw a run's reward, entropy, temperature and lengths to plot.png."""
     from aepo_fast.report.plot import plot_run
 
-    print(plot_run(run))
+    print(plot_run(run, output))
 
 
 @app.command()
 def configs(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
     """List the shipped configs, or print one."""
-    from aepo_fast.config.toml import config_path, shipped_configs
+    from aepo_fast.config.shipped import config_path, shipped_configs
 
     if name is not None:
         print(config_path(name).read_text(encoding="utf-8"), end="")

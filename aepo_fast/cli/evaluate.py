@@ -14,8 +14,9 @@ from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config, DataConfig, EvalConfig, ModelConfig, SourceConfig
 from aepo_fast.config.toml import load_config, with_overrides
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
-from aepo_fast.training.assemble import read_inputs
-from aepo_fast.training.checkpoint import complete_checkpoints
+from aepo_fast.training.assemble import read_inputs, rendering_time
+from aepo_fast.training.checkpoint import STATE_NAME, complete_checkpoints, load_state
+from aepo_fast.training.checkpoint_damage import damage, newest_whole
 from aepo_fast.training.evaluate import EvalResult, evaluate
 
 
@@ -41,7 +42,9 @@ def evaluate_model(
     machine = resolve_machine(cfg, trains=False)
     cfg = machine.settled(cfg)
     check_rollout_backend(cfg)
-    inputs = read_inputs(cfg, path)
+    # A run's checkpoint: the prompts that the run evaluates on, on any day.
+    state = load_state(Path(path)) if (Path(path) / STATE_NAME).is_file() else None
+    inputs = read_inputs(cfg, path, rendered_at=rendering_time(state))
     chosen = (inputs.prompts.train if task else inputs.prompts.heldout)[:prompts]
     if not chosen:
         reason = "holds out no prompt to evaluate on"
@@ -63,7 +66,7 @@ def _configuration(
     model: str, config: str | None, task: str | None, overrides: Sequence[str]
 ) -> tuple[Config, str]:
     """The configuration to evaluate under, and the path of the weights."""
-    run = Path(model)
+    run = Path(model).expanduser()
     path = model
     if (run / "checkpoints").is_dir():
         found = complete_checkpoints(run / "checkpoints")
@@ -71,6 +74,12 @@ def _configuration(
             reason = "has no complete checkpoint"
             raise ConfigError("MODEL", model, reason, "Train it first, or name a model")
         path = str(found[-1])
+        if reason := damage(found[-1]):
+            older = newest_whole(found[:-1])
+            fix = "No older one is whole"
+            if older is not None:
+                fix = f"Evaluate {older} with --config {config or run / 'config.toml'}"
+            raise ConfigError("MODEL", model, f"{path} is damaged: {reason}", fix)
         config = config or str(run / "config.toml")
     if config is not None:
         cfg = load_config(config, overrides)

@@ -8,6 +8,7 @@ TOML onto these classes and writes the resolved configuration back.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from os.path import expanduser
 from typing import Any, Literal
 
 from aepo_fast.config.conditions import (
@@ -338,6 +339,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", expanduser(self.output_dir))
         if self.loss.correction is None:
             needed = self.rollout.backend == "vllm" or self.rollout.steps_ahead
             per_token = not self.loss.policy_loss.whole_sequences

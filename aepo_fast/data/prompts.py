@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from itertools import zip_longest
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import DataConfig, SourceConfig
@@ -47,8 +50,11 @@ def load_prompts(
     *,
     max_prompt_tokens: int,
     required_columns: Sequence[str],
+    rendered_at: datetime | None = None,
 ) -> PromptSet:
     """Read every source, apply the chat template once, drop duplicates and split.
+
+    rendered_at: what a chat template that prints the date takes for now; None is now.
 
     `required_columns` are what the reward reads. Raises ConfigError for unknown tasks, missing
     files or columns, empty sources and prompts of more than `max_prompt_tokens` tokens.
@@ -65,7 +71,8 @@ def load_prompts(
             if question not in seen:
                 seen.add(question)
                 rows.append((index, question_key(source, columns), messages, columns))
-    texts = render([messages for _, _, messages, _ in rows], tokenizer, cfg)
+    chats = [messages for _, _, messages, _ in rows]
+    texts = render(chats, tokenizer, cfg, rendered_at or datetime.now())
     token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert isinstance(token_ids, list)
     _check_lengths(cfg, [row[0] for row in rows], token_ids, max_prompt_tokens)
@@ -122,18 +129,48 @@ def question_key(source: SourceConfig, columns: dict[str, Any]) -> str:
 
 
 def render(
-    chats: Sequence[Sequence[dict[str, str]]], tokenizer: PreTrainedTokenizerBase, cfg: DataConfig
+    chats: Sequence[Sequence[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    rendered_at: datetime,
 ) -> list[str]:
     """Apply the chat template, up to the start of the assistant's turn."""
+    clock = _stopped_clock(rendered_at) if prints_date(tokenizer) else nullcontext()
     try:
-        return [
-            tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
-            for chat in chats
-        ]  # type: ignore[return-value]
+        with clock:
+            return [
+                tokenizer.apply_chat_template(
+                    list(chat), tokenize=False, add_generation_prompt=True
+                )
+                for chat in chats
+            ]  # type: ignore[return-value]
     except TemplateError as error:
         reason = f"the model's chat template refuses a prompt: {error}"
         fix = "Drop the system prompt if the model knows none, or correct the messages"
         raise ConfigError("data.system_prompt", cfg.system_prompt, reason, fix) from error
+
+
+def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template asks for the date or time, as those of Llama 3.2 do."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+@contextmanager
+def _stopped_clock(moment: datetime) -> Iterator[None]:
+    """Let chat templates read one time. They take no clock as an argument."""
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return moment
+
+    module: Any = chat_template_utils
+    running = module.datetime
+    module.datetime = Stopped
+    try:
+        yield
+    finally:
+        module.datetime = running
 
 
 def _check_lengths(

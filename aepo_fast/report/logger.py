@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from aepo_fast.config.errors import ConfigError
+from aepo_fast.report.json_lines import append_text, drop_lines_after, json_line, read_lines
 
 # Printed on each step's line where the step has them: label, metric, format.
 _LINE = (
@@ -52,8 +51,7 @@ class MetricsLogger:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in metrics.items()
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_json_line(finite))
+        append_text(self.path, json_line(finite))
         self.console.print(self._line(finite))
         if self._writer is not None:
             for key, value in finite.items():
@@ -72,7 +70,7 @@ class MetricsLogger:
 
     def lines(self) -> list[dict[str, Any]]:
         """What has been logged, the lines of an interrupted run before this one included."""
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return read_lines(self.path)
 
     def truncate_after(self, step: int) -> None:
         """Drop what was logged of later steps, which a resumed run will log again."""
@@ -112,26 +110,6 @@ class MetricsLogger:
         if self._writer is not None:
             self._writer.close()
         sys.stdout.flush()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file; a killed or live run may end in half a line."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of a JSON-lines file up to `step`; whole or not at all."""
-    if not path.exists():
-        return
-    kept = [line for line in read_lines(path) if line["step"] <= step]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(_json_line(line) for line in kept), encoding="utf-8")
-    os.replace(draft, path)
-
-
-def _json_line(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def check_tensorboard() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import matplotlib
 
@@ -14,18 +16,26 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.report.logger import read_lines
+from aepo_fast.report.json_lines import read_lines
 from aepo_fast.report.moving_mean import SMOOTHED_STEPS, MovingMean
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#888888"
 Line = dict[str, Any]
 
 
-def plot_run(folder: Path | str) -> Path:
-    """Draw `folder`/metrics.jsonl as `folder`/plot.png; raises ConfigError without metrics."""
-    folder = Path(folder)
+def plot_run(folder: Path | str, output: Path | None = None) -> Path:
+    """Draw `folder`/metrics.jsonl as `output`, `folder`/plot.png unless given; returns the file.
+
+    Raises ConfigError without metrics, and where the file cannot be written.
+    """
+    folder = Path(folder).expanduser()
     source = folder / "metrics.jsonl"
-    lines = read_lines(source) if source.exists() else []
+    try:
+        lines = read_lines(source) if source.exists() else []
+    except OSError as error:
+        reason = f"its metrics.jsonl cannot be read: {error.strerror}"
+        raise ConfigError("RUN", str(folder), reason, "Make it readable") from error
+    # A step none of whose samples has a reward says null.
     steps = [line for line in lines if "reward" in line]
     if not steps:
         reason = "has no step in a metrics.jsonl"
@@ -41,14 +51,34 @@ def plot_run(folder: Path | str) -> Path:
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
-    path = folder / "plot.png"
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    path = output.expanduser() if output else folder / "plot.png"
+    # Whole or not at all, also where a live run draws the same file at its end.
+    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        figure.savefig(draft, dpi=130, format=path.suffix[1:] or "png")
+        draft.replace(path)
+    except OSError as error:
+        reason = f"{path.name} cannot be written there: {error.strerror}"
+        fix = "Name another file with --output FILE"
+        raise ConfigError("RUN", str(path.parent), reason, fix) from error
+    except ValueError as error:  # an ending that matplotlib does not know
+        reason = str(error).splitlines()[0]
+        raise ConfigError("--output", str(path), reason, "Use .png, .pdf or .svg") from error
+    finally:
+        plt.close(figure)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
     return path
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float))
 
 
 def _draw_reward(axis: Axes, steps: list[Line], evals: list[Line]) -> None:
     _series(axis, steps, "reward", BLUE, "training")
+    names = ("eval/avg@k", "eval/ci95_low", "eval/ci95_high")
+    evals = [line for line in evals if all(_is_number(line.get(name)) for name in names)]
     if evals:
         at = [line["step"] for line in evals]
         low, high = ([line[f"eval/ci95_{end}"] for line in evals] for end in ("low", "high"))
@@ -67,9 +97,10 @@ def _draw_entropy(axis: Axes, steps: list[Line]) -> None:
     label = f"mean of {SMOOTHED_STEPS} steps"
     _series(axis, with_smoothed(steps), "entropy_smoothed", BLUE, label, **bold)
     # T stays 1 in a run without AEPO, which has no target to show.
-    if any(line["aepo/temperature"] != 1 for line in steps):
-        name = "aepo/entropy_target"
-        aim = [line[name] for line in steps if line.get(name) is not None][-1]
+    name = "aepo/entropy_target"
+    aims = [line[name] for line in steps if _is_number(line.get(name))]
+    if aims and any(line.get("aepo/temperature", 1) != 1 for line in steps):
+        aim = aims[-1]
         dashed = {"linestyle": "--", "marker": marker}
         _series(axis, steps, name, ORANGE, f"target {aim:g}", **dashed)
     _from_zero(axis)
@@ -103,7 +134,7 @@ def _series(
 ) -> None:
     """A line through the steps that have a finite value."""
     values = ((line["step"], line.get(name)) for line in lines)
-    points = [(step, y) for step, y in values if y is not None and math.isfinite(y)]
+    points = [(step, y) for step, y in values if _is_number(y) and math.isfinite(y)]
     axis.plot(*zip(*points, strict=True), color=color, label=label, **{"marker": ".", **style})
 
 

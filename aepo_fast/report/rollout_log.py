@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aepo_fast.report.logger import drop_lines_after
+from aepo_fast.report.json_lines import append_text, drop_lines_after, json_line
 from aepo_fast.samples import Rollout
 
 
@@ -23,11 +22,12 @@ class RolloutLog:
         """Write evenly spaced samples of a step; -1 samples a step writes all."""
         count = len(rollout.samples)
         wanted = count if self.rows_per_step < 0 else min(self.rows_per_step, count)
-        with self.path.open("a", encoding="utf-8") as file:
-            for position in range(wanted):
-                index = position * count // wanted
-                sample = rollout.samples[index]
-                record: dict[str, Any] = {
+        records: list[dict[str, Any]] = []
+        for position in range(wanted):
+            index = position * count // wanted
+            sample = rollout.samples[index]
+            records.append(
+                {
                     "step": step,
                     "prompt": rollout.prompts[sample.group].messages[-1]["content"],
                     "completion": rollout.texts[index],
@@ -38,7 +38,8 @@ class RolloutLog:
                     "finish_reason": sample.completion.finish_reason,
                     "weights_version": sample.completion.weights_version,
                 }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            )
+        append_text(self.path, "".join(map(json_line, records)))
 
     def truncate_after(self, step: int) -> None:
         """Forget the rollouts of later steps, which a resumed run will make again."""

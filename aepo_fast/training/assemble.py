@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-import tempfile
+import sys
+import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,23 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import dump_config
-from aepo_fast.data.prompts import PromptSet, load_prompts
+from aepo_fast.data.prompts import PromptSet, load_prompts, prints_date
 from aepo_fast.model.load import load_model, load_tokenizer, resolve
 from aepo_fast.model.policy import Policy
+from aepo_fast.report.json_lines import is_step, lines_of
 from aepo_fast.report.logger import check_tensorboard
+from aepo_fast.report.unexpected import TRACEBACK_NAME, doing
 from aepo_fast.rewards.reward import Reward, build_reward
 from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
-from aepo_fast.training.checkpoint import check_same_model, complete_checkpoints, load_state
+from aepo_fast.training.checkpoint import (
+    CheckpointError,
+    check_same_model,
+    complete_checkpoints,
+    load_state,
+)
+from aepo_fast.training.checkpoint_damage import damage, newest_whole
+from aepo_fast.training.run_lock import RunLock
 
 _OF_A_RUN = (
     "config.toml",
@@ -34,6 +45,7 @@ _OF_A_RUN = (
     "plot.png",
     "checkpoints",
     "tensorboard",
+    TRACEBACK_NAME,
 )
 
 
@@ -45,6 +57,7 @@ class Inputs:
     prompts: PromptSet
     reward: Reward
     model_folder: str
+    rendered_at: datetime  # what the chat template took for now
     checkpoint: Path | None = None  # to go on from
     state: dict[str, Any] | None = None  # saved in it
 
@@ -63,8 +76,16 @@ class Models:
     engine: RolloutEngine
 
 
-def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
-    """Everything that can fail before the model loads; leaves an earlier run as it is."""
+def load_inputs(
+    cfg: Config, *, resume: bool, overwrite: bool, start_from: str | None = None
+) -> Inputs:
+    """Everything that can fail before the model loads; leaves an earlier run as it is.
+
+    start_from: the checkpoint to go on from, by name or path; None is the last one.
+    """
+    if start_from is not None and not resume:
+        reason = "names what to go on from, and the run starts anew"
+        raise ConfigError("--from", start_from, reason, "Add --resume")
     if resume and overwrite:
         reason = "--resume goes on from what it deletes"
         raise ConfigError("--overwrite", True, reason, "Give one of the two")
@@ -82,24 +103,87 @@ def load_inputs(cfg: Config, *, resume: bool, overwrite: bool) -> Inputs:
             "holds an earlier run",
             "Add --resume to go on, --overwrite to start anew, or name another folder",
         )
-    checkpoint = found[-1] if found and resume else None
+    checkpoint = _checkpoint_to_resume(found, start_from) if resume else None
+    if checkpoint is None:
+        _check_foreign(folder)
     state = None
     if checkpoint is not None:
         state = load_state(checkpoint)
         check_same_model(state, cfg.model.path, checkpoint)
-    inputs = read_inputs(cfg, cfg.model.path)
+    rendered_at = rendering_time(state)
+    with doing("reading the tokenizer and the data"):
+        inputs = read_inputs(cfg, cfg.model.path, rendered_at=rendered_at)
+    if checkpoint is not None and rendered_at is None and prints_date(inputs.tokenizer):
+        print(
+            f"{checkpoint} does not say when its prompts were rendered, and the chat template "
+            "prints the date: today's is taken",
+            file=sys.stderr,
+        )
     _check_lengths(cfg, inputs.prompts, inputs.model_folder)
-    with _writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
     return dataclasses.replace(inputs, checkpoint=checkpoint, state=state)
 
 
-def read_inputs(cfg: Config, model: str) -> Inputs:
+def _checkpoint_to_resume(found: Sequence[Path], start_from: str | None) -> Path | None:
+    """The checkpoint that a run goes on from; raises CheckpointError for a damaged one."""
+    if start_from is None:
+        chosen = found[-1] if found else None
+    else:
+        wanted = Path(start_from).expanduser()
+        chosen = next((one for one in found if one.name == wanted.name), None)
+        # A name alone, or a path that must be right.
+        if chosen is None or len(wanted.parts) > 1 and not _same_folder(wanted, chosen):
+            names = ", ".join(one.name for one in found) or "none"
+            raise ConfigError("--from", start_from, "is no checkpoint of this run", f"Has: {names}")
+    reason = None if chosen is None else damage(chosen)
+    if chosen is None or reason is None:
+        return chosen
+    older = newest_whole(found[: found.index(chosen)])
+    if older is None:
+        fix = "No older one is whole: start anew with --overwrite"
+    else:
+        fix = f"{older} is whole: --resume --from {older.name} goes on there and deletes later ones"
+    raise CheckpointError(f"the checkpoint {chosen} is damaged: {reason}. {fix}")
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    return one.exists() and one.samefile(other)
+
+
+def _check_foreign(folder: Path) -> None:
+    """Refuse a folder without a checkpoint whose files another program wrote."""
+    for name, is_ours in (("metrics.jsonl", _has_steps), ("config.toml", _is_config)):
+        path = folder / name
+        if path.is_file() and path.stat().st_size and not is_ours(path):
+            reason = f"its {name} is not of a run of aepo-fast, which would replace it"
+            raise ConfigError("output_dir", str(folder), reason, "Name another folder, or move it")
+
+
+def _has_steps(path: Path) -> bool:
+    """Whether lines are of steps, or are at least no other program's."""
+    lines = list(lines_of(path))
+    return not lines or any(is_step(line) for line in lines)
+
+
+def _is_config(path: Path) -> bool:
+    try:
+        return {"model", "data"} <= set(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+    except ValueError:
+        return not path.read_bytes().strip(b"\0")  # zeros, after a power loss
+
+
+def rendering_time(state: dict[str, Any] | None) -> datetime | None:
+    """When the prompts of a checkpoint's run were rendered; None where its state does not say."""
+    saved = None if state is None else state.get("rendered_at")  # older checkpoints have none
+    return None if saved is None else datetime.fromisoformat(saved)
+
+
+def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None) -> Inputs:
     """Prompts and rewards of a configuration, as the tokenizer of `model` sees them.
 
-    model: anything `model.path` may be. There is no checkpoint to go on from.
+    model: anything `model.path` may be. There is no checkpoint to go on from. rendered_at: the time
+    that chat templates take for now, so that a run's prompts stay what they were on its first day.
     """
+    rendered_at = rendered_at or datetime.now()
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     reward = build_reward(cfg.reward, cfg.data)
@@ -108,8 +192,9 @@ def read_inputs(cfg: Config, model: str) -> Inputs:
         tokenizer,
         max_prompt_tokens=cfg.rollout.max_prompt_tokens,
         required_columns=reward.required_columns,
+        rendered_at=rendered_at,
     )
-    return Inputs(tokenizer, prompts, reward, str(folder))
+    return Inputs(tokenizer, prompts, reward, str(folder), rendered_at)
 
 
 def _check_samples_ahead(cfg: Config) -> None:
@@ -135,10 +220,11 @@ def _check_lengths(cfg: Config, prompts: PromptSet, model_folder: Path | str) ->
         raise ConfigError("rollout.max_new_tokens", new, reason, fix)
 
 
-def prepare_folder(cfg: Config, *, overwrite: bool) -> None:
+def prepare_folder(cfg: Config, *, overwrite: bool, checkpoint: Path | None = None) -> None:
     """Write the run's configuration to its folder.
 
-    overwrite: an earlier run's files go first, and nothing else that is there.
+    overwrite: an earlier run's files go first, and nothing else that is there. checkpoint: what the
+    run goes on from; later ones go.
     """
     folder = Path(cfg.output_dir)
     with _writing_to(folder):
@@ -148,7 +234,24 @@ def prepare_folder(cfg: Config, *, overwrite: bool) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        (folder / "config.toml").write_text(dump_config(cfg), encoding="utf-8")
+        found = complete_checkpoints(folder / "checkpoints")
+        for later in found[found.index(checkpoint) + 1 :] if checkpoint else ():
+            shutil.rmtree(later)
+        draft = folder / "config.tmp"
+        try:
+            draft.write_text(dump_config(cfg), encoding="utf-8")
+            draft.replace(folder / "config.toml")
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; raises ConfigError where one is in it, or none can write."""
+    with ExitStack() as stack:
+        with _writing_to(folder):
+            stack.enter_context(RunLock(folder))
+        yield
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aepo_fast.config.errors import ConfigError
 
 _COMPLETE = re.compile(r"step_(\d+)")
+STATE_NAME, OPTIMIZER_NAME = "state.pt", "optimizer.pt"
 
 
 class CheckpointError(RuntimeError):
@@ -87,8 +88,8 @@ def save_checkpoint(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _make_portable(partial)
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        torch.save(state, partial / "state.pt")
+        torch.save(optimizer.state_dict(), partial / OPTIMIZER_NAME)
+        torch.save(state, partial / STATE_NAME)
         _flush(partial)
         if final.exists():  # a run that starts anew in an old folder
             shutil.rmtree(final)
@@ -141,7 +142,7 @@ def _sync(path: Path) -> None:
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The `state` given to `save_checkpoint`."""
-    return torch.load(checkpoint / "state.pt", weights_only=True)
+    return torch.load(checkpoint / STATE_NAME, weights_only=True)
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -149,7 +150,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
     Raises ConfigError if the checkpoint's weights were held in another dtype.
     """
-    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+    saved = torch.load(checkpoint / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
     built = optimizer.state_dict()
     before, now = ("bfloat16" if "masters" in part else "float32" for part in (saved, built))
     if before != now:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: stop at a point where a checkpoint can be written, then exit 130 or 143."""
+"""Ctrl-C, SIGTERM and SIGHUP: stop where a checkpoint can be written, then exit 130, 143 or 129."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Interrupted(Exception):
 
 
 class InterruptGuard:
-    """Turns the first SIGINT or SIGTERM into `Interrupted` at the next `check`.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into `Interrupted` at the next `check`.
 
-    The second one ends the process as if there were no guard.
+    The second SIGINT or SIGTERM ends the process as if there were no guard.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,10 @@ class InterruptGuard:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> InterruptGuard:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Ignored by whoever started the run, e.g. nohup: the run goes on without its terminal.
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -40,16 +43,17 @@ class InterruptGuard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
+        self._restore(*self._previous)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._previous = {}
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers:
+            signal.signal(number, self._previous.pop(number))  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        self._restore()
+        if signal.SIGHUP in self._previous:  # a terminal that closes sends more than one
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._restore(*self._previous.keys() - {signal.SIGHUP})
 
     def check(self) -> None:
         """Raise Interrupted if a signal has arrived."""

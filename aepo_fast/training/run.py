@@ -15,10 +15,11 @@ from aepo_fast.model.cpu_layers import fused_kinds
 from aepo_fast.report.logger import MetricsLogger
 from aepo_fast.report.plot import plot_run
 from aepo_fast.report.rollout_log import RolloutLog
+from aepo_fast.report.unexpected import doing, first_line
 from aepo_fast.rewards.reward import RewardError
 from aepo_fast.rollout.engine import BrokenWeightsError, RolloutError
-from aepo_fast.training.assemble import load_inputs, prepare_folder
-from aepo_fast.training.checkpoint import complete_checkpoints, save_checkpoint
+from aepo_fast.training.assemble import hold_folder, load_inputs, prepare_folder
+from aepo_fast.training.checkpoint import CheckpointError, complete_checkpoints, save_checkpoint
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
 from aepo_fast.training.memory import keep_freed_memory
@@ -26,8 +27,12 @@ from aepo_fast.training.trainer import Trainer, TrainingError
 from aepo_kernels import whole_sums
 
 
-def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
-    """Train as `cfg` says; returns the exit code: 0, or 130/143 after Ctrl-C/SIGTERM.
+def train(
+    cfg: Config, *, resume: bool = False, overwrite: bool = False, start_from: str | None = None
+) -> int:
+    """Train as `cfg` says; returns the exit code: 0, or 130/143/129 after Ctrl-C/SIGTERM/SIGHUP.
+
+    start_from: with resume, the checkpoint to go on from; None is the last one.
 
     Raises ConfigError before any model loads, and TrainingError, RewardError or CheckpointError
     where the run cannot go on.
@@ -36,14 +41,15 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     cfg = machine.settled(cfg)
     # Beside the kernels, which switch cuBLAS's sums, the sampler's must not differ by chance.
     sums = whole_sums if cfg.rollout.steps_ahead else nullcontext()
-    with InterruptGuard() as guard, sums:
-        inputs = load_inputs(cfg, resume=resume, overwrite=overwrite)
+    with InterruptGuard() as guard, sums, hold_folder(Path(cfg.output_dir)):
+        inputs = load_inputs(cfg, resume=resume, overwrite=overwrite, start_from=start_from)
         print(inputs.prompts.preview(), flush=True)
         if resume:
             print(f"goes on from {inputs.checkpoint or 'the start: there is no checkpoint'}")
         if not machine.is_gpu:
             keep_freed_memory()
-        trainer = Trainer(cfg, machine, inputs, guard)
+        with doing("loading the model"):
+            trainer = Trainer(cfg, machine, inputs, guard)
         policy = trainer.policy
         layers = ", ".join(fused_kinds(policy.model)) or "none"
         attention = policy.model.config._attn_implementation
@@ -51,7 +57,7 @@ def train(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> int:
         print(f"{head}; fused layers: {layers}\n{machine.describe()}", flush=True)
         try:
             # Only now: whatever the model's settings had to say, an earlier run is still there.
-            prepare_folder(cfg, overwrite=overwrite)
+            prepare_folder(cfg, overwrite=overwrite, checkpoint=inputs.checkpoint)
             logger = MetricsLogger(
                 Path(cfg.output_dir),
                 tensorboard=cfg.logging.tensorboard,
@@ -67,6 +73,7 @@ class _Run:
         self.cfg, self.trainer, self.logger = cfg, trainer, logger
         self.folder = Path(cfg.output_dir)
         self.rollouts = RolloutLog(self.folder, cfg.logging.rollouts_per_step)
+        self.logged = trainer.steps_done  # the last step that is in both logs
 
     def run(self) -> int:
         done, total = self.trainer.steps_done, self.cfg.trainer.steps
@@ -89,15 +96,31 @@ class _Run:
             raise TrainingError(self._after_saving(f"{reason}: {fix}")) from error
         except (RolloutError, RewardError) as error:
             raise type(error)(self._after_saving(str(error))) from error
+        except OSError as error:  # a full disk, mostly
+            reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            raise TrainingError(self._after_saving(reason)) from error
+        except (CheckpointError, TrainingError):
+            raise
+        except Exception as error:
+            error.add_note(self._after_unexpected())
+            raise
         self._finish(ran=done < total)
         return 0
 
     def _after_saving(self, reason: str) -> str:
         """The message of a run that stops, saved if it has weights of its own that are whole."""
-        if self.trainer.unchanged and self.trainer.steps_done:
+        # A step that could not be logged is done again, so that no step is missing in the log.
+        logged = self.trainer.steps_done == self.logged
+        if self.trainer.unchanged and self.trainer.steps_done and logged:
             return f"{reason}. Saved {self._save()}; go on with --resume"
         last = self._last_checkpoint()
         return f"{reason}. {f'Go on from {last} with --resume' if last else 'Nothing is saved'}"
+
+    def _after_unexpected(self) -> str:
+        try:
+            return self._after_saving("").removeprefix(". ")
+        except Exception as error:  # nothing is certain any more
+            return f"Nothing could be saved: {first_line(error)}"
 
     def _after_broken_weights(self, error: BrokenWeightsError) -> str:
         last = self._last_checkpoint()
@@ -111,7 +134,10 @@ class _Run:
     def _step(self) -> None:
         cfg = self.cfg
         number = self.trainer.steps_done + 1
-        with self.logger.progress(f"step {number}") as advance:
+        with (
+            self.logger.progress(f"step {number}") as advance,
+            doing(f"training, in step {number}"),
+        ):
             result = self.trainer.step(advance)
         last = number == cfg.trainer.steps
         metrics: dict[str, Any] = {"step": number, **self.trainer.metrics(result)}
@@ -123,6 +149,7 @@ class _Run:
         finally:  # the step is done and counted, however its evaluation ends
             self.logger.log(metrics)
             self.rollouts.write(number, result.rollout, result.advantages)
+            self.logged = number
         if last or (cfg.checkpoint.every and number % cfg.checkpoint.every == 0):
             self._save()
 
@@ -131,7 +158,7 @@ class _Run:
 
     def _evaluate(self) -> EvalResult:
         cfg, prompts = self.cfg, self.trainer.inputs.prompts.heldout[: self._heldout()]
-        with self.logger.progress("held-out evaluation") as advance:
+        with self.logger.progress("held-out evaluation") as advance, doing("evaluating"):
 
             def count(tokens: int) -> None:
                 self.trainer.guard.check()
@@ -181,4 +208,5 @@ class _Run:
                 f"{last['eval/avg@k']:.3f} at step {last['step']}"
             )
         if self.cfg.logging.plot:
-            print(f"plot: {plot_run(self.folder)}")
+            with doing("drawing the plot of the finished run"):
+                print(f"plot: {plot_run(self.folder)}")

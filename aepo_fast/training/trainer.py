@@ -291,6 +291,7 @@ class Trainer:
         sampler = self.sampler.state_dict() if ahead is None else ahead.sampler_state
         return {
             "model_path": self.cfg.model.path,
+            "rendered_at": self.inputs.rendered_at.isoformat(),
             "steps_done": self.steps_done,
             "updates": self.updates,
             "skipped_in_a_row": self.skipped_in_a_row,

@@ -115,3 +115,15 @@ def test_plot_without_a_run(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="metrics.jsonl"):
         plot_run(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["--help", "configs", "bench --help"])
+def test_what_needs_no_model_loads_no_torch(command: str) -> None:
+    code = (
+        "import sys, aepo_fast.__main__ as entry\n"
+        f"sys.argv = ['aepo-fast', *{command.split()}]\n"
+        "try:\n    entry.main()\n"
+        "finally:\n    print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("[]\n"), done

@@ -15,7 +15,8 @@ from aepo_fast.config.method import (
     Controller,
     LossConfig,
 )
-from aepo_fast.config.toml import dump_config, load_config, shipped_configs
+from aepo_fast.config.shipped import shipped_configs
+from aepo_fast.config.toml import dump_config, load_config
 from aepo_fast.method.policy_losses import POLICY_LOSSES
 from bench.entropy.settings import SETTINGS, SIZES, Size
 

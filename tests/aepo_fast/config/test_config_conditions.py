@@ -16,7 +16,8 @@ from aepo_fast.config.conditions import conditions_of
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.method import Controller, EntropyMethod, Form, LossConfig
 from aepo_fast.config.sections import Config, RolloutConfig, TrainerConfig
-from aepo_fast.config.toml import dump_config, load_config, shipped_configs
+from aepo_fast.config.shipped import shipped_configs
+from aepo_fast.config.toml import dump_config, load_config
 from aepo_fast.method.policy_losses import POLICY_LOSSES
 from aepo_fast.training.optim import learning_rate
 
