@@ -22,7 +22,7 @@ from aepo_fast.data.prompts import PromptSet, load_prompts
 from aepo_fast.model.load import load_model, load_tokenizer, resolve
 from aepo_fast.model.policy import Policy
 from aepo_fast.report.logger import check_tensorboard
-from aepo_fast.rewards.reward import Reward, build_reward
+from aepo_fast.rewards.reward import Reward, build_reward, check_answers
 from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
 from aepo_fast.training.checkpoint import check_same_model, complete_checkpoints, load_state
@@ -109,6 +109,7 @@ def read_inputs(cfg: Config, model: str) -> Inputs:
         max_prompt_tokens=cfg.rollout.max_prompt_tokens,
         required_columns=reward.required_columns,
     )
+    check_answers(reward, cfg.data, [*prompts.train, *prompts.heldout])
     return Inputs(tokenizer, prompts, reward, str(folder))
 
 
