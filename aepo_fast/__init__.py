@@ -1,12 +1,14 @@
 """A trainer for Arbitrary Entropy Policy Optimization (AEPO) on top of `aepo_kernels`."""
 
+from __future__ import annotations
+
 from typing import Any
 
 __version__: str
 
 
 def __getattr__(name: str) -> Any:
-    # Not at import: with the kernels comes torch, which `aepo-fast --help` need not load.
+    # Not at import: with the kernels comes torch, which `aepo-fast --help` and a verifier do without.
     if name == "__version__":
         from aepo_kernels import __version__
 

@@ -31,18 +31,13 @@ PRODUCTS = SourceConfig(
 )
 
 
-def even_start(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """A reward that the tiny model can earn: 1 for an even first token."""
-    return [float(bool(ids) and ids[0] % 2 == 0) for ids in completion_ids]
-
-
 def tiny_config(model: Path, output: Path, **sections: Any) -> Config:
     """Two minibatches a step of 4 x 4 samples, AEPO as published; `sections` replace sections."""
     cfg = Config(
         model=ModelConfig(path=str(model), compute_dtype="float32", gradient_checkpointing=False),
         data=DataConfig(sources=(PRODUCTS,)),
         output_dir=str(output),
-        reward=RewardConfig(function="tests.tiny_run:even_start"),
+        reward=RewardConfig(function="tests.tiny_rewards:even_start"),
         rollout=RolloutConfig(max_new_tokens=6, dtype="float32"),
         aepo=AepoConfig(controller="published", alpha=0.5, entropy_target=5.65),
         trainer=TrainerConfig(

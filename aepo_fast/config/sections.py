@@ -164,15 +164,27 @@ class RewardConfig:
     function: str = "task"
     # Most seconds for one completion, or with a function of your own for one call.
     timeout_s: float = 30.0
-    # What an error, a timeout or a NaN does: "stop" ends the run, "count" drops the sample and
-    # counts it.
-    on_error: Literal["stop", "count"] = "stop"
+    # What an error, a timeout, a crash or a NaN does: "count" drops the sample and counts it,
+    # "stop" ends the run.
+    on_error: Literal["count", "stop"] = "count"
+    # Share of a step's samples that may fail; more end the run. One may always fail, all never.
+    max_error_share: float = setting(0.5, needs=one_of("on_error", "count"))
+    # Most memory of the process that scores, GiB. Where the system's own limit is lower, it holds.
+    memory_gib: float = 8.0
     # Groups are scored while others are still being sampled; false: all of a step in one call.
     overlap: bool = True
     soft_overlong_tokens: int = 0  # DAPO's penalty zone before rollout.max_new_tokens; 0 is off
 
     def __post_init__(self) -> None:
-        require_positive("reward", self, "timeout_s")
+        require_positive("reward", self, "timeout_s", "memory_gib")
+        require(
+            0 <= self.max_error_share <= 1,
+            "reward.max_error_share",
+            self.max_error_share,
+            "is a share of a step's samples",
+            "Use [0, 1], e.g. 0.5",
+        )
+        refuse_what_does_nothing("reward", self)
         require_not_negative("reward", self, "soft_overlong_tokens")
         require(
             self.function in ("task", "math_verify") or self.function.count(":") == 1,
@@ -181,6 +193,18 @@ class RewardConfig:
             "is neither a built-in nor module:function",
             'Use "task", "math_verify" or "my_module:my_reward"',
         )
+
+    @property
+    def memory_bytes(self) -> int:
+        """memory_gib in bytes."""
+        return int(self.memory_gib * 2**30)
+
+    def allowed_errors(self, samples: int) -> int:
+        """How many of so many samples may fail: max_error_share of them, one at least, never all.
+
+        That leaves a step of few samples the one that hangs, and stops a reward that never works.
+        """
+        return min(max(1, int(self.max_error_share * samples)), samples - 1)
 
 
 _VLLM = one_of("backend", "vllm")

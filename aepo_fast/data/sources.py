@@ -18,7 +18,11 @@ from aepo_fast.data.tasks import load_task, nearest
 def read_source(
     source: SourceConfig, seed: int, required_columns: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The rows of one source, each with a column "prompt"."""
+    """The rows of one source, each with a column "prompt".
+
+    Raises ConfigError where a row lacks one of the required columns. Of a task the answer may be
+    None, as some verifiers look at the question alone.
+    """
     if source.kind == "reasoning_gym":
         rows, prompt_column = load_task(source, seed), "prompt"
     else:
@@ -26,7 +30,8 @@ def read_source(
         prompt_column = source.prompt_column
     if not rows:
         raise ConfigError("data.sources.name", source.name, "has no rows", "Name another source")
-    for column in (prompt_column, *required_columns):
+    optional = {"answer"} if source.kind == "reasoning_gym" else set()
+    for column in (prompt_column, *(name for name in required_columns if name not in optional)):
         missing = next((index for index, row in enumerate(rows) if row.get(column) is None), None)
         if missing is None:
             continue

@@ -6,14 +6,16 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import reasoning_gym
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import SourceConfig
+
+if TYPE_CHECKING:  # it imports torch, which a verifier's process does without
+    from aepo_fast.config.sections import SourceConfig
 
 # A minus belongs to the number only where no operand stands before it: 7-4 ends in 4.
 _NUMBER = re.compile(
@@ -102,9 +104,17 @@ def final_answer(text: str, gold: str) -> str | None:
 
 
 def score_task(verifier: ProceduralDataset, entry: dict[str, Any], text: str) -> float:
-    """1.0 if the task's verifier accepts the completion's final answer, else 0.0."""
+    """1.0 if the task's verifier accepts the completion's final answer, else 0.0.
+
+    A verifier that raises on the answer does not accept it; only MemoryError is raised again.
+    """
     answer = final_answer(text, str(entry["answer"]))
-    return float(verifier.score_answer(answer, entry) >= CORRECT)
+    try:
+        return float(verifier.score_answer(answer, entry) >= CORRECT)
+    except MemoryError:
+        raise
+    except Exception:  # of a parser fed with anything
+        return 0.0
 
 
 def task_verifier(source: SourceConfig) -> ProceduralDataset:

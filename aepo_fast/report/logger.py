@@ -28,12 +28,14 @@ _LINE = (
     ("loss", "loss", ".4f"),
     ("grad", "grad_norm", ".2f"),
     ("skipped", "skipped_updates", "d"),
+    ("reward errors", "reward_errors", "d"),
     ("rollout tok/s", "perf/rollout_tokens_per_s", ".0f"),
     ("train tok/s", "perf/train_tokens_per_s", ".0f"),
     ("GiB", "perf/peak_memory_gib", ".1f"),
     ("s", "time/step", ".1f"),
     ("held-out", "eval/avg@k", ".3f"),
 )
+_IF_ANY = ("skipped_updates", "reward_errors")
 
 
 class MetricsLogger:
@@ -63,7 +65,7 @@ class MetricsLogger:
         parts = [f"[bold]step {metrics['step']:>{width}}/{self.total_steps}[/bold]"]
         for label, name, form in _LINE:
             value = metrics.get(name)
-            if value is None or (name == "skipped_updates" and not value):
+            if value is None or (name in _IF_ANY and not value):
                 continue
             parts.append(f"[dim]{label}[/dim] {value:{form}}")
         return "  ".join(parts)

@@ -1,23 +1,13 @@
-"""Runs math-verify in a process of its own that a hanging expression cannot outlive.
+"""Compares math answers with math-verify, in a process that no expression can hang for long.
 
-A completion may hold 9^{9^{9^9}}; evaluating it never returns to the interpreter, so no thread and
-no Python signal handler can interrupt it. The worker therefore arms a kernel timer whose default
-action ends the process, and the parent starts another.
+math-verify's own timeouts use a signal handler, which 9^{9^{9^9}} never lets run.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import os
-import resource
-import signal
-import subprocess
-import sys
-from typing import IO
+from aepo_fast.rewards.process import ScoringProcess
 
-MAX_MEMORY = 8 * 2**30
+MAX_MEMORY = 8 * 2**30  # bytes
 
 
 class MathWorkerError(RuntimeError):
@@ -29,52 +19,27 @@ class MathWorker:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self._process: subprocess.Popen[str] | None = None
+        self._process = ScoringProcess(
+            "aepo_fast.rewards.verifiers:load_verifiers",
+            ({}, True),
+            timeout_s=timeout_s,
+            memory=MAX_MEMORY,
+            user_code=False,
+        )
 
     def verify(self, gold: str, completion: str) -> bool:
         """Whether the boxed or last answer of a completion equals `gold`, a number or LaTeX.
 
         Raises MathWorkerError on a timeout or if math-verify fails.
         """
-        if self._process is None:
-            # -P: our modules must not stand in for those that math-verify imports.
-            command = [sys.executable, "-P", __file__, str(self.timeout_s)]
-            pipe = subprocess.PIPE
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-            _, error = self._receive()  # it is ready: imports do not count as time to compare
-            if error:
-                raise MathWorkerError(error)
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died: _receive says so
-            self._process.stdin.write(json.dumps([gold, completion]) + "\n")
-            self._process.stdin.flush()
-        verdict, error = self._receive()
-        if error:
-            raise MathWorkerError(error)
-        return verdict
-
-    def _receive(self) -> tuple[bool, str]:
-        assert self._process is not None and self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if line:
-            verdict, error = json.loads(line)
-            return verdict, error
-        status = self._process.wait()
-        self.close()
-        if status == -signal.SIGALRM:
-            return False, f"no result within reward.timeout_s = {self.timeout_s}"
-        return False, f"the process that runs math-verify ended with status {status}"
+        (answer,) = self._process.ask([(0, gold, completion)])
+        if answer.problem:
+            raise MathWorkerError(answer.problem)
+        return bool(answer.value)
 
     def close(self) -> None:
         """End the process; the next `verify` starts another."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            with contextlib.suppress(BrokenPipeError):
-                process.__exit__(None, None, None)  # closes the pipes and waits
-
-    def __del__(self) -> None:
-        self.close()
+        self._process.close()
 
 
 def compare(gold: str, completion: str) -> bool:
@@ -87,34 +52,3 @@ def compare(gold: str, completion: str) -> bool:
         raise ValueError(f"math-verify cannot parse the right answer {gold!r}")
     found = math_verify.parse(completion, parsing_timeout=None)  # type: ignore[arg-type]
     return math_verify.verify(parsed, found, timeout_seconds=None)
-
-
-def serve(requests: IO[str], replies: IO[str], timeout_s: float) -> None:
-    """Answer one JSON line [gold, completion] after the other with [verdict, error]."""
-    compare("1", "1")  # imports and grammar
-    print(json.dumps([True, ""]), file=replies, flush=True)
-    for line in requests:
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
-        try:
-            reply = [compare(*json.loads(line)), ""]
-        except (Exception, RecursionError) as error:  # of a parser fed with anything
-            reply = [False, f"{type(error).__name__}: {error}"]
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(reply), file=replies, flush=True)
-
-
-def main() -> None:
-    """Serve the parent until it closes the pipe or is gone."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    # Ctrl-C reaches the whole process group; the parent decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing else may write into the replies
-    serve(sys.stdin, replies, float(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    main()

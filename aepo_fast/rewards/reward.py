@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from reasoning_gym.dataset import ProceduralDataset
+
+from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import DataConfig, RewardConfig
-from aepo_fast.config.user_code import import_function
-from aepo_fast.data.tasks import score_task, task_verifier
-from aepo_fast.rewards.math_worker import MathWorker
-from aepo_fast.rewards.user_function import (
-    Scorer,
-    columns_of,
-    run_with_timeout,
-    user_scorer,
-)
+from aepo_fast.data.tasks import CORRECT, check_task, task_verifier
+from aepo_fast.rewards.process import ScoringProcess
+from aepo_fast.rewards.user_call import to_reward
+from aepo_fast.rewards.user_function import Score, Scorer, user_scorer
 from aepo_fast.samples import Prompt
+
+_CHECKED = 4  # prompts of a task
 
 
 class RewardError(RuntimeError):
@@ -27,10 +26,14 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class RewardResult:
-    """rewards: one per completion, None where it has none. errors: how many of those failed."""
+    """rewards: one per completion, None where it has none. errors: how many of those failed.
+
+    first: of the first failure, what failed, with its prompt and completion; empty without one.
+    """
 
     rewards: list[float | None]
     errors: int
+    first: str = field(default="", repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -40,90 +43,141 @@ class Reward:
     name: str
     required_columns: tuple[str, ...]
     scorer: Scorer
-    stop_on_error: bool
+    cfg: RewardConfig
 
     def score(
         self,
         prompts: Sequence[Prompt],
         texts: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
+        *,
+        warn: bool = True,
     ) -> RewardResult:
         """Score completions, given with the prompt of each.
 
-        What fails (an exception, a timeout, a value that is no finite number) raises RewardError
-        or, with on_error = "count", is warned about, counted and None. It is never a 0.
+        What fails (an exception, a timeout, a crash, a value that is no finite number) is counted
+        and None, and the first such sample is warned about; with on_error = "stop" it raises
+        RewardError. It is never a 0.
         """
         if not texts:
             return RewardResult([], 0)
-        rewards: list[float | None] = []
-        errors = 0
-        for index, value in enumerate(self.scorer(prompts, texts, completion_ids)):
-            reward, problem = _to_reward(value)
-            if problem:
-                errors += 1
-                message = (
-                    f"reward {self.name!r} failed on sample {index} of {len(texts)}: {problem}\n"
-                    f"prompt: {prompts[index].messages[-1]['content']!r:.300}\n"
-                    f"completion: {texts[index]!r:.300}"
-                )
-                if self.stop_on_error:
-                    cause = value if isinstance(value, BaseException) else None
-                    raise RewardError(message) from cause
-                if errors == 1:
-                    warnings.warn(message, RuntimeWarning, stacklevel=2)
-            rewards.append(reward)
-        return RewardResult(rewards, errors)
+        scores = self.scorer(prompts, texts, completion_ids)
+        failed = [index for index, score in enumerate(scores) if score.problem]
+        first = ""
+        if failed:
+            index = failed[0]
+            first = (
+                f"reward {self.name!r} failed on sample {index} of {len(texts)}: "
+                f"{self._problem(scores[index])}\n"
+                f"prompt: {prompts[index].messages[-1]['content']!r:.300}\n"
+                f"completion: {texts[index]!r:.300}"
+            )
+            if self.cfg.on_error == "stop":
+                raise RewardError(first)
+            if warn:
+                warnings.warn(first, RuntimeWarning, stacklevel=2)
+        return RewardResult([score.reward for score in scores], len(failed), first)
 
+    def check_share(self, errors: int, total: int, first: str) -> None:
+        """Raise RewardError where more of a step's samples failed than may.
 
-def _to_reward(value: Any) -> tuple[float | None, str]:
-    if value is None:  # as in TRL: the function does not apply to this sample
-        return None, ""
-    if isinstance(value, BaseException):
-        return None, f"{type(value).__name__}: {value}"
-    try:
-        reward = float(value)
-    except Exception:  # of the value's own __float__
-        return None, f"returned {value!r:.100}, which is no number"
-    return (reward, "") if math.isfinite(reward) else (None, f"returned {reward}")
+        first: of their first, as in `RewardResult`.
+        """
+        if errors > self.cfg.allowed_errors(total):
+            raise RewardError(
+                f"{errors} of {total} samples could not be scored, more than "
+                f"reward.max_error_share = {self.cfg.max_error_share} allows. The first: {first}"
+            )
+
+    def _problem(self, score: Score) -> str:
+        problem = score.problem
+        if problem.startswith("MemoryError"):
+            problem += f" (reward.memory_gib = {self.cfg.memory_gib})"
+        return f"{problem}\n{score.traceback}" if score.traceback else problem
 
 
 def build_reward(cfg: RewardConfig, data: DataConfig) -> Reward:
-    """The reward that `reward.function` names; raises ConfigError if there is none."""
-    stop = cfg.on_error == "stop"
+    """The reward that `reward.function` names, its process started.
+
+    Raises ConfigError if there is none, or if a task's verifier is none.
+    """
     if cfg.function in ("task", "math_verify"):
-        scorer = _builtin_scorer(cfg, data)
-        return Reward(cfg.function, ("answer",), scorer, stop)
-    function = import_function("reward.function", cfg.function)
-    scorer = user_scorer(function, cfg)
-    return Reward(cfg.function, columns_of(function), scorer, stop)
+        return Reward(cfg.function, ("answer",), _builtin_scorer(cfg, data), cfg)
+    scorer, columns = user_scorer(cfg)
+    return Reward(cfg.function, columns, scorer, cfg)
 
 
 def _builtin_scorer(cfg: RewardConfig, data: DataConfig) -> Scorer:
-    worker = MathWorker(cfg.timeout_s)
-    verifiers = {
-        index: task_verifier(source)
+    tasks = {
+        index: source
         for index, source in enumerate(data.sources)
         if cfg.function == "task" and source.kind == "reasoning_gym"
     }
+    for source in tasks.values():
+        check_task(source)
+    process = ScoringProcess(
+        "aepo_fast.rewards.verifiers:load_verifiers",
+        (
+            {index: (source.name, source.params) for index, source in tasks.items()},
+            len(tasks) < len(data.sources),
+        ),
+        timeout_s=cfg.timeout_s,
+        memory=cfg.memory_bytes,
+        user_code=False,
+    )
+    process.begin()
 
-    def score_one(prompt: Prompt, text: str) -> float:
-        if prompt.source not in verifiers:
-            return float(worker.verify(gold_answer(prompt.columns["answer"]), text))
-        verifier = verifiers[prompt.source]
-        return run_with_timeout(lambda: score_task(verifier, prompt.columns, text), cfg.timeout_s)
+    def request(prompt: Prompt, text: str) -> tuple[int, Any, str]:
+        row = prompt.columns
+        return prompt.source, row if prompt.source in tasks else gold_answer(row["answer"]), text
 
     def score(
         prompts: Sequence[Prompt], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
-    ) -> list[Any]:
-        values: list[Any] = []
-        for prompt, text in zip(prompts, texts, strict=True):
-            try:
-                values.append(score_one(prompt, text))
-            except Exception as error:  # a verifier fed with anything; reported by Reward.score
-                values.append(error)
-        return values
+    ) -> list[Score]:
+        answers = process.ask([request(*pair) for pair in zip(prompts, texts, strict=True)])
+        return [
+            Score(None, answer.problem, answer.traceback)
+            if answer.problem
+            else Score(*to_reward(answer.value))
+            for answer in answers
+        ]
 
     return score
+
+
+def check_answers(reward: Reward, data: DataConfig, prompts: Sequence[Prompt]) -> None:
+    """Raise ConfigError for a task whose right answers the reward cannot do anything with.
+
+    A task's verifier must accept a right answer of its own, of the first few prompts. Some tasks
+    know none: their verifier looks at the question alone, and other rewards have nothing to read.
+    """
+    for index, source in enumerate(data.sources):
+        if source.kind != "reasoning_gym":
+            continue
+        rows = [prompt.columns for prompt in prompts if prompt.source == index]
+        if reward.name == "task":
+            rows = [row for row in rows[:_CHECKED] if row["answer"] is not None]
+            problem = _refusal(task_verifier(source), rows)
+            if problem:
+                reason = f"the task's verifier fails on right answers of its own: {problem}"
+                fix = "Choose other data.sources.params, or another task"
+                raise ConfigError("data.sources.name", source.name, reason, fix)
+        elif "answer" in reward.required_columns and any(row["answer"] is None for row in rows):
+            reason = f"reads the column 'answer', and the task {source.name!r} has rows without one"
+            raise ConfigError("reward.function", reward.name, reason, 'Use "task"')
+
+
+def _refusal(verifier: ProceduralDataset, rows: Sequence[dict[str, Any]]) -> str:
+    """Why a verifier accepts none of these rows' own answers; empty where it does, or has none."""
+    problem = ""
+    for row in rows:
+        try:
+            if verifier.score_answer(row["answer"], row) >= CORRECT:
+                return ""
+            problem = f"{row['answer']!r:.100} is no right answer to it"
+        except Exception as error:  # of any kind: it is not our code
+            problem = f"{type(error).__name__}: {error}"
+    return problem
 
 
 def gold_answer(answer: Any) -> str:

@@ -11,6 +11,8 @@ from types import TracebackType
 from aepo_fast.rewards.reward import Reward
 from aepo_fast.samples import Completion, Prompt
 
+_CHECK_S = 0.1  # between two calls of `check`
+
 
 @dataclass(frozen=True)
 class ScoredGroup:
@@ -23,8 +25,9 @@ class ScoredGroup:
 class GroupScorer:
     """Decodes and scores the groups of a rollout as they are added, one group a prompt.
 
-    overlap: in a thread of its own, whatever has arrived in one call of the reward; otherwise all
-    groups in one call at the end. Use as a context; leaving it early drops what is not scored.
+    overlap: whatever has arrived in one call of the reward; otherwise all groups in one call at the
+    end. Either runs in a thread. num_samples: of all groups. `check` is called while `results`
+    waits, and may raise. Use as a context; leaving it early drops what is not scored.
     """
 
     def __init__(
@@ -34,16 +37,18 @@ class GroupScorer:
         decode: Callable[[Sequence[int]], str],
         *,
         overlap: bool,
+        num_samples: int,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.reward, self.prompts, self.decode = reward, prompts, decode
-        self.errors = 0
+        self.reward, self.prompts, self.decode, self.check = reward, prompts, decode, check
+        self.errors, self.num_samples = 0, num_samples
+        self._first_error = ""
         self._scored: dict[int, ScoredGroup] = {}
         self._arrived: queue.SimpleQueue[tuple[int, Sequence[Completion]] | None]
         self._arrived = queue.SimpleQueue()
         self._failure: BaseException | None = None
-        self._thread = None
+        self._thread = threading.Thread(target=self._work, daemon=True, name="scorer")
         if overlap:
-            self._thread = threading.Thread(target=self._work, daemon=True, name="scorer")
             self._thread.start()
 
     def __enter__(self) -> GroupScorer:
@@ -64,12 +69,16 @@ class GroupScorer:
         self._arrived.put((group, completions))
 
     def results(self) -> list[ScoredGroup]:
-        """Wait for all groups; raises RewardError as `Reward.score` does."""
+        """Wait for all groups.
+
+        Raises RewardError as `Reward.score` and `Reward.check_share` do.
+        """
         self._arrived.put(None)
-        if self._thread is None:
-            self._work()
-        else:
-            self._thread.join()
+        if self._thread.ident is None:
+            self._thread.start()
+        while self._thread.is_alive():
+            self.check()
+            self._thread.join(_CHECK_S)
         if self._failure is not None:
             raise self._failure
         return [self._scored[group] for group in range(len(self.prompts))]
@@ -94,8 +103,11 @@ class GroupScorer:
             [self.prompts[index] for index, group in groups for _ in group],
             texts,
             [completion.completion_ids for completion in flat],
+            warn=not self.errors,
         )
         self.errors += scored.errors
+        self._first_error = self._first_error or scored.first
+        self.reward.check_share(self.errors, self.num_samples, self._first_error)
         start = 0
         for index, group in groups:
             stop = start + len(group)

@@ -1,64 +1,101 @@
-"""A reward function of the user's, called with TRL's arguments."""
+"""A reward function of the user's, called with TRL's arguments in a process of its own."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import threading
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import RewardConfig
+from aepo_fast.rewards.process import Answer, ScoringProcess
 from aepo_fast.samples import Prompt
 
-# Arguments of TRL's reward signature that are no columns of the data.
-_OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
+
+@dataclass(frozen=True)
+class Score:
+    """What a completion got: a reward, None without one, or a problem in place of it.
+
+    problem: empty where there is none. traceback: of the function that failed.
+    """
+
+    reward: float | None = None
+    problem: str = ""
+    traceback: str = ""
 
 
-# One value, or the exception in its place, per completion.
-Scorer = Callable[[Sequence[Prompt], Sequence[str], Sequence[Sequence[int]]], list[Any]]
+# So many completions of a call that has failed may fail by themselves before the others are left.
+_FAILURES = 3
+Scorer = Callable[[Sequence[Prompt], Sequence[str], Sequence[Sequence[int]]], list[Score]]
 
 
-def columns_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The columns a reward function reads: its arguments without a default."""
-    return tuple(
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if name not in _OWN_ARGUMENTS
-        and parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+def user_scorer(cfg: RewardConfig) -> tuple[Scorer, tuple[str, ...]]:
+    """The function that `reward.function` names, as a scorer, and the columns it needs.
+
+    Raises ConfigError where it cannot be imported. Where a call fails and errors are counted, its
+    completions are scored one by one, to lose no more than those that fail.
+    """
+    process = ScoringProcess(
+        "aepo_fast.rewards.user_call:load_function",
+        (cfg.function,),
+        timeout_s=cfg.timeout_s,
+        memory=cfg.memory_bytes,
+        user_code=True,
     )
-
-
-def user_scorer(function: Callable[..., Any], cfg: RewardConfig) -> Scorer:
-    parameters = inspect.signature(function).parameters.values()
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    taken = {parameter.name for parameter in parameters}
-
-    def call(arguments: dict[str, list[Any]]) -> Any:
-        result = function(**arguments)
-        return asyncio.run(_wait(result)) if inspect.isawaitable(result) else result
+    ready = process.start()
+    refused = (ready.value or {}).get("refused")
+    if ready.problem:
+        module = cfg.function.split(":")[0]
+        refused = f"importing {module!r} failed: {ready.problem}", "Correct the module"
+    if refused:
+        process.close()
+        raise ConfigError("reward.function", cfg.function, *refused)
+    takes = ready.value["takes"]
 
     def score(
         prompts: Sequence[Prompt], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
-    ) -> list[Any]:
+    ) -> list[Score]:
         arguments = trl_arguments(prompts, texts, completion_ids)
-        if not takes_all:
-            arguments = {name: value for name, value in arguments.items() if name in taken}
-        try:
-            values = run_with_timeout(lambda: list(call(arguments)), cfg.timeout_s)
-        except Exception as error:  # the user's code; reported by Reward.score
-            return [error] * len(texts)
-        if len(values) != len(texts):
-            reason = f"returned {len(values)} rewards for {len(texts)} completions"
-            return [ValueError(reason)] * len(texts)
-        return values
+        if takes is not None:
+            arguments = {name: value for name, value in arguments.items() if name in takes}
+        (answer,) = process.ask([(len(texts), arguments)])
+        if not answer.problem or cfg.on_error == "stop" or len(texts) == 1:
+            return _scores(answer, len(texts))
+        warnings.warn(
+            f"reward {cfg.function!r}: a call for {len(texts)} completions failed, so they are "
+            f"scored one by one: {answer.problem}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        most = max(_FAILURES, cfg.allowed_errors(len(texts)))
+        return _one_by_one(process, arguments, len(texts), most)
 
-    return score
+    return score, tuple(ready.value["columns"])
 
 
-async def _wait(awaitable: Any) -> Any:
-    return await awaitable
+def _one_by_one(
+    process: ScoringProcess, arguments: dict[str, list[Any]], count: int, most: int
+) -> list[Score]:
+    """Score each completion in a call of its own; after `most` failures the rest fail unasked."""
+    scores: list[Score] = []
+    failures = 0
+    for index in range(count):
+        if failures > most:
+            return scores + [Score(problem=f"not scored: {failures} others of its call failed")] * (
+                count - index
+            )
+        single = {name: [values[index]] for name, values in arguments.items()}
+        (answer,) = process.ask([(1, single)])
+        failures += bool(answer.problem)
+        scores += _scores(answer, 1)
+    return scores
+
+
+def _scores(answer: Answer, count: int) -> list[Score]:
+    if answer.problem:
+        return [Score(None, answer.problem, answer.traceback)] * count
+    return [Score(reward, problem) for reward, problem in answer.value]
 
 
 def trl_arguments(
@@ -81,29 +118,3 @@ def trl_arguments(
         ],
         "completion_ids": [list(ids) for ids in completion_ids],
     }
-
-
-def run_with_timeout(function: Callable[[], Any], timeout_s: float) -> Any:
-    """Call a function in a thread and return its result; raises TimeoutError, or what it raised.
-
-    After a timeout the thread goes on by itself: Python cannot stop it, only stop waiting.
-    """
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((function(), None))
-        except BaseException as error:  # also SystemExit: the caller is to hear of it
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True, name="reward")
-    thread.start()
-    thread.join(timeout_s)
-    if not outcome:
-        raise TimeoutError(f"no result within reward.timeout_s = {timeout_s}")
-    value, error = outcome[0]
-    if isinstance(error, Exception):
-        raise error
-    if error is not None:
-        raise RuntimeError(f"{type(error).__name__}: {error}")
-    return value

@@ -28,10 +28,18 @@ def collect(
 ) -> Rollout:
     """Sample all of a plan's prompts in one call and score them, by choice meanwhile.
 
-    `lap` is told when sampling ("rollout") and scoring ("reward") are done.
+    `lap` is told when sampling ("rollout") and scoring ("reward") are done. `on_tokens` is called
+    with 0 while scoring takes its time.
     """
     everyone = [*plan.prompts, *plan.aux_prompts]
-    with GroupScorer(reward, everyone, decode, overlap=cfg.reward.overlap) as scorer:
+    with GroupScorer(
+        reward,
+        everyone,
+        decode,
+        overlap=cfg.reward.overlap,
+        num_samples=sum(request.num_samples for request in plan.requests),
+        check=lambda: on_tokens(0),
+    ) as scorer:
         start = time.perf_counter()
         groups = engine.generate(
             plan.requests,

@@ -26,7 +26,7 @@ from aepo_fast.model.policy import Policy
 from aepo_fast.report.json_lines import is_step, lines_of
 from aepo_fast.report.logger import check_tensorboard
 from aepo_fast.report.unexpected import TRACEBACK_NAME, doing
-from aepo_fast.rewards.reward import Reward, build_reward
+from aepo_fast.rewards.reward import Reward, build_reward, check_answers
 from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
 from aepo_fast.training.checkpoint import (
@@ -194,6 +194,7 @@ def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None)
         required_columns=reward.required_columns,
         rendered_at=rendered_at,
     )
+    check_answers(reward, cfg.data, [*prompts.train, *prompts.heldout])
     return Inputs(tokenizer, prompts, reward, str(folder), rendered_at)
 
 

@@ -95,17 +95,24 @@ def evaluate(
 ) -> EvalResult:
     """Sample every prompt `samples` times at temperature 1 and score the completions.
 
-    Raises RewardError as `Reward.score` does, and where no sample has a reward, and RolloutError
-    where sampling fails.
+    Raises RewardError as `GroupScorer.results` does, and where no sample has a reward, and
+    RolloutError where sampling fails.
 
     overlap: score them while others are still being sampled. on_tokens, on_group: as in
-    `RolloutEngine.generate`.
+    `RolloutEngine.generate`; on_tokens is called with 0 too, while scoring takes its time.
     """
     requests = [
         Request(prompt.token_ids, samples, 1.0, seed_of(seed, index))
         for index, prompt in enumerate(prompts)
     ]
-    with GroupScorer(reward, prompts, decode, overlap=overlap) as scorer:
+    with GroupScorer(
+        reward,
+        prompts,
+        decode,
+        overlap=overlap,
+        num_samples=samples * len(prompts),
+        check=lambda: on_tokens(0) if on_tokens else None,
+    ) as scorer:
 
         def add(index: int, group: list[Completion]) -> None:
             scorer.add(index, group)

@@ -29,7 +29,7 @@ name = "products"
 params = {{min_terms = 2, max_terms = 2, max_digits = 1}}
 size = 60
 [reward]
-function = "tests.tiny_run:even_start"
+function = "tests.tiny_rewards:even_start"
 [rollout]
 max_new_tokens = 6
 dtype = "float32"

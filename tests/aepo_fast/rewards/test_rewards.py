@@ -1,7 +1,7 @@
 import asyncio
-import math
-import threading
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from aepo_fast.rewards.reward import (
     gold_answer,
     soft_overlong_penalty,
 )
-from aepo_fast.rewards.user_function import columns_of, run_with_timeout
+from aepo_fast.rewards.user_call import columns_of
 from aepo_fast.samples import Prompt
 
 FILE = SourceConfig(name="x.jsonl")
@@ -90,7 +90,7 @@ def test_math_verify(answer, right, wrong):
 def test_math_verify_survives_an_expression_that_never_returns():
     worker = MathWorker(timeout_s=2.0)
     assert worker.verify("42", "42")
-    process = worker._process
+    process = worker._process._process
     with pytest.raises(MathWorkerError, match="no result within reward.timeout_s = 2.0"):
         worker.verify("42", "$9^{9^{9^{9}}}$")
     assert process is not None and process.returncode is not None
@@ -100,16 +100,15 @@ def test_math_verify_survives_an_expression_that_never_returns():
 def test_math_verify_starts_anew_when_its_process_was_killed():
     worker = MathWorker(timeout_s=5.0)
     assert worker.verify("42", "42")
-    assert worker._process is not None
-    worker._process.kill()
-    worker._process.wait()
-    with pytest.raises(MathWorkerError, match="ended with status -9"):
-        worker.verify("42", "42")
+    process = worker._process._process
+    assert process is not None
+    process.kill()
+    process.wait()
     assert worker.verify("42", "42")
 
 
 def test_unparsable_right_answer_is_an_error_not_a_zero():
-    reward = reward_of("math_verify", on_error="count")
+    reward = reward_of("math_verify")
     with pytest.warns(RuntimeWarning, match="cannot parse the right answer"):
         result = reward.score([prompt(answer=""), prompt(answer=1)], ["1", "1"], IDS[:2])
     assert result.rewards == [None, 1.0] and result.errors == 1
@@ -125,9 +124,9 @@ def test_gold_answer(answer, text):
 
 def test_user_function_gets_trl_arguments(user_module):
     name = user_module(
-        "seen = {}\n"
+        "import json, pathlib\n"
         "def reward(prompts, completions, completion_ids, level, extra=None, **columns):\n"
-        "    seen.update(locals())\n"
+        "    pathlib.Path('seen.json').write_text(json.dumps(locals()))\n"
         "    return [1, 0.5, None]\n"
     )
     reward = reward_of(name)
@@ -136,7 +135,7 @@ def test_user_function_gets_trl_arguments(user_module):
     prompts = [prompt(level=1, kind="a"), prompt(level=2), prompt(prompt=chat, level=3)]
     result = reward.score(prompts, ["x", "y", "z"], IDS)
     assert result.rewards == [1.0, 0.5, None] and result.errors == 0
-    seen = vars(__import__(name.split(":")[0]))["seen"]
+    seen = json.loads(Path("seen.json").read_text())
     assert seen["prompts"] == ["question", "question", chat]
     assert seen["completions"] == ["x", "y", [{"role": "assistant", "content": "z"}]]
     assert seen["completion_ids"] == [[1, 2], [3], [4]]
@@ -176,10 +175,10 @@ def test_failing_user_function_stops_or_is_counted(user_module, body):
     name = user_module(f"def reward(completions, **columns):\n    {body}\n")
     texts = ["alpha", "beta", "gamma"]
     with pytest.raises(RewardError) as caught:
-        reward_of(name, timeout_s=0.2).score([prompt()] * 3, texts, IDS)
+        reward_of(name, timeout_s=0.2, on_error="stop").score([prompt()] * 3, texts, IDS)
     for part in (name, "sample 0 of 3", BROKEN[body], "alpha", "question"):
         assert part in str(caught.value)
-    counting = reward_of(name, timeout_s=0.2, on_error="count")
+    counting = reward_of(name, timeout_s=0.2)
     with pytest.warns(RuntimeWarning, match="sample 0 of 3"):
         result = counting.score([prompt()] * 3, texts, IDS)
     assert result.rewards == [None] * 3 and result.errors == 3
@@ -189,8 +188,8 @@ def test_failing_user_function_stops_or_is_counted(user_module, body):
 def test_value_that_is_no_number_is_no_zero(user_module, value):
     name = user_module(f"def reward(completions, **columns):\n    return [1, {value}, 0]\n")
     with pytest.raises(RewardError, match="sample 1 of 3: returned"):
-        reward_of(name).score([prompt()] * 3, ["a", "b", "c"], IDS)
-    counting = reward_of(name, on_error="count")
+        reward_of(name, on_error="stop").score([prompt()] * 3, ["a", "b", "c"], IDS)
+    counting = reward_of(name)
     with pytest.warns(RuntimeWarning):
         result = counting.score([prompt()] * 3, ["a", "b", "c"], IDS)
     assert result.rewards == [1.0, None, 0.0] and result.errors == 1
@@ -220,18 +219,6 @@ def test_columns_of_are_the_arguments_without_default():
     assert columns_of(function) == ("answer", "level")
 
 
-def test_timeout_returns_in_time_and_results_pass():
-    release = threading.Event()
-    started = time.monotonic()
-    with pytest.raises(TimeoutError):
-        run_with_timeout(release.wait, 0.1)
-    assert time.monotonic() - started < 2
-    release.set()
-    assert run_with_timeout(lambda: math.pi, 5.0) == math.pi
-    with pytest.raises(KeyError, match="why"):
-        run_with_timeout(lambda: {}["why"], 5.0)
-
-
 def test_nothing_to_score():
     assert reward_of("task").score([], [], []).rewards == []
 
@@ -255,7 +242,7 @@ def test_a_value_whose_conversion_fails_is_an_error_of_its_sample(user_module):
         "    return [Value() for _ in completions]\n"
     )
     with pytest.raises(RewardError, match="sample 0 of 1.*which is no number"):
-        reward_of(function).score([prompt()], ["x"], [[1]])
+        reward_of(function, on_error="stop").score([prompt()], ["x"], [[1]])
 
 
 def test_soft_overlong_penalty() -> None:

@@ -15,6 +15,7 @@ from aepo_fast.config.sections import RewardConfig, RolloutConfig
 from aepo_fast.method.objective import is_positive
 from aepo_fast.rewards.reward import Reward, RewardError
 from aepo_fast.rewards.scorer import GroupScorer
+from aepo_fast.rewards.user_function import Score
 from aepo_fast.rollout.sampling import collect
 from aepo_fast.samples import Completion, Prompt, Request, Rollout, RolloutPlan
 from tests.tiny_run import tiny_config
@@ -42,19 +43,21 @@ class Recorder:
 
     def __call__(
         self, asked: Sequence[Prompt], texts: Sequence[str], ids: Sequence[Sequence[int]]
-    ) -> list[float | None]:
+    ) -> list[Score]:
         self.calls.append([(p.key, text) for p, text in zip(asked, texts, strict=True)])
         assert self.gate.wait(30)
-        return [None if one[0] == 7 else float(one[0]) for one in ids]
+        return [Score(None if one[0] == 7 else float(one[0])) for one in ids]
 
     def reward(self) -> Reward:
-        return Reward("recorder", (), self, stop_on_error=True)
+        return Reward("recorder", (), self, RewardConfig())
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_groups_in_any_order_get_their_own_rewards(overlap: bool) -> None:
     recorder = Recorder()
-    with GroupScorer(recorder.reward(), prompts(4), decode, overlap=overlap) as scorer:
+    with GroupScorer(
+        recorder.reward(), prompts(4), decode, overlap=overlap, num_samples=5
+    ) as scorer:
         for index, completions in ((2, group(5, 7)), (0, group(1)), (3, group()), (1, group(2, 3))):
             scorer.add(index, completions)
         scored = scorer.results()
@@ -76,7 +79,7 @@ def test_groups_in_any_order_get_their_own_rewards(overlap: bool) -> None:
 def test_what_arrives_during_a_call_is_scored_in_the_next_one() -> None:
     recorder = Recorder()
     recorder.gate.clear()
-    with GroupScorer(recorder.reward(), prompts(5), decode, overlap=True) as scorer:
+    with GroupScorer(recorder.reward(), prompts(5), decode, overlap=True, num_samples=9) as scorer:
         scorer.add(0, group(1))
         while not recorder.calls:  # the first call is under way
             pass
@@ -89,20 +92,15 @@ def test_what_arrives_during_a_call_is_scored_in_the_next_one() -> None:
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_failure_is_raised_and_stops_the_sampling(overlap: bool) -> None:
-    def broken(*_: object) -> list[float]:
-        raise ValueError("no idea")
+    def score(asked: Sequence[Prompt], *_: object) -> list[Score]:
+        return [Score(problem="ValueError: no idea") for _ in asked]
 
-    def score(*arguments: object) -> list[Exception]:
-        try:
-            broken()
-        except ValueError as error:
-            return [error]
-        return []
-
-    reward = Reward("broken", (), score, stop_on_error=True)  # type: ignore[arg-type]
+    reward = Reward("broken", (), score, RewardConfig(on_error="stop"))
     with (
         pytest.raises(RewardError, match="'broken' failed.*no idea"),
-        GroupScorer(reward, prompts(100_000), decode, overlap=overlap) as scorer,
+        GroupScorer(
+            reward, prompts(100_000), decode, overlap=overlap, num_samples=100_000
+        ) as scorer,
     ):
         for index in range(100_000):
             scorer.add(index, group(1))
@@ -118,7 +116,7 @@ def test_leaving_early_does_not_wait() -> None:
     recorder.gate.clear()
     with (
         pytest.raises(KeyboardInterrupt),
-        GroupScorer(recorder.reward(), prompts(1), decode, overlap=True) as scorer,
+        GroupScorer(recorder.reward(), prompts(1), decode, overlap=True, num_samples=1) as scorer,
     ):
         scorer.add(0, group(1))
         raise KeyboardInterrupt

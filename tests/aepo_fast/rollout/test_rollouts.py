@@ -100,24 +100,20 @@ def test_without_it_nothing_changes_whether_rewards_overlap_or_not(
     assert {line["sampling/version_lag"] for line in metrics_of(plain)} == {0}
 
 
-def failing_later(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    failing_later.calls += 1  # type: ignore[attr-defined]
-    if failing_later.calls > 2:  # type: ignore[attr-defined]
-        raise ValueError("the judge is gone")
-    return [float(ids[0] % 2) for ids in completion_ids]
-
-
 def test_a_failure_ahead_is_raised_when_its_step_comes(
-    tiny_model_dir: Path, tmp_path: Path
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing_later.calls = 0  # type: ignore[attr-defined]
-    reward = RewardConfig("tests.aepo_fast.rollout.test_rollouts:failing_later", overlap=False)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no_judge").touch()
+    function = "tests.tiny_rewards:failing_third_call"
+    reward = RewardConfig(function, overlap=False, on_error="stop")
     cfg = config(tiny_model_dir, tmp_path / "run", reward=reward)
     with pytest.raises(RewardError, match="the judge is gone"):
         train(cfg)
     # Calls: steps 1 and 2, then step 3's rollout fails while step 2 trains, which is kept.
     assert [line["step"] for line in metrics_of(cfg)] == [1, 2]
-    failing_later.calls = -99  # type: ignore[attr-defined]
+    (tmp_path / "no_judge").unlink()
     train(cfg, resume=True)
     assert [line["step"] for line in metrics_of(cfg)] == [1, 2, 3, 4]
 

@@ -264,37 +264,25 @@ def test_a_checkpoint_is_a_model_that_loads_like_any_other(
     assert train(again) == 0
 
 
-def broken_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """Fails on the third sample, and only there."""
-    values = [float(ids[0] % 2) for ids in completion_ids]
-    values[2] = float("nan")
-    return values
-
-
 def test_reward_errors_stop_the_run_or_are_counted(tiny_model_dir: Path, tmp_path: Path) -> None:
-    name = "tests.aepo_fast.training.test_run:broken_reward"
+    name = "tests.tiny_rewards:broken_on_the_third"
     cfg = with_trainer(tiny_config(tiny_model_dir, tmp_path / "stop"), steps=1)
     with pytest.raises(RewardError, match="sample 2"):
-        train(replace(cfg, reward=RewardConfig(function=name)))
+        train(replace(cfg, reward=RewardConfig(function=name, on_error="stop")))
     counted = replace(
         cfg,
         output_dir=str(tmp_path / "count"),
-        reward=RewardConfig(function=name, on_error="count"),
+        reward=RewardConfig(function=name, overlap=False),
     )
     with pytest.warns(RuntimeWarning, match="sample 2"):
         assert train(counted) == 0
     assert metrics_of(counted)[0]["reward_errors"] == 1
 
 
-def silent_reward(completion_ids: list[list[int]], **columns: Any) -> list[None]:
-    """Applies to no sample."""
-    return [None] * len(completion_ids)
-
-
 def test_a_step_without_any_reward_stops_the_run(tiny_model_dir: Path, tmp_path: Path) -> None:
-    name = "tests.aepo_fast.training.test_run:silent_reward"
+    name = "tests.tiny_rewards:silent"
     cfg = tiny_config(tiny_model_dir, tmp_path / "run", reward=RewardConfig(function=name))
-    with pytest.raises(RewardError, match="silent_reward.*step 1"):
+    with pytest.raises(RewardError, match="silent.*step 1"):
         train(cfg)
 
 

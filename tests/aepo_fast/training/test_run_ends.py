@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +26,6 @@ from aepo_fast.training.run import train
 from aepo_fast.training.trainer import TrainingError
 from tests.aepo_fast.training.test_run import assert_same_end, metrics_of
 from tests.tiny_run import tiny_config, with_trainer
-
-REWARDS = "tests.aepo_fast.training.test_run_ends"
 
 
 def saved(folder: Path) -> list[str]:
@@ -86,19 +88,40 @@ def test_memory_that_runs_out_is_said_with_its_settings(
         train(cfg)
 
 
-def no_reward(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
-    """Of the first prompt's samples has none a reward, of the others every second one 1."""
-    return [None if i < 4 else float(i % 2) for i in range(len(completion_ids))]
-
-
 def test_a_minibatch_may_be_empty(tiny_model_dir: Path, tmp_path: Path) -> None:
-    reward = RewardConfig(function=f"{REWARDS}:no_reward", overlap=False)
+    reward = RewardConfig(function="tests.tiny_rewards:none_for_the_first_prompt", overlap=False)
     cfg = tiny_config(tiny_model_dir, tmp_path / "run", reward=reward)
     cfg = replace(cfg, aepo=replace(cfg.aepo, enabled=False))
     cfg = with_trainer(cfg, minibatches=4, steps=1)
     assert train(cfg) == 0
     (line,) = metrics_of(cfg)
     assert line["kernel/active_token_share"] > 0 and line["skipped_updates"] == 0
+
+
+@pytest.mark.parametrize(("number", "overlap"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_signal_is_heard_while_a_reward_hangs(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    overlap: bool,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    monkeypatch.chdir(tmp_path)
+    reward = RewardConfig(function="tests.tiny_rewards:hanging", overlap=overlap, timeout_s=600.0)
+    cfg = tiny_config(tiny_model_dir, tmp_path / "run", reward=reward)
+    sent: list[float] = []
+
+    def send() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.02)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    assert train(cfg) == 128 + number
+    assert time.monotonic() - sent[0] < 10
+    assert saved(tmp_path / "run") == ["step_0"]
 
 
 def test_only_a_run_s_own_files_are_overwritten(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -169,7 +192,7 @@ def test_layers_in_bfloat16_compute_in_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_math_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aepo_fast.rewards.math_worker.sys.executable", "false")
+    monkeypatch.setattr("sys.executable", "false")
     with pytest.raises(MathWorkerError, match="ended with status 1"):
         MathWorker(timeout_s=2.0).verify("1", "1")
 

@@ -1,0 +1,7 @@
+"""The former name of `aepo_fast.rewards.math_worker`."""
+
+from __future__ import annotations
+
+from aepo_fast.rewards.math_worker import MathWorker, MathWorkerError, compare
+
+__all__ = ["MathWorker", "MathWorkerError", "compare"]
