@@ -190,7 +190,7 @@ def final_answer(text: str, gold: str | None) -> str | None:
     if stated is None:
         stated = labelled(text)
         stated = _end(text, gold) if stated is None else _start(stated, gold)
-    return _bare(stated, gold) or None
+    return _plain(stated, gold or "") or None
 
 
 def _start(text: str, gold: str | None) -> str:
@@ -226,8 +226,13 @@ def _end(text: str, gold: str | None) -> str:
     while num > 1 and first > 0 and _alike(lines[first - 1], gold):
         first -= 1
     end = "\n".join(lines[first:])
-    bold = _LAST_BOLD.match(end)
-    return bold[1] if bold and not (gold and "**" in gold) else end
+    return end if num > 1 or (gold and "**" in gold) else last_bold(end)
+
+
+def last_bold(text: str) -> str:
+    """What a text's last line ends in if that is the only bold there, else that line."""
+    bold = _LAST_BOLD.match(text.rpartition("\n")[2])
+    return bold[1] if bold else text.rpartition("\n")[2]
 
 
 def _is_json(gold: str | None) -> bool:
@@ -246,9 +251,12 @@ def _alike(line: str, gold: str | None) -> bool:
     )
 
 
-def _bare(text: str, gold: str | None) -> str:
-    """The answer without what stands around it and `gold` has not."""
-    form = (gold or "").strip()
+def bare(text: str, form: str = "") -> str:
+    """The text without emphasis, quotes, fences and full stops around it that `form` has not.
+
+    Of a JSON object with "answer", that value.
+    """
+    form = form.strip()
     num_stops = len(form) - len(form.rstrip("."))
     before = None
     while text != before:
@@ -266,9 +274,15 @@ def _bare(text: str, gold: str | None) -> str:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            value = None
+            return text
         if isinstance(value, dict) and isinstance(value.get("answer"), str | int | float):
-            text = str(value["answer"])
+            return str(value["answer"])
+    return text
+
+
+def _plain(text: str, form: str) -> str:
+    """The answer as verifiers read it: no LaTeX braces, no left side of an equation."""
+    text = bare(text, form)
     if r"\{" in text and r"\{" not in form:
         text = text.replace(r"\{", "{").replace(r"\}", "}")
     if " = " in text and "=" not in form and "\n" not in text:

@@ -15,6 +15,8 @@ import resource
 import signal
 import subprocess
 import sys
+import types
+from pathlib import Path
 from typing import IO
 
 MAX_MEMORY = 8 * 2**30
@@ -31,11 +33,13 @@ class MathWorker:
         self.timeout_s = timeout_s
         self._process: subprocess.Popen[str] | None = None
 
-    def verify(self, gold: str, completion: str) -> bool:
-        """Whether the boxed or last answer of a completion equals `gold`, a number or LaTeX.
+    def verify(self, gold: str | None, completion: str) -> bool | None:
+        """Whether the final answer of a completion equals `gold`; None where `gold` is None.
 
         Raises MathWorkerError on a timeout or if math-verify fails.
         """
+        if gold is None:
+            return None
         if self._process is None:
             # -P: our modules must not stand in for those that math-verify imports.
             command = [sys.executable, "-P", __file__, str(self.timeout_s)]
@@ -77,16 +81,11 @@ class MathWorker:
         self.close()
 
 
-def compare(gold: str, completion: str) -> bool:
-    """Whether math-verify finds the completion's answer equal to `gold`."""
-    import math_verify  # not needed in the parent, and slow to import
+def compare(gold: str, completion: str) -> bool | None:
+    """Whether the completion's answer equals `gold`: see `math_answers.compare`."""
+    from aepo_fast.rewards import math_answers  # not needed in the parent
 
-    # Timeouts are off: math-verify's own use a signal handler, see above.
-    parsed = math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)  # type: ignore[arg-type]
-    if not parsed:
-        raise ValueError(f"math-verify cannot parse the right answer {gold!r}")
-    found = math_verify.parse(completion, parsing_timeout=None)  # type: ignore[arg-type]
-    return math_verify.verify(parsed, found, timeout_seconds=None)
+    return math_answers.compare(gold, completion)
 
 
 def serve(requests: IO[str], replies: IO[str], timeout_s: float) -> None:
@@ -105,6 +104,10 @@ def serve(requests: IO[str], replies: IO[str], timeout_s: float) -> None:
 
 def main() -> None:
     """Serve the parent until it closes the pipe or is gone."""
+    # Our package without its __init__, which imports torch.
+    package = types.ModuleType("aepo_fast")
+    package.__path__ = [str(Path(__file__).parents[1])]
+    sys.modules["aepo_fast"] = package
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # Ctrl-C reaches the whole process group; the parent decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,6 +11,7 @@ from typing import Any
 from aepo_fast.config.sections import DataConfig, RewardConfig
 from aepo_fast.config.user_code import import_function
 from aepo_fast.data.tasks import score_task, task_verifier
+from aepo_fast.rewards.math_answers import gold_text, unusable_gold
 from aepo_fast.rewards.math_worker import MathWorker
 from aepo_fast.rewards.user_function import (
     Scorer,
@@ -108,7 +109,12 @@ def _builtin_scorer(cfg: RewardConfig, data: DataConfig) -> Scorer:
 
     def score_one(prompt: Prompt, text: str) -> float:
         if prompt.source not in verifiers:
-            return float(worker.verify(gold_answer(prompt.columns["answer"]), text))
+            answer = prompt.columns["answer"]
+            problem = unusable_gold(answer)
+            if problem:
+                reason = f"cannot parse the right answer {answer!r:.100}, {problem}"
+                raise ValueError(reason)
+            return float(bool(worker.verify(gold_answer(answer), text)))
         verifier = verifiers[prompt.source]
         return run_with_timeout(lambda: score_task(verifier, prompt.columns, text), cfg.timeout_s)
 
@@ -126,12 +132,9 @@ def _builtin_scorer(cfg: RewardConfig, data: DataConfig) -> Scorer:
     return score
 
 
-def gold_answer(answer: Any) -> str:
-    """The right answer of a row as text: a number, LaTeX, or what follows GSM8K's "####"."""
-    if isinstance(answer, float) and answer.is_integer():
-        return str(int(answer))
-    text = str(answer)
-    return text.rsplit("####", 1)[-1].strip() if "####" in text else text.strip()
+def gold_answer(answer: Any) -> str | None:
+    """The right answer of a row as text, None where it says nothing: `math_answers.gold_text`."""
+    return gold_text(answer)
 
 
 def soft_overlong_penalty(length: int, max_length: int, zone: int) -> float:
