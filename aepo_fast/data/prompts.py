@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -47,11 +47,14 @@ def load_prompts(
     *,
     max_prompt_tokens: int,
     required_columns: Sequence[str],
+    unusable: Callable[[Any], str | None] | None = None,
 ) -> PromptSet:
     """Read every source, apply the chat template once, drop duplicates and split.
 
-    `required_columns` are what the reward reads. Raises ConfigError for unknown tasks, missing
-    files or columns, empty sources and prompts of more than `max_prompt_tokens` tokens.
+    `required_columns` are what the reward reads; `unusable` says why it could not score with a
+    row's "answer" (of files and the hub), None where it can. Raises ConfigError for unknown tasks,
+    missing files or columns, unusable answers, empty sources and prompts of more than
+    `max_prompt_tokens` tokens.
     """
     rows: list[tuple[int, str, tuple[dict[str, str], ...], dict[str, Any]]] = []
     seen: set[str] = set()
@@ -59,6 +62,8 @@ def load_prompts(
     for index, source in enumerate(cfg.sources):
         found = read_source(source, cfg.seed + index, required_columns)
         num_read += len(found)
+        if unusable is not None and source.kind != "reasoning_gym":
+            _check_answers(source, found, unusable)
         for columns in found:
             messages = to_messages(columns["prompt"], source, cfg)
             question = json.dumps(messages)
@@ -82,6 +87,24 @@ def load_prompts(
         rendered=texts[prompts.index(train[0])],
         num_duplicates=num_read - len(prompts),
     )
+
+
+def _check_answers(
+    source: SourceConfig, rows: list[dict[str, Any]], unusable: Callable[[Any], str | None]
+) -> None:
+    reasons = {
+        row: reason for row, columns in enumerate(rows) if (reason := unusable(columns["answer"]))
+    }
+    if reasons:
+        row, reason = next(iter(reasons.items()))
+        answer = rows[row]["answer"]
+        raise ConfigError(
+            "reward.function",
+            "math_verify",
+            f"the right answer in row {row} (from 0) of {source.name!r}, {answer!r:.80}, cannot be "
+            f"understood: {reason}" + (f"; so in {len(reasons)} rows" if len(reasons) > 1 else ""),
+            "Correct or drop such rows, or name a reward of your own",
+        )
 
 
 def to_messages(

@@ -26,6 +26,7 @@ _SYMBOLS = str.maketrans(
         "\u00b7": r"\cdot ", "\u00f7": "/", "\u2264": r"\le ", "\u2265": r"\ge ",
         "\u222a": r"\cup ", "\u2205": r"\emptyset ", "\u00b0": r"^\circ ",
         "\u00b2": "^2", "\u00b3": "^3", "\u2019": "'",
+        "\u00bd": " 1/2", "\u2153": " 1/3", "\u2154": " 2/3", "\u00bc": " 1/4", "\u00be": " 3/4",
     }
 )  # fmt: skip
 _ROOT = re.compile(r"\u221a\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|\w))")
@@ -39,8 +40,16 @@ _MIXED = re.compile(
 )
 _UNITS = re.compile(
     rf"({_SPACED.pattern}|[-+]?\d+ \d+/\d+|{_NUMBER}(?:/\d+)?)"
-    r"[\s-]+((?:[A-Za-z]{2,}|[A-Za-z]/)[A-Za-z /^0-9.]*)"
+    r"[\s-]+((?:[A-Za-z]{2,}|[A-Za-z]/)(?:[A-Za-z /.-]|\^\d)*)"
 )
+_CURRENCY = r"(?:[\u20ac\u00a3\u00a5\u20b9]|US\$|USD|EUR|GBP|Rs\.?)"
+_BEFORE = re.compile(
+    rf"^(?:(?:about|approximately|around|roughly|~|\u2248|\\approx|\\sim)\s*|{_CURRENCY}\s*(?=\d))",
+    re.I,
+)
+_AFTER = re.compile(rf"(?<=\d)\s*{_CURRENCY}$")
+_REMARK = re.compile(r"\s\((?=[A-Za-z]{2,}\s)|,?\s(?:because|since|as|which)\s|[.!?]\s")
+_PROSE_MIXED = re.compile(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])")
 _LARGE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NO_UNIT = re.compile(
     r"(?:am|pm|a\.m|p\.m|bc|ad|ce|and|or|to|of|mod|choose|times|plus|minus|over|pi|sqrt|sin|cos|tan"
@@ -54,6 +63,7 @@ _MATH_NAMES = re.compile(
     re.I,
 )
 _PRODUCT = re.compile(r"(?!.*(.).*\1)(?:[bcdhkmnpqrstwxyz]{2,3}|[abcd]{2}|abc)")
+_FORMULA = re.compile(r"(?=.*\d)(?:[A-Z][a-z]?\d*){2,}")  # of chemistry
 _CHOICE = re.compile(r"\(?([A-Z])\)?(?:[.):](?:\s.*)?|(?<=\))\s.*)?", re.S)
 
 
@@ -123,46 +133,69 @@ def compare(gold: str | None, completion: str) -> bool | None:
     if gold is None:
         return None
     completion = without_thoughts(completion)
-    stated = _stated(completion)
-    gold = normal(gold)
+    stated, gold = _stated(completion), normal(gold)
     words = as_words(gold)
-    if words is not None:
-        found = last_bold(completion.strip()) if stated is None else stated
-        return bool(words) and _words(normal(found), choice=len(words) == 1) == words
+    if words is None:
+        return _equal(gold, completion, stated)
+    if stated is None:
+        clocks = list(_CLOCK.finditer(completion)) if _CLOCK.fullmatch(words) else []
+        stated = clocks[-1][0] if clocks else last_bold(completion.strip())
+    return bool(words) and _words(normal(stated), choice=len(words) == 1) == words
+
+
+def _equal(gold: str, completion: str, stated: str | None) -> bool:
+    """Whether math-verify finds the statement, or what the completion ends with, equal to gold."""
     import math_verify  # slow to import, and not needed for words
 
-    # Timeouts are off: math-verify's own use a signal handler, see math_worker.
-    parsed = math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)  # type: ignore[arg-type]
+    def parse(text: str) -> list[Any]:
+        # Timeouts are off: math-verify's own use a signal handler, see math_worker.
+        return math_verify.parse(text, parsing_timeout=None)  # type: ignore[arg-type]
+
+    parsed = parse(f"\\boxed{{{gold}}}")
     if not parsed:
         raise ValueError(f"math-verify cannot parse the right answer {gold!r}")
     if stated is None:
-        text = _symbols(completion)
-        if "\n" not in text.strip():
-            text = normal(text) if _known_number(bare(text)) else text
+        # What follows "answer" has been judged: math-verify would take what was only a thought.
+        text = _prose(re.sub("answer", "result", completion, flags=re.I))
     else:
         text = normal(stated)
-        if as_words(text) is not None and not re.search(r"\d", text):
+        prose = as_words(text) is not None
+        if prose and not re.search(r"\d", text):
             return False
-        text = f"\\boxed{{{text}}}"
-    found = math_verify.parse(text, parsing_timeout=None)  # type: ignore[arg-type]
-    if stated is not None and all(isinstance(part, str) for part in found):  # a sentence
-        found += math_verify.parse(_symbols(stated), parsing_timeout=None)  # type: ignore[arg-type]
-    return math_verify.verify(parsed, found, timeout_seconds=None) and not _apart(parsed, found)
+        text = _prose(stated) if prose else f"\\boxed{{{text}}}"
+    found = parse(text)
+    if all(isinstance(part, str) for part in found) and stated is not None:
+        found += parse(_prose(stated))
+    if math_verify.verify(parsed, found, timeout_seconds=None):
+        return not _apart(parsed, found)
+    if "%" not in gold + text:
+        return False
+    # As 20% equals 20 in math-verify, 0.5% equals 0.5.
+    plain = [parse(part.replace("%", "")) for part in (f"\\boxed{{{gold}}}", text)]
+    return math_verify.verify(*plain, timeout_seconds=None) and not _apart(*plain)
 
 
 def _stated(text: str) -> str | None:
+    """The answer that a completion states by tags, a box, JSON or a label, or is as a whole."""
     stated = designated(text)
-    if stated is not None:
-        inner = designated(stated)
-        return stated if inner is None else inner
-    whole = bare(text)
-    if whole != text.strip() and text.rstrip().endswith(("}", "```")):  # JSON with "answer"
-        return whole
+    if stated is None:
+        whole = bare(text)
+        if text.rstrip().endswith(("}", "```")) and whole != text.strip():  # JSON with "answer"
+            return whole
+        if whole and (_known_number(_symbols(whole)) or not re.search(r"\s", whole)):
+            return whole
+        return _after_label(text)
+    return designated(stated) or _after_label(stated) or stated
+
+
+def _after_label(text: str) -> str | None:
     stated = labelled(text)
     if stated is None:
         return None
-    lines = stated.strip()
-    return lines.partition("\n\n" if lines.startswith(("$$", "\\[", "\\begin")) else "\n")[0]
+    stated = stated.strip()
+    if stated.startswith(("$$", "\\[", "\\begin")):
+        return stated.partition("\n\n")[0]
+    return _REMARK.split(stated.partition("\n")[0], maxsplit=1)[0] or None
 
 
 def _symbols(text: str) -> str:
@@ -170,15 +203,30 @@ def _symbols(text: str) -> str:
     return text.translate(_SYMBOLS)
 
 
+def _prose(text: str) -> str:
+    """A text to search for its last number or formula."""
+    text = _symbols(text).replace(r"\$", "")
+    return _PROSE_MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
+
+
 def normal(text: str) -> str:
     """An answer in the form that math-verify reads: symbols as LaTeX, a number without its unit."""
-    text = bare(_symbols(bare(text)))
-    text = _THIN.sub("", text)
-    text = text.replace(r"\$", "").replace(r"\%", "%")
+    text = _THIN.sub("", bare(_symbols(bare(text))))
+    text = _BEFORE.sub("", text.replace(r"\$", "").replace(r"\%", "%").strip())
     if text.count("$") % 2:
         text = text.replace("$", "", 1)
-    text = re.sub(r"^[\u20ac\u00a3\u00a5]\s*", "", text.strip())
-    return _known_number(text) or text
+    text = _AFTER.sub("", text.strip())
+    text = re.sub(
+        r"(?<=[\d)}])\s*(?:\\text\{\s*(?:and|or)\s*\}|\s(?:and|or)\s)\s*(?=[-\d(\\])", ", ", text
+    )
+    number = _known_number(text)
+    if number is None and as_words(text) is None:
+        text = re.sub(r"\bsqrt\(([^()]*)\)", r"\\sqrt{\1}", text)
+        text = re.sub(
+            r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty", text, flags=re.I
+        )
+        text = re.sub(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln|theta)(?![a-zA-Z])", r"\\\1", text)
+    return number or text
 
 
 def _known_number(text: str) -> str | None:
@@ -209,7 +257,7 @@ def _known_number(text: str) -> str | None:
 def as_words(text: str) -> str | None:
     """The words of an answer, to be compared as they stand; None where it is mathematics."""
     words = _words(text, choice=False)
-    if _CLOCK.fullmatch(words):
+    if _CLOCK.fullmatch(words) or _FORMULA.fullmatch(text):
         return words
     letter = _CHOICE.fullmatch(" ".join(_TEXT.sub(r"\1", text).split()))
     if letter and (text.strip() != letter[1] or letter[1] not in "EI"):
@@ -227,6 +275,7 @@ def as_words(text: str) -> str | None:
 def _words(text: str, *, choice: bool) -> str:
     text = " ".join(_TEXT.sub(r" \1 ", text).replace("\\ ", " ").split())
     text = unicodedata.normalize("NFKC", bare(text)).strip(" .,;:!?")
+    text = re.sub(r"(?<=[A-Za-z)])_\{?(\d+)\}?", r"\1", text)  # CO_2
     inside = re.fullmatch(r"\(\s*([^()]*?)\s*\)", text)
     text = inside[1] if inside else text
     letter = _CHOICE.fullmatch(text if len(text) > 1 else text.upper()) if choice else None

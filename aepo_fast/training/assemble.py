@@ -22,6 +22,7 @@ from aepo_fast.data.prompts import PromptSet, load_prompts
 from aepo_fast.model.load import load_model, load_tokenizer, resolve
 from aepo_fast.model.policy import Policy
 from aepo_fast.report.logger import check_tensorboard
+from aepo_fast.rewards.math_answers import unusable_gold
 from aepo_fast.rewards.reward import Reward, build_reward
 from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
@@ -108,6 +109,7 @@ def read_inputs(cfg: Config, model: str) -> Inputs:
         tokenizer,
         max_prompt_tokens=cfg.rollout.max_prompt_tokens,
         required_columns=reward.required_columns,
+        unusable=unusable_gold if cfg.reward.function in ("task", "math_verify") else None,
     )
     return Inputs(tokenizer, prompts, reward, str(folder))
 
