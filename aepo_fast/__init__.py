@@ -8,7 +8,7 @@ __version__: str
 
 
 def __getattr__(name: str) -> Any:
-    # Not at import: with the kernels comes torch, which `aepo-fast --help` and a verifier do without.
+    # Not at import: with the kernels comes torch, which a verifier and --help do without.
     if name == "__version__":
         from aepo_kernels import __version__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from aepo_fast.rewards.math_worker import MathWorker, MathWorkerError, compare
+from aepo_fast.rewards.math_answers import compare
+from aepo_fast.rewards.math_worker import MathWorker, MathWorkerError
 
 __all__ = ["MathWorker", "MathWorkerError", "compare"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
@@ -50,14 +50,15 @@ def load_prompts(
     *,
     max_prompt_tokens: int,
     required_columns: Sequence[str],
+    unusable: Callable[[Any], str | None] | None = None,
     rendered_at: datetime | None = None,
 ) -> PromptSet:
     """Read every source, apply the chat template once, drop duplicates and split.
 
-    rendered_at: what a chat template that prints the date takes for now; None is now.
-
-    `required_columns` are what the reward reads. Raises ConfigError for unknown tasks, missing
-    files or columns, empty sources and prompts of more than `max_prompt_tokens` tokens.
+    `required_columns` are what the reward reads; `unusable` says why it could not score with a
+    row's "answer" (of files and the hub), None where it can. rendered_at: what a chat template that
+    prints the date takes for now; None is now. Raises ConfigError for unknown tasks, missing files
+    or columns, unusable answers, empty sources and prompts of more than `max_prompt_tokens` tokens.
     """
     rows: list[tuple[int, str, tuple[dict[str, str], ...], dict[str, Any]]] = []
     seen: set[str] = set()
@@ -65,6 +66,8 @@ def load_prompts(
     for index, source in enumerate(cfg.sources):
         found = read_source(source, cfg.seed + index, required_columns)
         num_read += len(found)
+        if unusable is not None and source.kind != "reasoning_gym":
+            _check_answers(source, found, unusable)
         for columns in found:
             messages = to_messages(columns["prompt"], source, cfg)
             question = json.dumps(messages)
@@ -89,6 +92,24 @@ def load_prompts(
         rendered=texts[prompts.index(train[0])],
         num_duplicates=num_read - len(prompts),
     )
+
+
+def _check_answers(
+    source: SourceConfig, rows: list[dict[str, Any]], unusable: Callable[[Any], str | None]
+) -> None:
+    reasons = {
+        row: reason for row, columns in enumerate(rows) if (reason := unusable(columns["answer"]))
+    }
+    if reasons:
+        row, reason = next(iter(reasons.items()))
+        answer = rows[row]["answer"]
+        raise ConfigError(
+            "reward.function",
+            "math_verify",
+            f"the right answer in row {row} (from 0) of {source.name!r}, {answer!r:.80}, cannot be "
+            f"understood: {reason}" + (f"; so in {len(reasons)} rows" if len(reasons) > 1 else ""),
+            "Correct or drop such rows, or name a reward of your own",
+        )
 
 
 def to_messages(

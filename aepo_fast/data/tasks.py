@@ -13,18 +13,23 @@ from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS
 
 from aepo_fast.config.errors import ConfigError
+from aepo_fast.rewards.final_answer import final_answer
 
 if TYPE_CHECKING:  # it imports torch, which a verifier's process does without
     from aepo_fast.config.sections import SourceConfig
 
-# A minus belongs to the number only where no operand stands before it: 7-4 ends in 4.
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)\]])[-\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+|/\d+)?"
-)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>|\banswer\b(?:\s+is)?\s*[:=]?\s*([^\n]+)", re.I | re.S)
 _OPERAND = re.compile(r"\d+(?:\.\d+)?")
 # reasoning-gym gives partial credit; below this a final answer is wrong.
 CORRECT = 0.99
+# Questions that do not say how the verifier wants the answer written.
+_GRID = "Answer with the rows of the {}, one a line, its numbers separated by single spaces."
+_FORM = {
+    "binary_matrix": _GRID.format("matrix"),
+    "kakurasu": _GRID.format("completed grid"),
+    "list_functions": "Write the list like this: [1, 2, 3]",
+    "manipulate_matrix": _GRID.format("resulting matrix"),
+    "survo": _GRID.format("completed matrix"),
+}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -51,7 +56,10 @@ def check_task(source: SourceConfig) -> None:
 
 
 def load_task(source: SourceConfig, seed: int) -> list[dict[str, Any]]:
-    """Draw `source.size` questions: rows with prompt, question, answer and metadata."""
+    """Draw `source.size` questions: rows with prompt, question, answer and metadata.
+
+    A prompt is the question and, where that leaves the form of the answer open, how to write it.
+    """
     check_task(source)
     try:
         dataset = reasoning_gym.create_dataset(
@@ -62,7 +70,14 @@ def load_task(source: SourceConfig, seed: int) -> list[dict[str, Any]]:
         reason = f"the task {source.name!r} refuses its parameters: {error}"
         fix = "Correct data.sources.params"
         raise ConfigError("data.sources.params", source.params, reason, fix) from error
-    return [{"prompt": entry["question"], **entry} for entry in entries]
+    form = _FORM.get(source.name)
+    return [
+        {
+            "prompt": f"{entry['question'].rstrip()}\n\n{form}" if form else entry["question"],
+            **entry,
+        }
+        for entry in entries
+    ]
 
 
 def task_key(task: str, row: dict[str, Any]) -> str:
@@ -82,33 +97,21 @@ def task_key(task: str, row: dict[str, Any]) -> str:
     return f"{task}: {' '.join(sorted(operands) or [row['question']])}"
 
 
-def last_number(text: str) -> str | None:
-    """The last number in a text, without thousands separators, or None."""
-    found = _NUMBER.findall(text)
-    return found[-1].replace(",", "").replace("\u2212", "-") if found else None
-
-
-def final_answer(text: str, gold: str) -> str | None:
-    """The answer a completion ends with, in the form of the right answer `gold`.
-
-    A number where `gold` is one: the last in the text. Otherwise what follows the last "answer",
-    or the last line; None if there is nothing.
-    """
-    if _NUMBER.fullmatch(gold.strip()):
-        return last_number(text)
-    matches = _ANSWER.findall(text)
-    if matches:
-        return (matches[-1][0] or matches[-1][1]).strip() or None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else None
-
-
 def score_task(verifier: ProceduralDataset, entry: dict[str, Any], text: str) -> float:
     """1.0 if the task's verifier accepts the completion's final answer, else 0.0.
 
     A verifier that raises on the answer does not accept it; only MemoryError is raised again.
     """
-    answer = final_answer(text, str(entry["answer"]))
+    gold = entry["answer"]
+    gold = None if gold is None else str(gold)
+    if "target_base" in entry["metadata"]:  # 45 is no part of 45a there
+        digits = re.findall(r"(?<!\w)-?(?=[a-z]*\d)[0-9a-z]+\b", final_answer(text, "a") or "")
+        answer = digits[-1] if digits else final_answer(text, "a")
+    else:
+        answer = final_answer(text, gold)
+    # The verifier of game_of_life_halting takes bool("False"), which is True.
+    if gold in ("True", "False") and (answer or "").lower() != gold.lower():
+        return 0.0
     try:
         return float(verifier.score_answer(answer, entry) >= CORRECT)
     except MemoryError:

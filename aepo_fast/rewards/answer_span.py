@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
-_TAG = re.compile(r"<(/?)answer>", re.I)
-_BRACE = re.compile(r"(\\boxed\s*)?\{|\}|\\.", re.S)  # \{ and \} do not open or close
+from aepo_fast.rewards.final_answer import boxed, tagged
 
 
 def answer_span(text: str) -> tuple[int, int] | None:
@@ -15,7 +13,7 @@ def answer_span(text: str) -> tuple[int, int] | None:
     It is what stands inside the last <answer>...</answer>, else inside the last complete
     \boxed{...}, else the last line that is not empty; white space around it is left out.
     """
-    inside = _tagged(text) or _boxed(text)
+    inside = tagged(text) or boxed(text)
     if inside is None:
         last = text.rstrip().splitlines()[-1:]
         end = len(text.rstrip())
@@ -24,29 +22,6 @@ def answer_span(text: str) -> tuple[int, int] | None:
     body = text[start:end]
     start, end = start + len(body) - len(body.lstrip()), start + len(body.rstrip())
     return (start, end) if start < end else None
-
-
-def _tagged(text: str) -> tuple[int, int] | None:
-    opened, found = None, None
-    for tag in _TAG.finditer(text):
-        if not tag[1]:
-            opened = tag.end()
-        elif opened is not None:
-            found, opened = (opened, tag.start()), None
-    return found
-
-
-def _boxed(text: str) -> tuple[int, int] | None:
-    opened: list[tuple[bool, int]] = []
-    found = None
-    for brace in _BRACE.finditer(text):
-        if brace[0].endswith("{") and brace[0] != r"\{":
-            opened.append((brace[1] is not None, brace.end()))
-        elif brace[0] == "}" and opened:
-            boxed, start = opened.pop()
-            if boxed and (found is None or start > found[0]):
-                found = start, brace.start()
-    return found
 
 
 def answer_tokens(text: str, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> range:

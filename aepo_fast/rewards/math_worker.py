@@ -27,11 +27,13 @@ class MathWorker:
             user_code=False,
         )
 
-    def verify(self, gold: str, completion: str) -> bool:
-        """Whether the boxed or last answer of a completion equals `gold`, a number or LaTeX.
+    def verify(self, gold: str | None, completion: str) -> bool | None:
+        """Whether the final answer of a completion equals `gold`; None where `gold` is None.
 
         Raises MathWorkerError on a timeout or if math-verify fails.
         """
+        if gold is None:
+            return None
         (answer,) = self._process.ask([(0, gold, completion)])
         if answer.problem:
             raise MathWorkerError(answer.problem)
@@ -40,15 +42,3 @@ class MathWorker:
     def close(self) -> None:
         """End the process; the next `verify` starts another."""
         self._process.close()
-
-
-def compare(gold: str, completion: str) -> bool:
-    """Whether math-verify finds the completion's answer equal to `gold`."""
-    import math_verify  # not needed in the parent, and slow to import
-
-    # Timeouts are off: math-verify's own use a signal handler, see above.
-    parsed = math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)  # type: ignore[arg-type]
-    if not parsed:
-        raise ValueError(f"math-verify cannot parse the right answer {gold!r}")
-    found = math_verify.parse(completion, parsing_timeout=None)  # type: ignore[arg-type]
-    return math_verify.verify(parsed, found, timeout_seconds=None)

@@ -12,6 +12,7 @@ from reasoning_gym.dataset import ProceduralDataset
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import DataConfig, RewardConfig
 from aepo_fast.data.tasks import CORRECT, check_task, task_verifier
+from aepo_fast.rewards.math_answers import gold_text
 from aepo_fast.rewards.process import ScoringProcess
 from aepo_fast.rewards.user_call import to_reward
 from aepo_fast.rewards.user_function import Score, Scorer, user_scorer
@@ -180,12 +181,9 @@ def _refusal(verifier: ProceduralDataset, rows: Sequence[dict[str, Any]]) -> str
     return problem
 
 
-def gold_answer(answer: Any) -> str:
-    """The right answer of a row as text: a number, LaTeX, or what follows GSM8K's "####"."""
-    if isinstance(answer, float) and answer.is_integer():
-        return str(int(answer))
-    text = str(answer)
-    return text.rsplit("####", 1)[-1].strip() if "####" in text else text.strip()
+def gold_answer(answer: Any) -> str | None:
+    """The right answer of a row as text, None where it says nothing: `math_answers.gold_text`."""
+    return gold_text(answer)
 
 
 def soft_overlong_penalty(length: int, max_length: int, zone: int) -> float:

@@ -24,7 +24,7 @@ def load_verifiers(
         for source, (name, params) in tasks.items():
             verifiers[source] = reasoning_gym.create_dataset(name, size=1, seed=0, **params)
     if compares:
-        from aepo_fast.rewards.math_worker import compare
+        from aepo_fast.rewards.math_answers import compare
 
         logging.getLogger("math_verify").setLevel(logging.ERROR)
         compare("1", "1")  # imports and grammar
@@ -33,6 +33,9 @@ def load_verifiers(
         source, right, text = request
         if source in verifiers:
             return score_task(verifiers[source], right, text)
-        return float(compare(right, text))
+        verdict = compare(right, text)
+        if verdict is None:
+            raise ValueError("the right answer says nothing")
+        return float(verdict)
 
     return score, None

@@ -26,6 +26,7 @@ from aepo_fast.model.policy import Policy
 from aepo_fast.report.json_lines import is_step, lines_of
 from aepo_fast.report.logger import check_tensorboard
 from aepo_fast.report.unexpected import TRACEBACK_NAME, doing
+from aepo_fast.rewards.math_answers import unusable_gold
 from aepo_fast.rewards.reward import Reward, build_reward, check_answers
 from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
@@ -192,6 +193,7 @@ def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None)
         tokenizer,
         max_prompt_tokens=cfg.rollout.max_prompt_tokens,
         required_columns=reward.required_columns,
+        unusable=unusable_gold if cfg.reward.function in ("task", "math_verify") else None,
         rendered_at=rendered_at,
     )
     check_answers(reward, cfg.data, [*prompts.train, *prompts.heldout])

@@ -12,6 +12,7 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import DataConfig, SourceConfig
 from aepo_fast.data.prompts import PromptSet, load_prompts
 from aepo_fast.data.sampler import PromptSampler
+from aepo_fast.rewards.math_answers import unusable_gold
 from aepo_fast.samples import Prompt
 from tests.tiny_model import build_tiny_tokenizer
 
@@ -278,3 +279,20 @@ def test_messages_without_text_are_refused(tmp_path, message):
     source = write(tmp_path / "rows.jsonl", [{"prompt": [message]}] * 9)
     with pytest.raises(ConfigError, match="neither a string nor messages with role and content"):
         load(source)
+
+
+def test_an_answer_that_cannot_be_understood_is_named_with_its_row(tmp_path):
+    rows = questions(6)
+    rows[2]["answer"] = float("nan")
+    rows[4]["answer"] = "\\frac{1}{2"
+    source = write(tmp_path / "x.jsonl", rows)
+    cfg = DataConfig(sources=(source, PRODUCTS))
+
+    def read(unusable: Any) -> PromptSet:
+        return load_prompts(
+            cfg, TOKENIZER, max_prompt_tokens=400, required_columns=("answer",), unusable=unusable
+        )
+
+    with pytest.raises(ConfigError, match="row 2 .* nan, cannot be understood.* in 2 rows"):
+        read(unusable_gold)
+    assert len(read(None).train) > 6  # a reward of the user's own may understand it

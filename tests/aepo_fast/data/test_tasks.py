@@ -5,13 +5,12 @@ from hypothesis import strategies as st
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import SourceConfig
 from aepo_fast.data.tasks import (
-    final_answer,
-    last_number,
     load_task,
     score_task,
     task_key,
     task_verifier,
 )
+from aepo_fast.rewards.final_answer import final_answer, last_number
 
 
 def task(name: str, size: int = 16, **params) -> SourceConfig:
@@ -40,6 +39,32 @@ def test_right_answers_score_one_and_wrong_ones_zero(source):
         if other["answer"] != answer:
             assert score_task(verifier, row, f"The answer is {other['answer']}") == 0.0
         assert score_task(verifier, row, "") == 0.0
+
+
+def test_prompts_say_how_to_write_what_the_question_leaves_open():
+    for name, form in (("survo", "one a line"), ("list_functions", "[1, 2, 3]")):
+        row = load_task(task(name, size=1), seed=3)[0]
+        assert row["prompt"].startswith(row["question"].rstrip())
+        assert form in row["prompt"].removeprefix(row["question"].rstrip())
+
+
+def test_digits_are_no_part_of_a_number_with_letters():
+    source = task("base_conversion")
+    verifier = task_verifier(source)
+    row = {"question": "", "answer": "45", "metadata": {"target_base": 14}}
+    for text in ("so 45", "<answer>45</answer>", "The answer is 45.", "= 45 (in base 14)"):
+        assert score_task(verifier, row, text) == float("in base" not in text), text
+    for text in ("so 45a", "<answer>45a</answer>", "The answer is a45.", "45 then 46"):
+        assert score_task(verifier, row, text) == 0.0, text
+
+
+def test_true_and_false_are_told_apart():
+    source = task("game_of_life_halting", size=8)
+    verifier = task_verifier(source)
+    for row in load_task(source, seed=0):
+        wrong = str(row["answer"] != "True")
+        assert score_task(verifier, row, f"<answer>{wrong}</answer>") == 0.0
+        assert score_task(verifier, row, f"It is {row['answer']}.\n{row['answer']}.") == 1.0
 
 
 def test_the_last_number_counts_not_one_on_the_way():
