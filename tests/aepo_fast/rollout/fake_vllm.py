@@ -163,7 +163,7 @@ class Allocator:
 
 
 def install(patch: pytest.MonkeyPatch) -> Allocator:
-    """Put the stand-in in vLLM's place, with a GPU's memory, until `patch` is undone."""
+    """Put the stand-in in vLLM's place, and a GPU into torch's report, until `patch` is undone."""
     allocator = Allocator()
     patch.setattr(LLM, "worker", allocator)
 
@@ -171,7 +171,7 @@ def install(patch: pytest.MonkeyPatch) -> Allocator:
         raise AssertionError("weights of a GPU are not reloaded layer by layer")
 
     modules: dict[str, dict[str, Any]] = {
-        "vllm": {"LLM": LLM},
+        "vllm": {"LLM": LLM, "__version__": "0.29.0"},
         "vllm.config": {"WeightTransferConfig": SimpleNamespace},
         "vllm.device_allocator": {"get_mem_allocator_instance": lambda: allocator},
         "vllm.distributed": {},
@@ -207,6 +207,7 @@ def install(patch: pytest.MonkeyPatch) -> Allocator:
     patch.delitem(sys.modules, "aepo_fast.rollout.vllm")
     Factory.engines = {}
     LLM.failure = None
+    patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "synchronize", lambda: None)
     patch.setattr(torch.cuda, "empty_cache", lambda: None)
     patch.setattr(torch.cuda, "mem_get_info", lambda: (allocator.free * 2**30, 20 * 2**30))

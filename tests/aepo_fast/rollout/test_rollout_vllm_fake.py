@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -22,11 +23,11 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> fake_vllm.Allocator:
     return fake_vllm.install(monkeypatch)
 
 
-def build(**settings: Any) -> Any:
+def build(*, on_gpu: bool = True, **settings: Any) -> Any:
     from aepo_fast.rollout.vllm import VllmRollout
 
     cfg = RolloutConfig("vllm", max_prompt_tokens=8, max_new_tokens=4, **settings)
-    return VllmRollout("folder", cfg, eos_ids=[2], seed=0, on_gpu=True)
+    return VllmRollout("folder", cfg, eos_ids=[2], seed=0, on_gpu=on_gpu)
 
 
 class Trained(nn.Module):
@@ -63,6 +64,33 @@ def test_it_stays_awake_where_asked_or_while_it_samples_ahead(
     engine = build(**settings)
     engine.sleep()
     assert not engine.llm.arguments["enable_sleep_mode"] and allocator.events == []
+
+
+def test_on_a_cpu_it_never_sleeps_and_has_small_blocks(allocator: fake_vllm.Allocator) -> None:
+    engine = build(on_gpu=False)
+    engine.sleep()
+    assert not engine.llm.arguments["enable_sleep_mode"] and allocator.events == []
+    assert engine.llm.arguments["block_size"] == 32
+    assert "block_size" not in build().llm.arguments
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_tied_head_is_packed_anew_on_a_cpu(
+    allocator: fake_vllm.Allocator, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
+    engine, packed = build(on_gpu=on_gpu), []
+    module = sys.modules["aepo_fast.rollout.vllm"]
+    for name in ("initialize_layerwise_reload", "finalize_layerwise_reload"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(
+        module, "dispatch_cpu_unquantized_gemm", lambda head, **_: packed.append(head)
+    )
+    model = engine.llm.model
+    model.packed = nn.Parameter(torch.zeros(0))  # as the CPU build leaves what it has packed
+    model.lm_head = nn.Linear(1, 1)
+    engine.llm.transfer.model_config.hf_config.tie_word_embeddings = True
+    engine.sync_weights(Trained(torch.bfloat16), 1)
+    assert packed == ([] if on_gpu else [model.lm_head])
 
 
 def test_weights_are_shared_and_a_sync_copies_nothing(allocator: fake_vllm.Allocator) -> None:
