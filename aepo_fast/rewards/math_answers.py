@@ -49,6 +49,7 @@ _BEFORE = re.compile(
 )
 _AFTER = re.compile(rf"(?<=\d)\s*{_CURRENCY}$")
 _REMARK = re.compile(r"\s\((?=[A-Za-z]{2,}\s)|,?\s(?:because|since|as|which)\s|[.!?]\s")
+_INLINE = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)")
 _PROSE_MIXED = re.compile(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])")
 _LARGE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NO_UNIT = re.compile(
@@ -140,6 +141,8 @@ def compare(gold: str | None, completion: str) -> bool | None:
     if stated is None:
         clocks = list(_CLOCK.finditer(completion)) if _CLOCK.fullmatch(words) else []
         stated = clocks[-1][0] if clocks else last_bold(completion.strip())
+        formulas = _INLINE.findall(stated)
+        stated = "".join(formulas[0]) if len(formulas) == 1 else stated
     return bool(words) and _words(normal(stated), choice=len(words) == 1) == words
 
 
@@ -171,8 +174,9 @@ def _equal(gold: str, completion: str, stated: str | None) -> bool:
     if "%" not in gold + text:
         return False
     # As 20% equals 20 in math-verify, 0.5% equals 0.5.
-    plain = [parse(part.replace("%", "")) for part in (f"\\boxed{{{gold}}}", text)]
-    return math_verify.verify(*plain, timeout_seconds=None) and not _apart(*plain)
+    parsed = parse(f"\\boxed{{{gold}}}".replace("%", ""))
+    found = parse(text.replace("%", ""))
+    return math_verify.verify(parsed, found, timeout_seconds=None) and not _apart(parsed, found)
 
 
 def _stated(text: str) -> str | None:
