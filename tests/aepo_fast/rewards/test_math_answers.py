@@ -54,6 +54,7 @@ EQUAL: list[tuple[Any, ...]] = [  # each a right answer and completions
     ('["34"]', r"\boxed{34}"),
     ("[34]", r"\boxed{34}"),
     (True, r"\boxed{True}"),
+    (r"\text{(C)}", r"It is \(\text{(C)}\).", "It is $C$."),
     ("no", r"\boxed{no}", r"\boxed{No}", r"\boxed{\text{No}}"),
     ("No", "The answer is no."),
     ("Yes", r"\boxed{\text{yes}}", "Yes"),
