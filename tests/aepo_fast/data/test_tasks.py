@@ -125,13 +125,12 @@ RAISING = ["prime_factorization", "graph_color", "rush_hour", "propositional_log
 
 
 @pytest.mark.parametrize("name", sorted({*NO_ANSWER, *RAISING}))
-@pytest.mark.parametrize(
-    "text", ["", "I do not know", "None", "{}", "9" * 5000, "\ud800", "(" * 500]
-)
-def test_a_verifier_that_raises_on_words_gives_zero(name, text):
+def test_a_verifier_that_raises_on_words_gives_zero(name):
     source = task(name, size=1)
     (row,) = load_task(source, 0)
-    assert score_task(task_verifier(source), row, f"<answer>{text}</answer>") == 0.0
+    verifier = task_verifier(source)
+    for text in ("", "I do not know", "None", "{}", "9" * 5000, "\ud800", "(" * 500):
+        assert score_task(verifier, row, f"<answer>{text}</answer>") == 0.0, text
 
 
 def test_memory_that_runs_out_is_no_wrong_answer():
