@@ -122,6 +122,7 @@ CASES = [
     choices("data.sources.0.prompt_column", "q", "data.sources.0.kind", "file hub", KINDS),
     Case("data.sources.0.weight", 2.0, "data.sources", (TWO,), (ONE,)),
     Case("data.seed", 3, "data.holdout_fraction", (0.2,), (0.0,), (FILE,)),
+    Case("reward.max_error_share", 0.1, "reward.on_error", ("count",), ("stop",)),
     Case("trainer.lr_schedule", "cosine", "trainer.warmup_steps", (0, 98), (99, 300)),
     Case("trainer.lr_schedule", "linear", "trainer.steps", (9, 50), (1,)),
     Case("eval.prompts", 8, "data.holdout_fraction", (0.2,), (0.0,)),

@@ -143,3 +143,25 @@ def test_questions_depend_on_the_seed_alone():
 def test_bad_tasks(source, message):
     with pytest.raises(ConfigError, match=message):
         load_task(source, 0)
+
+
+NO_ANSWER = ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"]
+RAISING = ["prime_factorization", "graph_color", "rush_hour", "propositional_logic", "rubiks_cube"]
+
+
+@pytest.mark.parametrize("name", sorted({*NO_ANSWER, *RAISING}))
+def test_a_verifier_that_raises_on_words_gives_zero(name):
+    source = task(name, size=1)
+    (row,) = load_task(source, 0)
+    verifier = task_verifier(source)
+    for text in ("", "I do not know", "None", "{}", "9" * 5000, "\ud800", "(" * 500):
+        assert score_task(verifier, row, f"<answer>{text}</answer>") == 0.0, text
+
+
+def test_memory_that_runs_out_is_no_wrong_answer():
+    class Verifier:
+        def score_answer(self, answer, entry):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        score_task(Verifier(), {"answer": "1"}, "1")

@@ -8,11 +8,13 @@ import pytest
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import DataConfig, RewardConfig, SourceConfig
+from aepo_fast.data.sources import read_source
 from aepo_fast.data.tasks import load_task
 from aepo_fast.rewards.math_worker import MathWorker, MathWorkerError
 from aepo_fast.rewards.reward import (
     RewardError,
     build_reward,
+    check_answers,
     gold_answer,
     soft_overlong_penalty,
 )
@@ -250,3 +252,56 @@ def test_soft_overlong_penalty() -> None:
     for length, value in expected.items():
         assert soft_overlong_penalty(length, 100, 10) == pytest.approx(value)
     assert soft_overlong_penalty(100, 100, 0) == 0.0
+
+
+def test_a_task_whose_answer_is_none_is_scored_by_its_verifier():
+    source = SourceConfig(kind="reasoning_gym", name="graph_color", size=2)
+    rows = read_source(source, 0, ("answer",))
+    assert [row["answer"] for row in rows] == [None, None]
+    reward = reward_of("task", source)
+    found = [prompt(0, **row) for row in rows]
+    check_answers(reward, DataConfig(sources=(source,)), found)
+    assert reward.score(found, ["no idea", "{}"], [(), ()]).rewards == [0.0, 0.0]
+    with pytest.raises(ConfigError, match="reads the column 'answer', and the task 'graph_color'"):
+        check_answers(reward_of("math_verify", source), DataConfig(sources=(source,)), found)
+
+
+@pytest.mark.parametrize("error", [None, KeyError("why")])
+def test_a_verifier_that_refuses_its_own_answers_is_said_before_training(monkeypatch, error):
+    class Verifier:
+        def score_answer(self, answer, entry):
+            if error is not None:
+                raise error
+            return 0.0
+
+    monkeypatch.setattr("aepo_fast.rewards.reward.task_verifier", lambda source: Verifier())
+    reward, found = reward_of("task", GYM), [prompt(0, **row) for row in load_task(GYM, 0)]
+    wanted = "data.sources.name = 'products'.*fails on right answers of its own: "
+    wanted += "KeyError: 'why'" if error else "'.*' is no right answer to it"
+    with pytest.raises(ConfigError, match=wanted):
+        check_answers(reward, DataConfig(sources=(GYM,)), found)
+
+
+def test_former_names_are_still_there():
+    from aepo_fast.config import RewardConfig as config
+    from aepo_fast.data import Prompt as prompt_class
+    from aepo_fast.math_worker import MathWorker as worker
+    from aepo_fast.rewards import build_reward as build
+    from aepo_fast.rewards import gold_answer as gold
+    from aepo_fast.tasks import load_task as load
+
+    assert (config, prompt_class, worker) == (RewardConfig, Prompt, MathWorker)
+    assert (build, gold, load) == (build_reward, gold_answer, load_task)
+
+
+def test_a_text_that_hangs_a_verifier_costs_its_sample():
+    sources = [
+        SourceConfig(kind="reasoning_gym", name=name, size=1) for name in ("countdown", "coin_flip")
+    ]
+    rows = [load_task(source, 0)[0] for source in sources]
+    reward = reward_of("task", *sources, timeout_s=1.0)
+    prompts = [prompt(0, **rows[0])] * 3 + [prompt(1, **rows[1])]
+    answers = [rows[0]["answer"], "words", "9**9**9**9", "1e999999999"]
+    with pytest.warns(RuntimeWarning, match="sample 2 of 4: no result within"):
+        result = reward.score(prompts, [f"<answer>{x}</answer>" for x in answers], [()] * 4)
+    assert result.rewards == [1.0, 0.0, None, None] and result.errors == 2
