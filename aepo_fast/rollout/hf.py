@@ -49,7 +49,8 @@ class HfRollout:
 
     model: the trainer's model. dtype: of the copy; with the trainer's own dtype the weights are
     the trainer's, on a CPU beside a copy of linear layers' that lies as its GEMMs read it.
-    eos_ids: ids that end a completion. batch_rows: rows decoded together.
+    eos_ids: ids that end a completion. batch_rows: rows decoded together. pack: whether that copy
+    is made.
     """
 
     verify = False  # its weights are the trainer's, or copied one by one
@@ -61,9 +62,10 @@ class HfRollout:
         dtype: torch.dtype,
         eos_ids: Sequence[int],
         batch_rows: int,
+        pack: bool = True,
     ) -> None:
         self.shared = model.dtype == dtype
-        if self.shared and not can_pack(model):
+        if self.shared and not (pack and can_pack(model)):
             self.model = model
         else:  # modules of its own, which packing changes
             kept = {id(weight): weight for weight in model.parameters()} if self.shared else {}
@@ -71,7 +73,7 @@ class HfRollout:
         if not self.shared:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.to(dtype)  # not buffers: rotary angles need float32
-        self._linears = packed_linears(self.model)
+        self._linears = packed_linears(self.model) if pack else []
         for linear in self._linears:
             linear.pack()
         self.eos_ids = frozenset(eos_ids)
