@@ -90,19 +90,24 @@ _SEVERAL_SOURCES = Needs(
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of prompts: a reasoning-gym task, a JSONL or parquet file, or a hub dataset."""
+    """One source of prompts: a reasoning-gym task, JSONL or parquet files, or a hub dataset."""
 
-    # A task of reasoning-gym, a .jsonl, .json or .parquet file, or a dataset of the hub.
+    # A task of reasoning-gym, .jsonl, .json or .parquet files, or a dataset of the hub.
     kind: Literal["reasoning_gym", "file", "hub"] = "file"
-    name: str = ""  # task name, file path, or hub id
+    # Task name, hub id, or the path of a file, of a folder of shards or of a pattern such as
+    # "data/train-*.parquet".
+    name: str = ""
     # Parameters of the reasoning-gym task.
     params: dict[str, Any] = setting(default_factory=dict, needs=one_of("kind", "reasoning_gym"))
     # Questions drawn from the task before duplicates are dropped.
     size: int = setting(512, needs=one_of("kind", "reasoning_gym"))
     split: str = setting("train", needs=one_of("kind", "hub"))  # split of the dataset
     subset: str = setting("", needs=one_of("kind", "hub"))  # subset of the dataset; empty: none
-    # Column that holds the question.
+    # Column that holds the question, nested by dots. Where there is no column "prompt", "problem",
+    # "question" or "query" is taken, and said.
     prompt_column: str = setting("prompt", needs=one_of("kind", "file", "hub"))
+    # Column that holds the right answer; empty: data.answer_column.
+    answer_column: str = setting("", needs=one_of("kind", "file", "hub"))
     weight: float = setting(1.0, needs=_SEVERAL_SOURCES)  # share of the prompts drawn from it
 
     def __post_init__(self) -> None:
@@ -125,11 +130,29 @@ _DRAWN_OR_HELD_OUT = Needs(
 )
 
 
+_FILE_OR_HUB = Needs(
+    ("sources",),
+    lambda sources: any(one.kind != "reasoning_gym" for one in sources),
+    "add one of kind 'file' or 'hub' to {}",
+    "no source of kind 'file' or 'hub' in {}",
+)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where prompts come from and how they are rendered."""
 
     sources: tuple[SourceConfig, ...] = ()
+    # Column that holds the right answer, nested by dots, e.g. "reward_model.ground_truth"; of a
+    # text with a \boxed{...} the last one. Rewards get it as `answer`. Where there is no column
+    # "answer", the usual others are looked for, what is found is said, and two that disagree are
+    # refused.
+    answer_column: str = setting("answer", needs=_FILE_OR_HUB)
+    # A row without a question or an answer, one that ends with the assistant's reply, and one with
+    # an image: "stop" ends the run before it starts, "drop" drops the row and counts it.
+    unusable_rows: Literal["stop", "drop"] = "stop"
+    # The same for prompts of more than rollout.max_prompt_tokens tokens.
+    long_prompts: Literal["drop", "stop"] = "drop"
     system_prompt: str = ""  # system message; empty: the chat template's own default
     instruction: str = ""  # appended to each question after a space
     # Share of the distinct questions that is kept from training, for evaluation.
@@ -217,7 +240,7 @@ class RolloutConfig:
 
     backend: Literal["hf", "vllm"] = "hf"  # what samples: transformers or vLLM
     max_new_tokens: int = 256  # a completion is cut off here
-    max_prompt_tokens: int = 1024  # a longer prompt is an error
+    max_prompt_tokens: int = 1024  # longer prompts are dropped, see data.long_prompts
     # Dtype of the sampler. "auto" is bfloat16 where the device has instructions for its GEMMs, else
     # float32.
     dtype: ComputeDtype = "auto"

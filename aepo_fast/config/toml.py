@@ -26,7 +26,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """
     path = config_path(name_or_path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors may add a mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("CONFIG", str(path), f"is not TOML: {error}", "Correct it") from error
     return _overridden(data, overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,9 +18,15 @@ from transformers.utils import chat_template_utils
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import DataConfig, SourceConfig
-from aepo_fast.data.sources import read_source
+from aepo_fast.data.columns import UnusableRow, check_text, find_columns
+from aepo_fast.data.sources import read_rows
 from aepo_fast.data.tasks import task_key
 from aepo_fast.samples import Prompt
+
+_TOKENIZED_TOGETHER = 1024
+_REPLYING = ("assistant", "model", "gpt")  # roles
+_IMAGES = ("image", "images", "decoded_image", "video", "videos", "audio", "audios")  # columns
+_IMAGE_MARK = re.compile(r"<image[ _]?\d*>|<\|(?:image|vision)[^|>]*\|>")
 
 
 @dataclass(frozen=True)
@@ -33,15 +40,27 @@ class PromptSet:
     heldout: list[Prompt]
     rendered: str  # text of the first training prompt
     num_duplicates: int  # dropped
+    notes: tuple[str, ...] = ()  # which columns were found, and what else was dropped
 
     def preview(self) -> str:
-        """The first training prompt with its ids, and how many prompts there are."""
+        """What was read and dropped, and the first training prompt with its ids."""
         ids = self.train[0].token_ids
+        notes = "".join(f"{note}\n" for note in self.notes)
         return (
-            f"{len(self.train)} training prompts, {len(self.heldout)} held out, "
+            f"{notes}{len(self.train)} training prompts, {len(self.heldout)} held out, "
             f"{self.num_duplicates} duplicates dropped\n"
             f"First prompt ({len(ids)} tokens):\n{self.rendered}\nids: {list(ids)}"
         )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A row that is used, before it is rendered."""
+
+    source: int
+    key: str
+    messages: tuple[dict[str, str], ...]
+    columns: dict[str, Any]
 
 
 def load_prompts(
@@ -58,80 +77,136 @@ def load_prompts(
     `required_columns` are what the reward reads; `unusable` says why it could not score with a
     row's "answer" (of files and the hub), None where it can. rendered_at: what a chat template that
     prints the date takes for now; None is now. Raises ConfigError for unknown tasks, missing files
-    or columns, unusable answers, empty sources and prompts of more than `max_prompt_tokens` tokens.
+    or columns, empty sources, and for rows that cannot be used and prompts of more than
+    `max_prompt_tokens` tokens where the configuration does not drop them.
     """
-    rows: list[tuple[int, str, tuple[dict[str, str], ...], dict[str, Any]]] = []
-    seen: set[str] = set()
-    num_read = 0
-    for index, source in enumerate(cfg.sources):
-        found = read_source(source, cfg.seed + index, required_columns)
-        num_read += len(found)
-        if unusable is not None and source.kind != "reasoning_gym":
-            _check_answers(source, found, unusable)
-        for columns in found:
-            messages = to_messages(columns["prompt"], source, cfg)
-            question = json.dumps(messages)
-            if question not in seen:
-                seen.add(question)
-                rows.append((index, question_key(source, columns), messages, columns))
-    chats = [messages for _, _, messages, _ in rows]
-    texts = render(chats, tokenizer, cfg, rendered_at or datetime.now())
-    token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    assert isinstance(token_ids, list)
-    _check_lengths(cfg, [row[0] for row in rows], token_ids, max_prompt_tokens)
-    prompts = [
-        Prompt(key, messages, columns, index, tuple(ids))
-        for (index, key, messages, columns), ids in zip(rows, token_ids, strict=True)
-    ]
+    rendered_at = rendered_at or datetime.now()
+    found: list[_Question] = []
+    seen: set[bytes] = set()
+    num_duplicates, notes = 0, []
+    for index in range(len(cfg.sources)):
+        for question in _questions(cfg, index, required_columns, unusable, notes):
+            if question is None:
+                num_duplicates += 1
+                continue
+            asked = json.dumps(question.messages, default=str).encode()
+            mark = hashlib.blake2b(asked, digest_size=16).digest()
+            if mark in seen:
+                num_duplicates += 1
+            else:
+                seen.add(mark)
+                found.append(question)
+    prompts = list(_tokenized(found, tokenizer, cfg, rendered_at))
+    prompts = _without_long(cfg, prompts, max_prompt_tokens, notes)
     held = holdout_keys(prompts, cfg)
     train = [prompt for prompt in prompts if prompt.key not in held]
     _check_split(cfg, train)
     return PromptSet(
         train=train,
         heldout=_in_turn([prompt for prompt in prompts if prompt.key in held]),
-        rendered=texts[prompts.index(train[0])],
-        num_duplicates=num_read - len(prompts),
+        rendered=render([train[0].messages], tokenizer, cfg, rendered_at)[0],
+        num_duplicates=num_duplicates,
+        notes=tuple(notes),
     )
 
 
-def _check_answers(
-    source: SourceConfig, rows: list[dict[str, Any]], unusable: Callable[[Any], str | None]
-) -> None:
-    reasons = {
-        row: reason for row, columns in enumerate(rows) if (reason := unusable(columns["answer"]))
-    }
-    if reasons:
-        row, reason = next(iter(reasons.items()))
-        answer = rows[row]["answer"]
-        raise ConfigError(
-            "reward.function",
-            "math_verify",
-            f"the right answer in row {row} (from 0) of {source.name!r}, {answer!r:.80}, cannot be "
-            f"understood: {reason}" + (f"; so in {len(reasons)} rows" if len(reasons) > 1 else ""),
-            "Correct or drop such rows, or name a reward of your own",
-        )
+def _questions(
+    cfg: DataConfig,
+    index: int,
+    required_columns: Sequence[str],
+    unusable: Callable[[Any], str | None] | None,
+    notes: list[str],
+) -> Iterator[_Question | None]:
+    """The questions of a source, None for one that repeats another.
+
+    Adds to `notes` what a user should know of them.
+    """
+    source, columns = cfg.sources[index], None
+    dropped, first, number = 0, "", -1
+    stop = cfg.unusable_rows == "stop"  # else a row may be dropped, and its repeat be used
+    for number, row in enumerate(read_rows(source, cfg.seed + index, skip_repeats=stop)):
+        if row is None:
+            yield None
+            continue
+        if columns is None:
+            columns = find_columns(source, cfg, required_columns, row)
+            notes += filter(None, [columns.note(source, cfg)])
+        try:
+            used = columns.read(row)
+            messages = to_messages(used["prompt"], cfg)
+            check_images(used, messages)
+            if columns.answer and unusable is not None and (reason := unusable(used["answer"])):
+                answer = f"{used['answer']!r:.80}"
+                raise UnusableRow(f"has the answer {answer}, which cannot be understood: {reason}")
+        except UnusableRow as problem:
+            said = f"row {number} (from 0) of {source.name!r} {problem}"
+            if stop:
+                fix = 'Correct or drop the row, or set data.unusable_rows = "drop"'
+                raise ConfigError("data.sources.name", source.name, said, fix) from problem
+            dropped, first = dropped + 1, first or said
+            continue
+        yield _Question(index, question_key(source, used), messages, used)
+    if number < 0:
+        raise ConfigError("data.sources.name", source.name, "has no rows", "Name another source")
+    if dropped:
+        notes.append(f"{dropped} of {number + 1} rows dropped: {first}")
+    if dropped == number + 1:
+        reason = f"no row can be used: {first}"
+        raise ConfigError("data.sources.name", source.name, reason, "Name another source")
 
 
-def to_messages(
-    prompt: str | list[dict[str, str]], source: SourceConfig, cfg: DataConfig
-) -> tuple[dict[str, str], ...]:
-    """The chat of a question, which is a string or already a list of messages."""
+def _tokenized(
+    questions: Sequence[_Question],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    rendered_at: datetime,
+) -> Iterator[Prompt]:
+    """The prompts of questions, some at a time: what a tokenizer returns takes much memory."""
+    known: dict[int, int] = {}  # equal ids are one object
+    for start in range(0, len(questions), _TOKENIZED_TOGETHER):
+        some = questions[start : start + _TOKENIZED_TOGETHER]
+        texts = render([question.messages for question in some], tokenizer, cfg, rendered_at)
+        token_ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        for one, ids in zip(some, token_ids["input_ids"], strict=True):  # type: ignore[arg-type]
+            shared = tuple(known.setdefault(token, token) for token in ids)
+            yield Prompt(one.key, one.messages, one.columns, one.source, shared)
+
+
+def to_messages(prompt: str | list[dict[str, str]], cfg: DataConfig) -> tuple[dict[str, str], ...]:
+    """The chat of a question, which is a string or already a list of messages.
+
+    Raises UnusableRow for anything else, and for a chat in which nothing is asked.
+    """
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
         messages = [dict(message) for message in prompt]
     else:
-        reason = (
-            f"a prompt of {source.name!r} is neither a string nor messages with role and content, "
-            f"both strings: {prompt!r:.80}"
+        raise UnusableRow(
+            "has a prompt that is neither a string nor messages with role and content, both "
+            f"strings: {prompt!r:.80}"
         )
-        fix = "Name the column that holds the questions"
-        raise ConfigError("data.sources.prompt_column", source.prompt_column, reason, fix)
+    if messages[-1]["role"] in _REPLYING:
+        raise UnusableRow("ends with the assistant's reply, which a model would only go on with")
+    if not messages[-1]["content"].strip():
+        raise UnusableRow("has an empty prompt")
+    for message in messages:
+        check_text(message["content"], "its prompt")
     if cfg.instruction:
         messages[-1]["content"] += " " + cfg.instruction
     if cfg.system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": cfg.system_prompt})
     return tuple(messages)
+
+
+def check_images(columns: dict[str, Any], messages: Sequence[dict[str, str]]) -> None:
+    """Raise UnusableRow for a question about an image, which a language model does not see."""
+    for name in _IMAGES:
+        if columns.get(name):
+            raise UnusableRow(f"has an image in column {name!r}, which the model does not see")
+    for message in messages:
+        if "<" in message["content"] and (mark := _IMAGE_MARK.search(message["content"])):
+            raise UnusableRow(f"has {mark[0]} in its prompt, an image that the model does not see")
 
 
 def _is_message(part: Any) -> bool:
@@ -165,7 +240,7 @@ def render(
                 )
                 for chat in chats
             ]  # type: ignore[return-value]
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = f"the model's chat template refuses a prompt: {error}"
         fix = "Drop the system prompt if the model knows none, or correct the messages"
         raise ConfigError("data.system_prompt", cfg.system_prompt, reason, fix) from error
@@ -194,17 +269,30 @@ def _stopped_clock(moment: datetime) -> Iterator[None]:
         module.datetime = running
 
 
-def _check_lengths(
-    cfg: DataConfig, sources: list[int], token_ids: list[list[int]], limit: int
-) -> None:
-    longest = max(range(len(token_ids)), key=lambda index: len(token_ids[index]))
-    length = len(token_ids[longest])
-    if length > limit:
-        count = sum(len(ids) > limit for ids in token_ids)
-        name = cfg.sources[sources[longest]].name
-        reason = f"{count} prompts are longer, the longest, of {name!r}, has {length} tokens"
+def _without_long(
+    cfg: DataConfig, prompts: list[Prompt], limit: int, notes: list[str]
+) -> list[Prompt]:
+    """The prompts of at most `limit` tokens; adds how many others there were to `notes`."""
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    count = len(prompts) - len(kept)
+    if not count:
+        return kept
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    length, name = len(longest.token_ids), cfg.sources[longest.source].name
+    reason = f"{count} prompts are longer, the longest, of {name!r}, has {length} tokens"
+    empty = {prompt.source for prompt in prompts} - {prompt.source for prompt in kept}
+    if empty:
+        reason = (
+            f"all prompts of {cfg.sources[min(empty)].name!r} are longer, up to {length} tokens"
+        )
+    if cfg.long_prompts == "stop" or empty:
         fix = f"Set it to {length} or drop those prompts"
         raise ConfigError("rollout.max_prompt_tokens", limit, reason, fix)
+    notes.append(
+        f"{count} of {len(prompts)} prompts dropped: longer than rollout.max_prompt_tokens = "
+        f"{limit}, the longest, of {name!r}, has {length} tokens"
+    )
+    return kept
 
 
 def holdout_keys(prompts: Sequence[Prompt], cfg: DataConfig) -> set[str]:

@@ -48,16 +48,23 @@ def fused_kinds(model: PreTrainedModel) -> list[str]:
 @torch.no_grad()
 def _own(module: nn.Module) -> dict[str, Any] | None:
     """The members of a module's new class, its kind and `forward`; None where it keeps its own."""
-    if _is_norm(module):
+    if _computes(_is_norm, module):
         return {_KIND: "norm", "forward": _norm}
-    if _is_swiglu(module):
+    if _computes(_is_swiglu, module):
         return {_KIND: "swiglu", "forward": _swiglu}
     forward = type(module).forward
     if isinstance(forward, FunctionType) and _ROTARY in forward.__code__.co_names:
         rotary = forward.__globals__.get(_ROTARY)
-        if rotary is not None and _is_rotary(rotary):
+        if rotary is not None and _computes(_is_rotary, rotary):
             return {_KIND: "rotary", "forward": _with_rotary(forward, rotary)}
     return None
+
+
+def _computes(tried: Callable[[Any], bool], part: Any) -> bool:
+    try:
+        return tried(part)
+    except Exception:  # of a layer that takes or holds something else: it stays as it is
+        return False
 
 
 def _is_norm(module: Any) -> bool:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -26,6 +31,7 @@ from aepo_fast.config.resolve import Machine, dtype_name
 from aepo_fast.config.sections import Attention, ModelConfig
 from aepo_fast.model.attention import register, varlen_groups_heads
 from aepo_fast.model.cpu_layers import fuse_layers
+from aepo_fast.model.folder import check_folder
 from aepo_fast.model.packages import PREFIX, find_package, resolve_package
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -50,17 +56,14 @@ class Head:
 def check_model(path: str) -> Path | str:
     """What `model.path` means, without a download: a local folder, a hub id or a package.
 
-    Raises ConfigError for a missing folder, a folder without a model and an unknown package.
+    Raises ConfigError for a missing folder, one that holds no whole model and an unknown package.
     """
     if path.startswith(PREFIX):
         find_package(path)
         return path
     folder = Path(path).expanduser()
     if folder.is_dir():
-        weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-        if not weights or not (folder / "config.json").is_file():
-            reason = "the folder has no config.json with weights beside it"
-            raise ConfigError("model.path", path, reason, "Name a folder in Hugging Face format")
+        check_folder(folder, path)
         return folder
     if not _HUB_ID.fullmatch(path):
         reason = "there is no such folder"
@@ -77,19 +80,50 @@ def resolve(path: str) -> Path:
     if found.startswith(PREFIX):
         return resolve_package(found)
     try:
-        return Path(snapshot_download(found, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(found, allow_patterns=_HUB_FILES))
     except Exception as error:  # no connection, a proxy that httpx cannot use, no space left
         reason = "is no local folder, and the hub did not give it: " + str(error).split("\n")[0]
         fix = "Check the path or id and the connection, or use package:smollm2-135m-instruct"
         raise ConfigError("model.path", path, reason, fix) from error
+    check_folder(folder, path)
+    return folder
+
+
+def read_config(folder: Path | str) -> PretrainedConfig:
+    """The config.json of a model folder; raises ConfigError for what transformers does not know."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of code that reads anything
+        written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8-sig"))
+        kind = written.get("model_type")
+        reason = f"config.json cannot be used: {_one_line(error)}"
+        fix = "Check the file, or download it again"
+        if kind is None:
+            reason, fix = "config.json names no model_type", 'Add it, e.g. "llama"'
+        elif kind not in CONFIG_MAPPING:
+            reason = f"transformers {transformers.__version__} knows no model_type {kind!r}"
+            fix = "Install a newer transformers, or name a model that it has"
+            if "auto_map" in written:
+                reason += ", and the code that the folder brings for it is not run"
+        raise ConfigError("model.path", str(folder), reason, fix) from error
+
+
+def _one_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """Load a tokenizer that pads on the left; raises ConfigError if it has no chat template."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = "its tokenizer cannot be loaded: " + str(error).split("\n")[0]
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        if not tokenizer("a 1", add_special_tokens=False)["input_ids"]:
+            raise ValueError("it has no tokens")
+    except Exception as error:  # of code that reads anything
+        reason = f"its tokenizer cannot be loaded: {_one_line(error)}"
         fix = "Add tokenizer.json and tokenizer_config.json to the folder"
         raise ConfigError("model.path", str(folder), reason, fix) from error
     if not tokenizer.chat_template:
@@ -110,7 +144,23 @@ def recurrent_layers(config: PretrainedConfig) -> list[str]:
 
 def takes_positions(config: PretrainedConfig) -> bool:
     """Whether positions are those a model is given, by rotary embeddings, and not its columns'."""
-    return getattr(config.get_text_config(), "rope_parameters", None) is not None
+    config = config.get_text_config()
+    # Falcon has both settings, and takes ALiBi's slopes from the columns where that is on.
+    has_alibi = getattr(config, "alibi", None) is True
+    return getattr(config, "rope_parameters", None) is not None and not has_alibi
+
+
+def check_vocabulary(
+    folder: Path | str, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]
+) -> None:
+    """Raise ConfigError where the model of a folder has no embedding for one of some token ids."""
+    size = getattr(read_config(folder).get_text_config(), "vocab_size", None)
+    beyond = max(ids, default=0)
+    if size is not None and beyond >= size:
+        token = tokenizer.convert_ids_to_tokens(beyond)
+        reason = f"its tokenizer gives {token!r} the id {beyond}, and it has {size} embeddings"
+        fix = "Use the tokenizer that the model was trained with, or resize its embeddings"
+        raise ConfigError("model.path", str(folder), reason, fix)
 
 
 def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTrainedModel:
@@ -121,7 +171,8 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
     Raises ConfigError where cfg.attention or cfg.liger cannot be had, or the folder's head is not
     one that `head_of` describes.
     """
-    config = _without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
+    check_folder(Path(folder), str(folder))
+    config = _without_dropout(read_config(folder))
     attention = choose_attention(cfg.attention, machine, config.model_type)
     if cfg.liger:
         _check_liger(cfg, machine)
@@ -130,17 +181,28 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
     # Left to itself, transformers takes eager for the architectures that have no sdpa.
     wanted = None if (cfg.attention, attention) == ("auto", "sdpa") else attention
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=machine.weights_dtype,
             attn_implementation=wanted,
             local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (ValueError, ImportError) as error:  # an attention that the architecture lacks, mostly
-        reason = f"transformers cannot load {folder} with {attention!r}: {error}"
-        fix = 'Set model.attention to "sdpa" or "eager"'
-        raise ConfigError("model.attention", cfg.attention, reason, fix) from error
+        model, info = loaded
+    except Exception as error:  # of code that loads anything
+        # Mostly an attention that the architecture lacks.
+        if isinstance(error, ValueError | ImportError) and "atten" in str(error).lower():
+            reason = f"transformers cannot load {folder} with {attention!r}: {_one_line(error)}"
+            fix = 'Set model.attention to "sdpa" or "eager"'
+            raise ConfigError("model.attention", cfg.attention, reason, fix) from error
+        reason = f"transformers cannot load it: {_one_line(error)}"
+        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            reason = f"transformers has no causal language model of type {config.model_type!r}"
+        fix = "Check that config.json and weights are of one causal language model"
+        raise ConfigError("model.path", str(folder), reason, fix) from error
+    _check_complete(info["missing_keys"], str(folder))
     model.to(machine.device)  # type: ignore[arg-type]
     if cfg.liger:
         _apply_liger(model)
@@ -153,6 +215,18 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
     model.train()
     _check_head(model, str(folder), machine)
     return model
+
+
+def _check_complete(missing: Collection[str], folder: str) -> None:
+    # transformers fills them with random numbers.
+    if not missing:
+        return
+    first = min(missing)
+    reason = f"its files lack {len(missing)} of the model's weights, e.g. {first}"
+    fix = "Download the model again, or correct config.json"
+    if set(missing) == {"lm_head.weight"}:
+        fix = "Set tie_word_embeddings = true in config.json if the embedding is the head"
+    raise ConfigError("model.path", folder, reason, fix)
 
 
 def choose_attention(requested: Attention, machine: Machine, model_type: str = "") -> str:
@@ -214,6 +288,8 @@ def _apply_liger(model: PreTrainedModel) -> None:
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its head: returns last_hidden_state, [B, L, H]."""
     backbone = model.base_model
+    if backbone is model:  # one whose prefix is that of a larger model, as Llama 4's
+        backbone = getattr(model, "model", model)
     if backbone is model:
         raise ValueError(f"{type(model).__name__} has no backbone apart from its head")
     return backbone  # type: ignore[return-value]
@@ -235,19 +311,31 @@ def head_of(model: PreTrainedModel) -> Head:
 def _check_head(model: PreTrainedModel, folder: str, machine: Machine) -> None:
     # Configs spell logit scales in many ways; one that head_of does not know would train wrongly
     # without a word. So the head is applied by hand once and compared.
-    head = head_of(model)
     ids = torch.arange(4, device=model.device)[None]
-    with machine.autocast():
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-    weight = head.weight.to(hidden.dtype).float()
-    logits = hidden.float() @ weight.T
-    if head.bias is not None:
-        logits += head.bias.float()
-    logits *= head.logit_scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
+    try:
+        head = head_of(model)
+        with machine.autocast():
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+            hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+        weight = head.weight.to(hidden.dtype).float()
+        logits = hidden.float() @ weight.T
+        if head.bias is not None:
+            logits += head.bias.float()
+        logits *= head.logit_scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the model's own code
+        reason = f"it cannot be taken apart into layers and a linear head: {_one_line(error)}"
+        fix = f"Train another architecture than {type(model).__name__}"
+        raise ConfigError("model.path", folder, reason, fix) from error
     error = (logits - expected).norm() / expected.norm()
+    if not expected.isfinite().all():
+        reason = "its logits are not finite: the weights are damaged or overflow in this dtype"
+        raise ConfigError(
+            "model.path", folder, reason, 'Set model.dtype = "float32", or fetch it again'
+        )
     if not error < 0.05:
         reason = f"its logits are not those of a plain linear head (relative error {error:.2g})"
         fix = f"Train another architecture than {type(model).__name__}"

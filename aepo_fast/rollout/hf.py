@@ -49,7 +49,8 @@ class HfRollout:
 
     model: the trainer's model. machine: where it samples, in rollout_dtype; with the model's own
     dtype the weights are the trainer's, on a CPU beside a copy of linear layers' that lies as its
-    GEMMs read it. eos_ids: ids that end a completion. batch_rows: rows decoded together.
+    GEMMs read it. eos_ids: ids that end a completion. batch_rows: rows decoded together. pack:
+    whether that copy is made.
     """
 
     verify = False  # its weights are the trainer's, or copied one by one
@@ -61,10 +62,11 @@ class HfRollout:
         *,
         eos_ids: Sequence[int],
         batch_rows: int,
+        pack: bool = True,
     ) -> None:
         dtype = machine.rollout_dtype
         self.shared = model.dtype == dtype
-        packs = not machine.is_gpu and can_pack(dtype)
+        packs = pack and not machine.is_gpu and can_pack(dtype)
         if self.shared and not packs:
             self.model = model
         else:  # modules of its own, which packing changes

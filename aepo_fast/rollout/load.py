@@ -8,17 +8,12 @@ import json
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
-from aepo_fast.model.load import load_model, recurrent_layers
+from aepo_fast.model.load import load_model, read_config, recurrent_layers
 from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.hf import HfRollout
 
@@ -89,7 +84,7 @@ def load_engine(
             on_gpu=machine.vllm_on_gpu,
         )
     if model is None:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = read_config(folder)
     else:
         config = model.config
     kinds = recurrent_layers(config)

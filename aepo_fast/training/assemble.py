@@ -14,22 +14,34 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import dump_config
 from aepo_fast.data.prompts import PromptSet, load_prompts, prints_date
-from aepo_fast.model.load import load_model, load_tokenizer, resolve
+from aepo_fast.model.load import (
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    read_config,
+    resolve,
+)
 from aepo_fast.model.policy import Policy
 from aepo_fast.report.json_lines import is_step, lines_of
 from aepo_fast.report.logger import check_tensorboard
 from aepo_fast.report.unexpected import TRACEBACK_NAME, doing
 from aepo_fast.rewards.math_answers import unusable_gold
 from aepo_fast.rewards.reward import Reward, build_reward, check_answers
+from aepo_fast.rollout.agreement import check_agreement
 from aepo_fast.rollout.engine import RolloutEngine
-from aepo_fast.rollout.load import check_rollout_backend, load_engine
+from aepo_fast.rollout.load import (
+    check_rollout_backend,
+    eos_ids,
+    generation_config,
+    load_engine,
+)
 from aepo_fast.training.checkpoint import (
     CheckpointError,
     check_same_model,
@@ -187,6 +199,11 @@ def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None)
     rendered_at = rendered_at or datetime.now()
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
+    ends = eos_ids(generation_config(folder), tokenizer)
+    if not ends:
+        reason = "neither its tokenizer nor its generation_config.json names an end token"
+        fix = "Set eos_token in tokenizer_config.json: else no completion would end"
+        raise ConfigError("model.path", str(folder), reason, fix)
     reward = build_reward(cfg.reward, cfg.data)
     prompts = load_prompts(
         cfg.data,
@@ -196,7 +213,10 @@ def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None)
         unusable=unusable_gold if cfg.reward.function in ("task", "math_verify") else None,
         rendered_at=rendered_at,
     )
-    check_answers(reward, cfg.data, [*prompts.train, *prompts.heldout])
+    everyone = [*prompts.train, *prompts.heldout]
+    check_answers(reward, cfg.data, everyone)
+    used = {token for prompt in everyone for token in prompt.token_ids}
+    check_vocabulary(folder, tokenizer, used | {min(ends)})
     return Inputs(tokenizer, prompts, reward, str(folder), rendered_at)
 
 
@@ -213,13 +233,15 @@ def _check_samples_ahead(cfg: Config) -> None:
 
 
 def _check_lengths(cfg: Config, prompts: PromptSet, model_folder: Path | str) -> None:
-    config = AutoConfig.from_pretrained(model_folder, local_files_only=True).get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
+    config = read_config(model_folder).get_text_config()
+    most = max(getattr(config, "max_position_embeddings", None) or 0, 0)  # XLNet has -1: no limit
     longest = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.heldout])
     new = cfg.rollout.max_new_tokens
     if most and longest + new > most:
         reason = f"with prompts of up to {longest} tokens that is more than the model's {most}"
-        fix = f"Set it to {most - longest} or less" if longest < most else "Drop the long prompts"
+        fix = f"Set rollout.max_prompt_tokens below {most} to drop the long prompts"
+        if longest < most:
+            fix = f"Set it to {most - longest} or less"
         raise ConfigError("rollout.max_new_tokens", new, reason, fix)
 
 
@@ -279,4 +301,7 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
             frozen = load_model(cfg.model, inputs.model_folder, machine)
         reference = Policy(frozen.requires_grad_(False).eval(), machine, cfg.trainer)
     engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model)
+    if not engine.verify:  # a canary compares others
+        some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
+        check_agreement(cfg, machine, model, some)
     return Models(model, policy, reference, engine)

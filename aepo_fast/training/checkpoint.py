@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo_fast.config.errors import ConfigError
+from aepo_fast.model.folder import same_model
 
 _COMPLETE = re.compile(r"step_(\d+)")
 STATE_NAME, OPTIMIZER_NAME = "state.pt", "optimizer.pt"
@@ -168,7 +169,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 def check_same_model(state: dict[str, Any], model_path: str, checkpoint: Path) -> None:
     """Refuse a checkpoint that was made from another model."""
-    if state["model_path"] != model_path:
+    if not same_model(state["model_path"], model_path):
         raise ConfigError(
             "model.path",
             model_path,

@@ -120,6 +120,10 @@ CASES = [
     choices("data.sources.0.split", "test", "data.sources.0.kind", "hub", KINDS),
     choices("data.sources.0.subset", "main", "data.sources.0.kind", "hub", KINDS),
     choices("data.sources.0.prompt_column", "q", "data.sources.0.kind", "file hub", KINDS),
+    choices("data.sources.0.answer_column", "q", "data.sources.0.kind", "file hub", KINDS),
+    Case(
+        "data.answer_column", "q", "data.sources", (ONE,), ('[{kind="reasoning_gym", name="a"}]',)
+    ),
     Case("data.sources.0.weight", 2.0, "data.sources", (TWO,), (ONE,)),
     Case("data.seed", 3, "data.holdout_fraction", (0.2,), (0.0,), (FILE,)),
     Case("reward.max_error_share", 0.1, "reward.on_error", ("count",), ("stop",)),

@@ -155,10 +155,10 @@ def test_source_without_training_prompts_is_refused(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", "", "has no rows"),
-        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "line 3 is not JSON"),
+        ("a.jsonl", '{"prompt": "a", "answer": 1}\n\n{"prompt": \n', "line 3 is not JSON"),
         ("a.json", '{"prompt": "a"}', "one JSON object per row"),
         ("a.csv", "prompt\na", "files of type '.csv' are not read"),
-        ("a.jsonl", '{"question": "a"}', "has no column 'prompt'"),
+        ("a.jsonl", '{"text": "a"}', "has no column 'prompt'"),
         ("a.jsonl", '{"prompt": "a", "solution": 1}', "has no column 'answer'"),
         ("a.jsonl", '{"prompt": "a", "answer": null}', "holds nothing in column 'answer'"),
         ("a.jsonl", '{"prompt": 7, "answer": 1}', "neither a string nor messages"),
@@ -182,13 +182,18 @@ def test_missing_file():
         load(SourceConfig(name="no/such/file.jsonl"))
 
 
-def test_prompt_longer_than_the_limit(tmp_path):
+def test_prompts_longer_than_the_limit(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "7" * 50}])
+    found = load(source, limit=40, holdout_fraction=0)
+    assert [prompt.columns["prompt"] for prompt in found.train] == ["a"]
+    assert re.search("1 of 2 prompts dropped: longer than .* = 40", found.preview())
     with pytest.raises(ConfigError, match="1 prompts are longer, .* has 6[0-9] tokens") as caught:
-        load(source, limit=40, holdout_fraction=0)
+        load(source, limit=40, holdout_fraction=0, long_prompts="stop")
     assert caught.value.key == "rollout.max_prompt_tokens"
     needed = int(re.search(r"Set it to (\d+)", str(caught.value))[1])  # type: ignore[index]
     assert len(load(source, limit=needed, holdout_fraction=0).train) == 2
+    with pytest.raises(ConfigError, match="all prompts of .* are longer, up to 6[0-9] tokens"):
+        load(source, limit=4, holdout_fraction=0)
 
 
 def test_template_that_knows_no_system_role(tmp_path):
