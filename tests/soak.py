@@ -80,6 +80,7 @@ def _nothing() -> None:
 
 def _run(cfg: Config, temporary: Path) -> None:
     os.setsid()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
     torch.set_num_threads(1)
     if code := train(cfg, resume=True):
@@ -132,13 +133,13 @@ def kill_at_random(model: Path, folder: Path, *, kills: int, seed: int = 0) -> l
         assert process.exitcode == 0
     _check_same_end(straight, killed)
     assert set(os.listdir(killed.output_dir)) == LEFT
-    assert os.listdir(Path(killed.output_dir) / "checkpoints") == _checkpoints(straight)
+    assert _checkpoints(killed) == _checkpoints(straight)
     assert os.listdir(runs.temporary) == []
     return when
 
 
 def _checkpoints(cfg: Config) -> list[str]:
-    return os.listdir(Path(cfg.output_dir) / "checkpoints")
+    return sorted(os.listdir(Path(cfg.output_dir) / "checkpoints"))
 
 
 def _forget_after(cfg: Config, step: int) -> None:
