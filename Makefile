@@ -11,7 +11,7 @@ STAMP := .venv/installed
 VLLM_STAMP := .venv/installed-vllm
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 
-.PHONY: train test test-vllm lint bench clean
+.PHONY: train test test-vllm soak lint bench clean
 
 train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 	backend=$(or $(ROLLOUT),$$($(BIN)/python -c '$(FIND_ROLLOUT)')); eager=; \
@@ -32,6 +32,10 @@ test: $(STAMP)
 test-vllm: $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/aepo_fast/rollout/test_rollout_vllm.py \
 		tests/aepo_fast/rollout/test_rollout_vllm_shared.py $(ARGS)
+
+# 50 kills and two hours of watching; less: make soak ARGS='--kills 5 --seconds 60'
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

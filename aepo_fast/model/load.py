@@ -83,7 +83,9 @@ def resolve(path: str) -> Path:
     try:
         folder = Path(snapshot_download(found, allow_patterns=_HUB_FILES))
     except Exception as error:  # no connection, a proxy that httpx cannot use, no space left
-        reason = "is no local folder, and the hub did not give it: " + str(error).split("\n")[0]
+        reason = "is no local folder, and the hub did not give it: " + str(error).split("\n")[
+            0
+        ].rstrip(".")
         fix = "Check the path or id and the connection, or use package:smollm2-135m-instruct"
         raise ConfigError("model.path", path, reason, fix) from error
     check_folder(folder, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -52,8 +51,8 @@ def plot_run(folder: Path | str, output: Path | None = None) -> Path:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     path = output.expanduser() if output else folder / "plot.png"
-    # Whole or not at all, also where a live run draws the same file at its end.
-    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    # Whole or not at all: a live run draws the same file at its end.
+    draft = path.with_name(f".{path.name}.tmp")
     try:
         figure.savefig(draft, dpi=130, format=path.suffix[1:] or "png")
         draft.replace(path)

@@ -151,11 +151,10 @@ def _checkpoint_to_resume(found: Sequence[Path], start_from: str | None) -> Path
     if chosen is None or reason is None:
         return chosen
     older = newest_whole(found[: found.index(chosen)])
-    if older is None:
-        fix = "No older one is whole: start anew with --overwrite"
-    else:
-        fix = f"{older} is whole: --resume --from {older.name} goes on there and deletes later ones"
-    raise CheckpointError(f"the checkpoint {chosen} is damaged: {reason}. {fix}")
+    fix = "no older one is whole; start anew with --overwrite"
+    if older is not None:
+        fix = f"--resume --from {older.name} goes on from a whole one and deletes those after it"
+    raise CheckpointError(f"the checkpoint {chosen} is damaged: {fix} ({reason})")
 
 
 def _same_folder(one: Path, other: Path) -> bool:

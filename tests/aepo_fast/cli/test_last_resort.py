@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 
 from aepo_fast.cli import app as app_module
-from aepo_fast.config.sections import CheckpointConfig, Config
-from aepo_fast.config.toml import dump_config
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import CheckpointConfig, Config, SourceConfig
+from aepo_fast.config.toml import dump_config, load_config
+from aepo_fast.data.sources import read_file, read_hub
+from aepo_fast.model.load import resolve
+from aepo_fast.report.plot import plot_run
 from aepo_fast.report.unexpected import TRACEBACK_NAME, describe, doing
 from aepo_fast.rollout.hf import HfRollout
 from bench.common.environment import ROOT
@@ -201,3 +205,31 @@ def test_a_hangup_saves_unless_it_is_to_be_ignored(ignored: bool) -> None:
     process.send_signal(signal.SIGHUP)  # terminal and shell send one each
     out, _ = process.communicate("go\n")
     assert (process.returncode, out) == ((0, "goes on\n") if ignored else (129, "saved\n"))
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "none://127.0.0.1:9", "http://[::1"])
+def test_a_proxy_that_cannot_be_used_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    with pytest.raises(ConfigError, match="model.path = 'someone/model'.*the hub did not give it"):
+        resolve("someone/model")
+    with pytest.raises(ConfigError, match="data.sources.name = 'someone/rows'.*the hub did not"):
+        read_hub(SourceConfig("hub", "someone/rows"))
+
+
+def test_a_home_is_meant_in_every_path(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(cfg, tmp_path)
+    assert load_config("~/tiny.toml", ["output_dir=~/new"]).output_dir == str(tmp_path / "new")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "?", "answer": "1"}\n')
+    assert len(read_file("~/rows.jsonl")) == 1
+    (tmp_path / "model").symlink_to(cfg.model.path)
+    assert resolve("~/model") == tmp_path / "model"
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 1, "reward": 0.5}\n')
+    assert plot_run("~/run", Path("~/here.png")) == tmp_path / "here.png"

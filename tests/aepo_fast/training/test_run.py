@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import random
 import resource
-import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,62 +83,6 @@ def test_two_steps_resumed_for_two_more_equal_four(
     assert train(with_trainer(halves, steps=2)) == 0
     assert train(halves, resume=True) == 0
     assert_same_end(straight, halves)
-
-
-def _nothing() -> None:
-    pass
-
-
-def _killable(cfg: Config) -> None:
-    torch.set_num_threads(1)
-    train(cfg, resume=True)
-
-
-def test_a_run_killed_ten_times_ends_like_an_undisturbed_one(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    straight = with_trainer(tiny_config(tiny_model_dir, tmp_path / "straight"), steps=12)
-    killed = replace(straight, output_dir=str(tmp_path / "killed"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["aepo_fast.training.run", "tests.tiny_run"])
-
-    def start(cfg: Config) -> Any:
-        process = context.Process(target=_killable, args=(cfg,))
-        process.start()
-        return process
-
-    warm_up = context.Process(target=_nothing)  # the server imports torch and its like once
-    warm_up.start()
-    warm_up.join()
-    begun = time.monotonic()
-    process = start(straight)
-    process.join()
-    whole = time.monotonic() - begun
-    assert process.exitcode == 0
-    moments = random.Random(0)
-    kills = 0
-    while kills < 10:
-        process = start(killed)
-        process.join(moments.uniform(0.1, 0.6) * whole)
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            kills += 1
-            continue
-        # It got to the end before the kill: begin the last stretch again.
-        assert process.exitcode == 0
-        _forget_after(killed, moments.randrange(1, 9))
-    process = start(killed)
-    process.join()
-    assert process.exitcode == 0
-    assert_same_end(straight, killed)
-
-
-def _forget_after(cfg: Config, step: int) -> None:
-    """Leave a run as a kill during step + 1 would have left it."""
-    for path in complete_checkpoints(Path(cfg.output_dir) / "checkpoints"):
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
