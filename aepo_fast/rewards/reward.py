@@ -127,20 +127,26 @@ def _builtin_scorer(cfg: RewardConfig, data: DataConfig) -> Scorer:
     )
     process.begin()
 
-    def request(prompt: Prompt, text: str) -> tuple[int, Any, str]:
+    def right(prompt: Prompt) -> Any:
         row = prompt.columns
-        return prompt.source, row if prompt.source in tasks else gold_answer(row["answer"]), text
+        return row if prompt.source in tasks else gold_answer(row["answer"])
 
     def score(
         prompts: Sequence[Prompt], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[Score]:
-        answers = process.ask([request(*pair) for pair in zip(prompts, texts, strict=True)])
-        return [
-            Score(None, answer.problem, answer.traceback)
-            if answer.problem
-            else Score(*to_reward(answer.value))
-            for answer in answers
-        ]
+        scores: dict[int, Score] = {}
+        requests: dict[int, tuple[int, Any, str]] = {}
+        for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            try:
+                requests[index] = prompt.source, right(prompt), text
+            except Exception as error:  # of an answer that may be anything
+                scores[index] = Score(problem=f"{type(error).__name__}: {error}")
+        for index, answer in zip(requests, process.ask([*requests.values()]), strict=True):
+            if answer.problem:
+                scores[index] = Score(None, answer.problem, answer.traceback)
+            else:
+                scores[index] = Score(*to_reward(answer.value))
+        return [scores[index] for index in range(len(texts))]
 
     return score
 
