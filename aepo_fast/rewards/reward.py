@@ -44,6 +44,12 @@ class Reward:
     required_columns: tuple[str, ...]
     scorer: Scorer
     cfg: RewardConfig
+    process: ScoringProcess | None = None
+
+    def abandon(self) -> None:
+        """End for good, with whatever is being scored in another thread."""
+        if self.process is not None:
+            self.process.abandon()
 
     def score(
         self,
@@ -102,12 +108,13 @@ def build_reward(cfg: RewardConfig, data: DataConfig) -> Reward:
     Raises ConfigError if there is none, or if a task's verifier is none.
     """
     if cfg.function in ("task", "math_verify"):
-        return Reward(cfg.function, ("answer",), _builtin_scorer(cfg, data), cfg)
-    scorer, columns = user_scorer(cfg)
-    return Reward(cfg.function, columns, scorer, cfg)
+        scorer, process = _builtin_scorer(cfg, data)
+        return Reward(cfg.function, ("answer",), scorer, cfg, process)
+    scorer, process, columns = user_scorer(cfg)
+    return Reward(cfg.function, columns, scorer, cfg, process)
 
 
-def _builtin_scorer(cfg: RewardConfig, data: DataConfig) -> Scorer:
+def _builtin_scorer(cfg: RewardConfig, data: DataConfig) -> tuple[Scorer, ScoringProcess]:
     tasks = {
         index: source
         for index, source in enumerate(data.sources)
@@ -148,7 +155,7 @@ def _builtin_scorer(cfg: RewardConfig, data: DataConfig) -> Scorer:
                 scores[index] = Score(*to_reward(answer.value))
         return [scores[index] for index in range(len(texts))]
 
-    return score
+    return score, process
 
 
 def check_answers(reward: Reward, data: DataConfig, prompts: Sequence[Prompt]) -> None:
