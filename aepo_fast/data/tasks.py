@@ -104,7 +104,7 @@ def score_task(verifier: ProceduralDataset, entry: dict[str, Any], text: str) ->
     """
     gold = entry["answer"]
     gold = None if gold is None else str(gold)
-    if "target_base" in entry["metadata"]:  # 45 is no part of 45a there
+    if "target_base" in entry.get("metadata", {}):  # 45 is no part of 45a there
         digits = re.findall(r"(?<!\w)-?(?=[a-z]*\d)[0-9a-z]+\b", final_answer(text, "a") or "")
         answer = digits[-1] if digits else final_answer(text, "a")
     else:

@@ -40,6 +40,10 @@ class Answer:
     traceback: str = ""
 
 
+class Abandoned(Exception):
+    """Nobody waits for the answers any more."""
+
+
 class _Lost(Exception):
     """The process has ended, or was ended because it gave no reply."""
 
@@ -65,6 +69,7 @@ class ScoringProcess:
         self._ready: Answer | None = None
         self._pipes: list[int] = []  # our ends of: requests, replies, lifeline
         self._buffer = bytearray()
+        self._abandoned = False
         self._lock = threading.Lock()
         self._folder = os.getcwd()
         self.timeout_s, self.user_code = timeout_s, user_code
@@ -94,6 +99,10 @@ class ScoringProcess:
         """End the process and what it has started; the next request starts it again."""
         with self._lock:
             self._close()
+
+    def abandon(self) -> None:
+        """End for good, from any thread: what is being asked raises Abandoned within moments."""
+        self._abandoned = True
 
     def __del__(self) -> None:
         self._close()
@@ -196,6 +205,8 @@ class ScoringProcess:
         poller = select.poll()
         poller.register(self._pipes[1], select.POLLIN)
         while b"\n" not in self._buffer:
+            if self._abandoned:
+                raise Abandoned
             ended = self._has_ended()  # before the look at the pipe: its last words count
             left = _LOOK_S if deadline is None else deadline - time.monotonic()
             if left <= 0:

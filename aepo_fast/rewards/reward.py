@@ -45,6 +45,12 @@ class Reward:
     required_columns: tuple[str, ...]
     scorer: Scorer
     cfg: RewardConfig
+    process: ScoringProcess | None = None
+
+    def abandon(self) -> None:
+        """End for good, with whatever is being scored in another thread."""
+        if self.process is not None:
+            self.process.abandon()
 
     def score(
         self,
@@ -103,12 +109,13 @@ def build_reward(cfg: RewardConfig, data: DataConfig) -> Reward:
     Raises ConfigError if there is none, or if a task's verifier is none.
     """
     if cfg.function in ("task", "math_verify"):
-        return Reward(cfg.function, ("answer",), _builtin_scorer(cfg, data), cfg)
-    scorer, columns = user_scorer(cfg)
-    return Reward(cfg.function, columns, scorer, cfg)
+        scorer, process = _builtin_scorer(cfg, data)
+        return Reward(cfg.function, ("answer",), scorer, cfg, process)
+    scorer, process, columns = user_scorer(cfg)
+    return Reward(cfg.function, columns, scorer, cfg, process)
 
 
-def _builtin_scorer(cfg: RewardConfig, data: DataConfig) -> Scorer:
+def _builtin_scorer(cfg: RewardConfig, data: DataConfig) -> tuple[Scorer, ScoringProcess]:
     tasks = {
         index: source
         for index, source in enumerate(data.sources)
@@ -128,22 +135,28 @@ def _builtin_scorer(cfg: RewardConfig, data: DataConfig) -> Scorer:
     )
     process.begin()
 
-    def request(prompt: Prompt, text: str) -> tuple[int, Any, str]:
+    def right(prompt: Prompt) -> Any:
         row = prompt.columns
-        return prompt.source, row if prompt.source in tasks else gold_answer(row["answer"]), text
+        return row if prompt.source in tasks else gold_answer(row["answer"])
 
     def score(
         prompts: Sequence[Prompt], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[Score]:
-        answers = process.ask([request(*pair) for pair in zip(prompts, texts, strict=True)])
-        return [
-            Score(None, answer.problem, answer.traceback)
-            if answer.problem
-            else Score(*to_reward(answer.value))
-            for answer in answers
-        ]
+        scores: dict[int, Score] = {}
+        requests: dict[int, tuple[int, Any, str]] = {}
+        for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            try:
+                requests[index] = prompt.source, right(prompt), text
+            except Exception as error:  # of an answer that may be anything
+                scores[index] = Score(problem=f"{type(error).__name__}: {error}")
+        for index, answer in zip(requests, process.ask([*requests.values()]), strict=True):
+            if answer.problem:
+                scores[index] = Score(None, answer.problem, answer.traceback)
+            else:
+                scores[index] = Score(*to_reward(answer.value))
+        return [scores[index] for index in range(len(texts))]
 
-    return score
+    return score, process
 
 
 def check_answers(reward: Reward, data: DataConfig, prompts: Sequence[Prompt]) -> None:

@@ -27,7 +27,8 @@ class GroupScorer:
 
     overlap: whatever has arrived in one call of the reward; otherwise all groups in one call at the
     end. Either runs in a thread. num_samples: of all groups. `check` is called while `results`
-    waits, and may raise. Use as a context; leaving it early drops what is not scored.
+    waits, and may raise. Use as a context; leaving it early drops what is not scored, and ends the
+    reward where it is still at work.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class GroupScorer:
         trace: TracebackType | None,
     ) -> None:
         self._arrived.put(None)
+        if error is not None and self._thread.is_alive():
+            self.reward.abandon()
 
     def add(self, group: int, completions: Sequence[Completion]) -> None:
         """Take a finished group; raises what an earlier one raised, so that sampling stops."""

@@ -30,8 +30,8 @@ _FAILURES = 3
 Scorer = Callable[[Sequence[Prompt], Sequence[str], Sequence[Sequence[int]]], list[Score]]
 
 
-def user_scorer(cfg: RewardConfig) -> tuple[Scorer, tuple[str, ...]]:
-    """The function that `reward.function` names, as a scorer, and the columns it needs.
+def user_scorer(cfg: RewardConfig) -> tuple[Scorer, ScoringProcess, tuple[str, ...]]:
+    """The function that `reward.function` names as a scorer, its process, the columns it needs.
 
     Raises ConfigError where it cannot be imported. Where a call fails and errors are counted, its
     completions are scored one by one, to lose no more than those that fail.
@@ -71,7 +71,7 @@ def user_scorer(cfg: RewardConfig) -> tuple[Scorer, tuple[str, ...]]:
         most = max(_FAILURES, cfg.allowed_errors(len(texts)))
         return _one_by_one(process, arguments, len(texts), most)
 
-    return score, tuple(ready.value["columns"])
+    return score, process, tuple(ready.value["columns"])
 
 
 def _one_by_one(

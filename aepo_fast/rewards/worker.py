@@ -163,13 +163,22 @@ def _leave_signals_to_the_parent() -> None:
     heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     usual = {number: signal.getsignal(number) for number in heard}
 
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+
     def restore() -> None:
         for number, handler in usual.items():
             signal.signal(number, handler)
+        unblock()
 
     for number in heard:
         signal.signal(number, lambda *_: None)
-    os.register_at_fork(after_in_child=restore)
+    # Blocked meanwhile: what a fork is sent before it has its own handlers must not be lost.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, heard),
+        after_in_parent=unblock,
+        after_in_child=restore,
+    )
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 

@@ -181,7 +181,7 @@ def test_the_process_inherits_nothing_but_its_pipes(
     module: Callable[..., Reward], tmp_path: Path
 ) -> None:
     body = "import os\ndef reward(completions, **_):\n"
-    body += "    paths = [f'/proc/self/fd/{fd}' for fd in range(3, 256)]\n"
+    body += "    paths = [f'/proc/self/fd/{fd}' for fd in range(3, 999)]\n"
     body += "    links = [os.readlink(path) for path in paths if os.path.lexists(path)]\n"
     body += "    return [len(links) + 0.5 * (not all('pipe:' in link for link in links))]\n"
     held = os.open(tmp_path / "secret", os.O_CREAT | os.O_RDWR)
@@ -213,7 +213,7 @@ def test_a_reply_is_never_loaded_as_a_pickle(module: Callable[..., Reward]) -> N
     body = "import os, pickle\nclass Evil:\n    def __reduce__(self):\n"
     body += "        return os.system, ('touch loaded',)\n"
     body += "def reward(completions, **_):\n"
-    body += "    for fd in range(3, 20):\n        try:\n"
+    body += "    for fd in range(3, 999):\n        try:\n"
     body += "            os.write(fd, pickle.dumps(Evil()) + b'\\n')\n"
     body += "        except OSError:\n            pass\n    return [1.0]\n"
     with pytest.warns(RuntimeWarning, match="wrote what is no reply"):
@@ -281,4 +281,5 @@ def test_programs_that_a_reward_starts_can_be_terminated(module: Callable[..., R
     body += "    forked = fork(target=time.sleep, args=(60,))\n"
     body += "    forked.start(); forked.terminate(); forked.join()\n"
     body += "    return [-child.wait() - forked.exitcode]\n"
-    assert score(module(body, timeout_s=120.0), "x").rewards == [2.0 * signal.SIGTERM]
+    reward = module(body, timeout_s=120.0)
+    assert [score(reward, "x").rewards for _ in range(10)] == [[2.0 * signal.SIGTERM]] * 10

@@ -110,10 +110,14 @@ def test_math_verify_starts_anew_when_its_process_was_killed():
 
 
 def test_unparsable_right_answer_is_an_error_not_a_zero():
+    class Broken:
+        def __str__(self):
+            raise ValueError("no text")
+
     reward = reward_of("math_verify")
     with pytest.warns(RuntimeWarning, match="cannot parse the right answer"):
-        result = reward.score([prompt(answer=""), prompt(answer=1)], ["1", "1"], IDS[:2])
-    assert result.rewards == [None, 1.0] and result.errors == 1
+        result = reward.score([prompt(answer=x) for x in ("", 1, Broken())], ["1"] * 3, IDS)
+    assert result.rewards == [None, 1.0, None] and result.errors == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -109,6 +110,26 @@ def test_a_failure_is_raised_and_stops_the_sampling(overlap: bool) -> None:
         if overlap:
             pytest.fail("adding went on after a failure")
         scorer.results()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_too_many_errors_stop_the_sampling_and_few_are_counted(overlap: bool) -> None:
+    def score(asked: Sequence[Prompt], *_: object) -> list[Score]:
+        return [Score(problem="odd") if int(one.key) % 2 else Score(1.0) for one in asked]
+
+    for share, message in ((0.5, ""), (0.4, r"\d of 8 samples could not be scored.*sample \d")):
+        reward = Reward("odd", (), score, RewardConfig(max_error_share=share))
+        with GroupScorer(reward, prompts(4), decode, overlap=overlap, num_samples=8) as scorer:
+            with pytest.warns(RuntimeWarning, match="'odd' failed on sample") as warned:
+                try:
+                    for index in range(4):
+                        scorer.add(index, group(1, 1))
+                    groups = scorer.results()
+                except RewardError as error:
+                    assert message and re.search(message, str(error))
+                    continue
+            assert not message and len(warned) == 1 and scorer.errors == 4
+            assert [one.rewards for one in groups] == [[1.0, 1.0], [None, None]] * 2
 
 
 def test_leaving_early_does_not_wait() -> None:

@@ -121,6 +121,10 @@ def test_a_signal_is_heard_while_a_reward_hangs(
     threading.Thread(target=send, daemon=True).start()
     assert train(cfg) == 128 + number
     assert time.monotonic() - sent[0] < 10
+    for thread in threading.enumerate():  # and the process does not go on by itself
+        if thread.name == "scorer":
+            thread.join(5)
+            assert not thread.is_alive()
     assert saved(tmp_path / "run") == ["step_0"]
 
 
