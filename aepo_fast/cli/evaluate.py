@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -42,6 +43,8 @@ def evaluate_model(
     cfg = machine.settled(cfg)
     check_rollout_backend(cfg)
     inputs = read_inputs(cfg, path)
+    for note in inputs.prompts.notes:
+        print(note, file=sys.stderr)
     chosen = (inputs.prompts.train if task else inputs.prompts.heldout)[:prompts]
     if not chosen:
         reason = "holds out no prompt to evaluate on"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -182,7 +183,7 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
     # Left to itself, transformers takes eager for the architectures that have no sdpa.
     wanted = None if (cfg.attention, attention) == ("auto", "sdpa") else attention
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=machine.weights_dtype,
@@ -191,6 +192,7 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model: PreTrainedModel = loaded[0]
     except Exception as error:  # of code that loads anything
         # Mostly an attention that the architecture lacks.
         if isinstance(error, ValueError | ImportError) and "atten" in str(error).lower():
@@ -202,7 +204,7 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
             reason = f"transformers has no causal language model of type {config.model_type!r}"
         fix = "Check that config.json and weights are of one causal language model"
         raise ConfigError("model.path", str(folder), reason, fix) from error
-    _check_complete(info["missing_keys"], str(folder))
+    _check_complete(loaded[1]["missing_keys"], str(folder))
     model.to(machine.device)  # type: ignore[arg-type]
     if cfg.liger:
         _apply_liger(model)
