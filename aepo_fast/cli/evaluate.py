@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -45,6 +46,8 @@ def evaluate_model(
     # A run's checkpoint: the prompts that the run evaluates on, on any day.
     state = load_state(Path(path)) if (Path(path) / STATE_NAME).is_file() else None
     inputs = read_inputs(cfg, path, rendered_at=rendering_time(state))
+    for note in inputs.prompts.notes:
+        print(note, file=sys.stderr)
     chosen = (inputs.prompts.train if task else inputs.prompts.heldout)[:prompts]
     if not chosen:
         reason = "holds out no prompt to evaluate on"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +13,16 @@ from aepo_fast.config.errors import ConfigError
 _POINTER = b"version https://git-lfs"  # what Git LFS leaves in the place of a large file
 _INDEX = ".index.json"
 _AGAIN = "Fetch the file again"
-_Refuse = Callable[[str, str], NoReturn]  # reason, fix
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Raises ConfigError of a folder, for the `model.path` it was given as."""
+
+    path: str
+
+    def __call__(self, reason: str, fix: str) -> NoReturn:
+        raise ConfigError("model.path", self.path, reason, fix)
 
 
 def check_folder(folder: Path, path: str) -> None:
@@ -21,9 +31,7 @@ def check_folder(folder: Path, path: str) -> None:
     Read are all JSON files, and the headers of the weights.
     """
 
-    def refuse(reason: str, fix: str) -> NoReturn:
-        raise ConfigError("model.path", path, reason, fix)
-
+    refuse = _Refusal(path)
     files = sorted(one for one in folder.iterdir() if one.is_file())
     names = {one.name for one in files}
     weights = [name for name in names if name.endswith(".safetensors") or _is_bin(name)]
@@ -53,7 +61,7 @@ def _is_bin(name: str) -> bool:
     return name.startswith("pytorch_model") and name.endswith(".bin")
 
 
-def _check_weights(folder: Path, names: set[str], refuse: _Refuse) -> None:
+def _check_weights(folder: Path, names: set[str], refuse: _Refusal) -> None:
     """Of the weights that transformers takes: whole, with all their parts and an index of them."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = whole + _INDEX
@@ -69,7 +77,7 @@ def _check_weights(folder: Path, names: set[str], refuse: _Refuse) -> None:
     refuse(reason, "Add the index that names the weights' files, or rename a single file")
 
 
-def _check_index(folder: Path, names: set[str], index: str, refuse: _Refuse) -> None:
+def _check_index(folder: Path, names: set[str], index: str, refuse: _Refusal) -> None:
     content = json.loads((folder / index).read_text(encoding="utf-8-sig"))
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
@@ -90,7 +98,7 @@ def _check_index(folder: Path, names: set[str], index: str, refuse: _Refuse) -> 
                 refuse(reason, "Download both files again, of the same version")
 
 
-def _tensors(file: Path, refuse: _Refuse) -> set[str]:
+def _tensors(file: Path, refuse: _Refusal) -> set[str]:
     """The names of the tensors of a safetensors file, if it is as long as its header says."""
     size = file.stat().st_size
     with file.open("rb") as handle:

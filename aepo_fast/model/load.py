@@ -193,7 +193,7 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
             trust_remote_code=False,
             output_loading_info=True,
         )
-        model, info = loaded
+        model: PreTrainedModel = loaded[0]
     except Exception as error:  # of code that loads anything
         # Mostly an attention that the architecture lacks.
         if isinstance(error, ValueError | ImportError) and "atten" in str(error).lower():
@@ -205,7 +205,7 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
             reason = f"transformers has no causal language model of type {config.model_type!r}"
         fix = "Check that config.json and weights are of one causal language model"
         raise ConfigError("model.path", str(folder), reason, fix) from error
-    _check_complete(info["missing_keys"], str(folder))
+    _check_complete(loaded[1]["missing_keys"], str(folder))
     model.to(machine.device)  # type: ignore[arg-type]
     if cfg.liger:
         _apply_liger(model)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.toml import load_config
+from aepo_fast.config.toml import config_path, load_config
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,9 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="weights.toml.*is not TOML"):
         load_config(str(path))
+
+
+def test_a_mark_at_the_start_of_a_file_is_no_setting(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + config_path("first-light").read_bytes())
+    assert load_config(str(file)) == load_config("first-light")

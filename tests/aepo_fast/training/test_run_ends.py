@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -33,13 +35,14 @@ def saved(folder: Path) -> list[str]:
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
-    """Sampling raises `error` at its call of that number."""
+    """Sampling raises `error` at its call of that number, not counting the check at the start."""
     plain, calls = HfRollout.generate, []
 
     def generate(self: HfRollout, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            raise error
+        if "on_tokens" in kwargs:
+            calls.append(1)
+            if len(calls) == call:
+                raise error
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(HfRollout, "generate", generate)
@@ -211,6 +214,29 @@ def test_lengths_beyond_the_models_are_said_before_it_loads(
     )
     with pytest.raises(ConfigError, match=wanted):
         train(replace(cfg, rollout=long))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    for name, key in {"tokenizer_config.json": "eos_token", "config.json": "eos_token_id"}.items():
+        settings = json.loads((model / name).read_text())
+        settings[key] = None
+        (model / name).write_text(json.dumps(settings))
+    (model / "generation_config.json").unlink()
+    with pytest.raises(ConfigError, match="generation_config.json names an end token. Set eos_to"):
+        train(tiny_config(model, tmp_path / "run"))
+
+
+def test_another_spelling_of_the_model_resumes(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    cfg = with_trainer(tiny_config(model, tmp_path / "run"), steps=1)
+    train(cfg)
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("model/", "../" + tmp_path.name + "/model"):
+        other = replace(cfg, model=replace(cfg.model, path=spelling))
+        assert train(other, resume=True) == 0
 
 
 def test_a_state_that_hf_cannot_split_is_refused(
