@@ -13,6 +13,8 @@ from aepo_fast.config.user_code import import_function
 
 # Arguments of TRL's reward signature that are no columns of the data.
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
+# Arguments that TRL gives of its trainer, which does not run here.
+_OF_TRLS_TRAINER = ("trainer_state", "log_extra", "log_metric")
 
 
 def columns_of(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -39,6 +41,11 @@ def load_function(
         function = import_function("reward.function", name)
     except ConfigError as error:
         return None, {"refused": [error.reason, error.fix]}
+    columns = columns_of(function)
+    for argument in _OF_TRLS_TRAINER:
+        if argument in columns:
+            reason = f"its argument {argument!r} is of TRL's trainer, which does not run here"
+            return None, {"refused": [reason, f"Give it a default: {argument}=None"]}
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     takes = None if takes_all else [parameter.name for parameter in parameters]
@@ -55,7 +62,7 @@ def load_function(
             return [(None, f"returned {len(values)} rewards for {count} completions")] * count
         return [to_reward(value) for value in values]
 
-    return call, {"columns": columns_of(function), "takes": takes}
+    return call, {"columns": columns, "takes": takes}
 
 
 async def _wait(awaitable: Any) -> Any:

@@ -176,6 +176,16 @@ def test_a_module_that_cannot_be_imported(
         module(body)
 
 
+@pytest.mark.parametrize("argument", ["trainer_state", "log_extra", "log_metric"])
+def test_what_only_trls_trainer_has_needs_a_default(
+    module: Callable[..., Reward], argument: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{argument}.*TRL's trainer.*{argument}=None"):
+        module(f"def reward(completions, {argument}, **_): return [1.0]\n")
+    reward = module(f"def reward(completions, {argument}=None, **_): return [1.0]\n")
+    assert score(reward, "x").rewards == [1.0]
+
+
 @linux
 def test_the_process_inherits_nothing_but_its_pipes(
     module: Callable[..., Reward], tmp_path: Path
