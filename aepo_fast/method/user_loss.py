@@ -24,10 +24,7 @@ from aepo_fast.method.policy_losses import (
     PolicyLoss,
     TokenTerms,
 )
-
-# Roundings by which the parts of a loss may differ from the whole; a mean over the chunk differs
-# by far more, since the probe's values rise from one half to the other.
-_ROUNDINGS = 64
+from aepo_kernels.loss_checks import worst_difference
 
 
 def find_policy_loss(name: str) -> PolicyLoss:
@@ -194,11 +191,11 @@ def _check_additive(name: str, loss: torch.Tensor, halves: list[torch.Tensor], u
     if len(parts) != len(loss):
         reason = f"returned {len(parts)} values for the {len(loss)} {unit}s of two halves"
         raise ConfigError("loss.policy", name, reason, f"Return one value per {unit}")
-    difference = (parts - loss).abs()
-    limit = _ROUNDINGS * torch.finfo(loss.dtype).eps * max(1.0, float(loss.abs().max()))
-    if bool(difference.max() <= limit):
+    # A mean over the chunk differs by far more than roundings, since the probe's values rise from
+    # one half to the other.
+    worst = worst_difference(loss, parts, least=1.0)
+    if worst is None:
         return
-    worst = int(difference.argmax())
     fix = "Use nothing of other tokens; a loss over whole sequences must take sample_of_token"
     if unit == "row":
         fix = "Use nothing of other rows"

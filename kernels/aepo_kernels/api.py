@@ -18,8 +18,10 @@ from aepo_kernels.problem import (
     TokenLossOutput,
     VocabShard,
 )
+from aepo_kernels.tensors import breaks_graph, check_readable, is_traced
 
 
+@breaks_graph("shard", "weight_grad", "weight_slice", "sum_squares")
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -75,8 +77,7 @@ def linear_logprob(
     needs no gradient. Raises ValueError for bad arguments. torch.compile takes the function whole
     (fullgraph) unless there is a shard, weight_grad, weight_slice or sum_squares.
     """
-    apart = (shard, weight_grad, weight_slice, sum_squares or None)
-    if torch.compiler.is_compiling() and all(option is None for option in apart):
+    if is_traced(hidden, weight, targets):
         from aepo_kernels import torch_op  # registering operators imports much of torch
 
         per_token, number = _split(temperature)
@@ -103,6 +104,17 @@ def linear_logprob(
         second = None if second_temperature is None else results[3]
         names = torch_op.backend_names(backend, hidden.device.type, hidden.dtype)
         return LogprobOutput(results[0], results[1], results[2], second, None, *names)
+    check_readable(
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        temperature=_tensor(temperature),
+        second_temperature=_tensor(second_temperature),
+        bias=bias,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        weight_grad=weight_grad,
+    )
     problem = Problem(
         hidden,
         weight,
@@ -129,6 +141,7 @@ def linear_logprob(
     return run(problem)
 
 
+@breaks_graph()
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -152,29 +165,47 @@ def linear_token_loss(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_tokens: int | None = None,
+    check_loss: bool = True,
 ) -> TokenLossOutput:
     """A loss of per-token log-probs and entropies, and its gradients, in three GEMMs.
 
     token_loss(logprob [C], entropy [C], second_logprob [C] or None, *slices [C, ...]) is called on
     one chunk of tokens after the other. Ignored tokens are in no chunk. The function returns the
     chunk's summed loss, or (loss, {name: summed metric}): the batch's loss must be the sum of the
-    losses of its chunks. The loss may use the gradient of all three vectors.
+    losses of its chunks. The loss may use the gradient of all three vectors. check_loss: compare
+    the first chunk with its two halves, once in a process for a function's code, and raise
+    ValueError where their losses or derivatives do not add up. This calls the loss four more times
+    and waits for a GPU. A loss that records what it is called with needs check_loss=False.
 
     token_tensors: [N, ...]; a chunk's slices are rows of these tensors. Neither the tensors nor
-    anything else that the loss reads get a gradient. active: [A] int64, the positions of tokens at
-    which the loss may have a gradient; the loss's gradient is ignored at all other tokens. On a
-    CPU, tokens that get no gradient are left out of the gradient GEMMs without `active`. On a GPU,
-    finding those tokens would wait for the device. row_sampling: leave out rows at random and
-    without bias. It adds two metrics, row_sampling/rows and row_sampling/variance, the variance
-    that sampling adds to the logits' gradient, and waits for a GPU. weight_grad: the gradient is
-    added during this call, so the loss's own backward must come with a factor of 1. Other
-    arguments: see `linear_logprob`.
+    anything else that the loss reads get a gradient; where the loss reads a tensor that requires
+    one, ValueError is raised. active: [A] int64, the positions of tokens at which the loss may have
+    a gradient; the loss's gradient is ignored at all other tokens. On a CPU, tokens that get no
+    gradient are left out of the gradient GEMMs without `active`. On a GPU, finding those tokens
+    would wait for the device. row_sampling: leave out rows at random and without bias. It adds two
+    metrics, row_sampling/rows and row_sampling/variance, the variance that sampling adds to the
+    logits' gradient, and waits for a GPU. weight_grad: the gradient is added during this call, so
+    the loss's own backward must come with a factor of 1. Other arguments: see `linear_logprob`.
 
     Returns the loss, detached metrics, and detached log-probs and entropies [N]. The loss's
     backward only scales gradients that are computed here. A second backward raises RuntimeError
     with "chunked" and "fused". Under torch.no_grad only the first GEMM runs. `metrics` is empty if
-    every token is ignored. Raises ValueError for bad arguments.
+    every token is ignored. Raises ValueError for bad arguments. torch.compile breaks the
+    graph here.
     """
+    check_readable(
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        temperature=_tensor(temperature),
+        second_temperature=_tensor(second_temperature),
+        bias=bias,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        weight_grad=weight_grad,
+        active=active,
+        **{f"token_tensors[{i}]": tensor for i, tensor in enumerate(token_tensors)},
+    )
     problem = Problem(
         hidden,
         weight,
@@ -196,6 +227,7 @@ def linear_token_loss(
         logits_dtype=logits_dtype,
         active=active,
         row_sampling=row_sampling,
+        check_loss=check_loss,
     )
     check_problem(problem)
     check_active(problem)
@@ -203,6 +235,10 @@ def linear_token_loss(
     check_token_tensors(problem, token_tensors)
     run = reference.token_loss if problem.features.autograd else chunked_token_loss
     return run(problem, token_loss, token_tensors)
+
+
+def _tensor(temperature: float | Tensor | None) -> Tensor | None:
+    return temperature if isinstance(temperature, Tensor) else None
 
 
 def _split(temperature: float | Tensor | None) -> tuple[Tensor | None, float | None]:

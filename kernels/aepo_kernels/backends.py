@@ -17,6 +17,8 @@ from aepo_kernels.cpu import rows as cpu_rows
 from aepo_kernels.rows import torch_rows
 
 BACKEND_VARIABLE = "AEPO_KERNELS_BACKEND"
+# Devices with kernels, by torch's names. AMD's GPUs are "cuda" as well.
+DEVICES = "cpu", "cuda"
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,16 @@ def unavailable_reason(
 ) -> str | None:
     """Why a backend cannot run with hidden states of a dtype; None where it can.
 
-    device_type: "cpu" or "cuda".
+    device_type: of the hidden states. The kernels know "cpu" and "cuda"; "reference" is plain torch
+    and takes every device that has numbers.
     """
-    if backend == "reference" or (backend == "chunked" and device_type == "cpu"):
+    if device_type == "meta":
+        return "hidden is on meta, where tensors have no numbers"
+    if backend == "reference":
+        return None
+    if device_type not in DEVICES:
+        return f"hidden is on {device_type}, and its kernels run on {' and '.join(DEVICES)}"
+    if backend == "chunked" and device_type == "cpu":
         return None
     if importlib.util.find_spec("triton") is None:
         return "its kernels need triton, which is not installed: pip install triton"
@@ -79,10 +88,9 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
     "auto" is the value of AEPO_KERNELS_BACKEND where that variable is set, and otherwise always
     "chunked", on CPU and on CUDA. A named backend runs or raises ValueError; it is never replaced.
     """
-    source = "backend"
+    source, named = "backend", os.environ.get(BACKEND_VARIABLE)
     if backend == "auto":
-        source = BACKEND_VARIABLE
-        backend = os.environ.get(BACKEND_VARIABLE) or "chunked"
+        source, backend = (BACKEND_VARIABLE, named) if named else ("backend", "chunked")
     if backend not in FEATURES:
         raise ValueError(
             f"{source} = {backend!r}: no such backend; use one of {', '.join(FEATURES)}"
@@ -90,7 +98,11 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
         )
     reason = unavailable_reason(backend, device_type, dtype)
     if reason is not None:
-        raise ValueError(f"{source} = {backend!r}: cannot run here ({reason}); use another backend")
+        fix = "use another backend"
+        if device_type not in DEVICES:
+            fix = f"move all tensors to {' or '.join(DEVICES)}"
+            fix += "" if device_type == "meta" else ', or use backend="reference"'
+        raise ValueError(f"{source} = {backend!r}: cannot run here ({reason}); {fix}")
     return backend
 
 

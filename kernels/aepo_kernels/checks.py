@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aepo_kernels.backends import is_readable_at_once, writes_float32
 from aepo_kernels.problem import Problem
+from aepo_kernels.tensors import is_recomputed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -56,6 +57,11 @@ def check_problem(problem: Problem) -> None:
         _check_temperature("second_temperature", problem.second_temperature, hidden)
     if problem.softcap is not None and not 0 < problem.softcap < math.inf:
         _fail("softcap", problem.softcap, "must be positive and finite", "use None for no cap")
+    for name in ("softcap", "logit_scale", "lora_scale"):
+        value = getattr(problem, name)
+        if isinstance(value, Tensor) and value.requires_grad:
+            reason = "it would get no gradient"
+            _fail(name, "requires_grad", reason, "pass a float, or scale hidden by it before")
     if not math.isfinite(problem.logit_scale):
         _fail("logit_scale", problem.logit_scale, "must be finite", "use 1.0 for no scale")
     _check_logits_dtype(problem)
@@ -181,6 +187,14 @@ def _check_weight_grad(problem: Problem) -> None:
         _fail("weight_grad", what, reason, "allocate it once with torch.zeros")
     if grad.device != weight.device:
         _fail("weight_grad", grad.device, f"weight is on {weight.device}", "move it there")
+    if grad.data_ptr() == weight.data_ptr() and grad.numel():
+        _fail("weight_grad", "weight", "is the weight itself", "allocate it with torch.zeros")
+    (step, count), (stride, rows) = sorted(zip(grad.stride(), grad.shape, strict=True))
+    if (step == 0 and count > 1) or (rows > 1 and stride < step * (count - 1) + 1):
+        _fail("weight_grad", grad.stride(), "its rows share memory", "pass it without expand()")
+    if problem.weight.requires_grad and torch.is_grad_enabled() and is_recomputed():
+        reason = "a checkpoint computes this again, and would add the gradient a second time"
+        _fail("weight_grad", "given", reason, "call it outside of the checkpointed function")
     if torch.is_grad_enabled() and not weight.requires_grad:
         _fail("weight", "frozen", "has no gradient to add to weight_grad", "drop weight_grad")
 

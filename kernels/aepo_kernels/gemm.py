@@ -171,6 +171,11 @@ class _WholeSums:
         self._lock, self._inside, self._before = threading.Lock(), 0, False
 
     def __enter__(self) -> None:
+        if torch.compiler.is_compiling():  # dynamo lets no traced code turn the switch
+            from aepo_kernels import torch_op
+
+            torch_op.uncompiled(self.__enter__)
+            return
         with self._lock:
             if not self._inside:
                 self._before = getattr(torch.backends.cuda.matmul, _REDUCED_SUMS)
@@ -178,6 +183,11 @@ class _WholeSums:
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
+        if torch.compiler.is_compiling():
+            from aepo_kernels import torch_op
+
+            torch_op.uncompiled(self.__exit__, *error)
+            return
         with self._lock:
             self._inside -= 1
             if not self._inside:

@@ -83,6 +83,7 @@ class Problem:
     active: [A], int64, tokens at which a loss has a gradient, or None for all. lora_a [R, H] and
     lora_b [V, R] add lora_scale * lora_b @ lora_a to the weight. weight_grad: [V, H], the weight's
     gradient is added to it instead of returned. With a shard, V counts this rank's rows.
+    check_loss: see `loss_checks`.
     """
 
     hidden: Tensor
@@ -106,6 +107,7 @@ class Problem:
     row_sampling: RowSampling | None = None
     sum_squares: bool = False
     weight_slice: int | None = None
+    check_loss: bool = True
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:

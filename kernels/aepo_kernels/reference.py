@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aepo_kernels.loss_checks import check_closure, check_loss
 from aepo_kernels.problem import LogprobOutput, Problem, TokenLoss, TokenLossOutput, sum_losses
 from aepo_kernels.ranges import take
 
@@ -42,8 +43,11 @@ def token_loss(
         if len(rows.logprob):
             slices = [take(tensor, kept) for tensor in token_tensors]
             values = _frozen_outside(problem, kept, rows)
-            result = loss_fn(values.logprob, values.entropy, values.second_logprob, *slices)
-            chunk_loss, metrics = sum_losses(result)
+            vectors = values.logprob, values.entropy, values.second_logprob
+            if problem.check_loss:
+                check_loss(loss_fn, vectors, slices)
+            chunk_loss, metrics = sum_losses(loss_fn(*vectors, *slices))
+            check_closure(chunk_loss, vectors)
             loss = loss + chunk_loss
         detached = [
             None if row is None else problem.spread(row.detach(), kept)

@@ -5,7 +5,7 @@ Everything it saves for its backward pass has a static shape, [N].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,16 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.compiler.disable
+def uncompiled(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Call a function as it is, between two graphs of torch.compile.
+
+    The kernels switch cuBLAS's sums while they run, run the caller's loss between GEMMs, and look
+    at numbers: a graph can hold none of this.
+    """
+    return function(*arguments, **keywords)
 
 
 @torch.compiler.assume_constant_result

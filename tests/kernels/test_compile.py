@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 
-from aepo_kernels import linear_logprob, torch_op
+from aepo_kernels import RowSampling, linear_logprob, linear_token_loss, torch_op, whole_sums
 from tests.kernels.oracle import Case, make_case, output_weights, weighted_gradients
 
 
@@ -93,3 +94,107 @@ def test_the_reference_is_no_operator() -> None:
     compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="backend = 'reference': .*outside of torch.compile"):
         compiled(case.hidden, case.weight, case.targets, backend="reference")
+
+
+def policy_gradient(logprob: Tensor, entropy: Tensor, second: Any, advantage: Tensor) -> Tensor:
+    return -(logprob * advantage).sum() - 0.1 * entropy.sum()
+
+
+def head(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    output = linear_logprob(hidden * 1.0, weight, targets, **options)
+    return output.logprob.sum() + output.entropy.sum()
+
+
+def loss(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    advantage = torch.linspace(-1, 1, len(targets))
+    inputs = hidden * 1.0, weight, targets
+    return linear_token_loss(*inputs, policy_gradient, advantage, **options).loss * 2.0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (loss, {}),
+        (loss, {"weight_slice": 64}),
+        (loss, {"row_sampling": RowSampling(1e-12)}),
+        (loss, {"backend": "reference"}),
+        (head, {"sum_squares": True}),
+        (head, {"weight_slice": 64}),
+        (head, {"weight_grad": "given"}),
+    ],
+    ids=str,
+)
+def test_what_no_graph_can_hold_breaks_it(
+    function: Any, options: dict[str, Any], dynamic: bool
+) -> None:
+    case = make_case(40, 16, 100)
+    results = []
+    for call in (function, torch.compile(function, backend="aot_eager", dynamic=dynamic)):
+        leaves = case.fresh()
+        given = dict(options)
+        if "weight_grad" in given:
+            given["weight_grad"] = torch.zeros(100, 16)
+        value = call(leaves.hidden, leaves.weight, leaves.targets, **given)
+        value.backward()
+        grads = [x.grad for x in leaves.tensors()]
+        results.append([value.detach(), *grads, given.get("weight_grad")])
+    for one, other in zip(*results, strict=True):
+        assert one is other or torch.equal(one, other)
+
+
+def test_a_compiled_loss_adds_to_a_buffer_once() -> None:
+    case = make_case(40, 16, 100).fresh()
+    compiled = torch.compile(
+        lambda buffer: (
+            linear_token_loss(
+                *(case.hidden, case.weight, case.targets),
+                policy_gradient,
+                torch.ones(40),
+                weight_grad=buffer,
+            ).loss
+        ),
+        backend="aot_eager",
+    )
+    buffer = torch.zeros(100, 16)
+    compiled(buffer).backward()
+    linear_token_loss(
+        case.hidden, case.weight, case.targets, policy_gradient, torch.ones(40)
+    ).loss.backward()
+    assert torch.equal(buffer, case.weight.grad)  # type: ignore[arg-type]
+
+
+def test_compiled_autograd_calls_the_backward_as_it_is() -> None:
+    case = make_case(40, 16, 100)
+    grads = []
+    for compiled in (False, True):
+        leaves = case.fresh()
+        value = head(leaves.hidden, leaves.weight, leaves.targets)
+        value = value + loss(leaves.hidden, leaves.weight, leaves.targets)
+        if compiled:
+            with compiled_autograd._enable(torch.compile(backend="eager")):
+                value.backward()
+        else:
+            value.backward()
+        grads.append([x.grad for x in leaves.tensors()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_whole_sums_may_stand_in_compiled_code() -> None:
+    def square(x: Tensor) -> Tensor:
+        with whole_sums:
+            y = x @ x
+        return y + 1
+
+    x = torch.randn(4, 4)
+    assert torch.equal(torch.compile(square, backend="aot_eager")(x), square(x))
+
+
+def test_what_cannot_be_exported_says_so() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            return loss(hidden, weight, targets)
+
+    case = make_case(40, 16, 100)
+    with pytest.raises(ValueError, match="linear_token_loss: .*cannot be traced"):
+        torch.export.export(Module(), (case.hidden, case.weight, case.targets))

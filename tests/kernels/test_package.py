@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import aepo_kernels
-from aepo_kernels import backend_status, linear_logprob, linear_token_loss
+from aepo_kernels import backend_status, linear_logprob, linear_token_loss, resolve_backend
 
 KERNELS = Path(aepo_kernels.__file__).parents[1]
 
@@ -71,6 +71,42 @@ def test_fused_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend = 'fused': cannot run here .*need a GPU"):
         linear_logprob(**arguments(), backend="fused")
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps", "hpu", "meta", "privateuseone"])
+def test_a_device_without_kernels_is_refused_by_its_name(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AEPO_KERNELS_BACKEND", raising=False)
+    for backend in ("auto", "chunked", "fused"):
+        with pytest.raises(ValueError, match=f"^backend = .*hidden is on {device}.*cpu or cuda"):
+            resolve_backend(backend, device, torch.float32)
+        assert backend == "auto" or backend_status(device)[backend] is not None
+    monkeypatch.setenv("AEPO_KERNELS_BACKEND", "chunked")
+    with pytest.raises(ValueError, match=f"^AEPO_KERNELS_BACKEND = 'chunked'.*on {device}"):
+        resolve_backend("auto", device, torch.float32)
+    if device == "meta":
+        with pytest.raises(ValueError, match="'reference': .*tensors have no numbers"):
+            resolve_backend("reference", device, torch.float32)
+    else:
+        assert resolve_backend("reference", device, torch.float32) == "reference"
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "targets", "temperature", "bias"])
+def test_a_tensor_on_meta_is_refused(name: str) -> None:
+    extra = {"temperature": torch.ones(6), "bias": torch.zeros(9)}
+    moved = {**arguments(), **extra}
+    moved[name] = moved[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} .*meta" if name != "hidden" else "on meta"):
+        linear_logprob(**moved)
+
+
+@pytest.mark.parametrize("name", ["softcap", "logit_scale", "lora_scale"])
+def test_a_number_that_would_get_no_gradient_is_refused(name: str) -> None:
+    learnt = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match=f"{name} = requires_grad: it would get no gradient"):
+        linear_logprob(**arguments(), **{name: learnt})
+    assert linear_logprob(**arguments(), **{name: learnt.detach()}).logprob.isfinite().all()
 
 
 def test_auto_is_chunked_unless_the_environment_says_otherwise(

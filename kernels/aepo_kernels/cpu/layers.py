@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aepo_kernels.cpu.library import DTYPES, call
+from aepo_kernels.tensors import first_order, unreadable_reason
 
+_INSTEAD = "compute the layer with torch's own operations"
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
@@ -101,7 +102,7 @@ class _RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order("rms_norm", _INSTEAD)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, rstd = ctx.saved_tensors
         out_grad = grads[0].contiguous()
@@ -146,7 +147,7 @@ class _SwigluFunction(torch.autograd.Function):
         return _gated(gate, up)
 
     @staticmethod
-    @once_differentiable
+    @first_order("swiglu", _INSTEAD)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
@@ -183,7 +184,7 @@ class _RotaryFunction(torch.autograd.Function):
         return _rotate(x, cos, sin, x.new_empty(x.shape), transpose=False)
 
     @staticmethod
-    @once_differentiable
+    @first_order("rotary", _INSTEAD)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
         batch, heads, length, width = grad.shape
@@ -244,6 +245,8 @@ def _check(*tensors: Tensor) -> None:
         if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
             known = ", ".join(str(dtype) for dtype in DTYPES)
             raise TypeError(f"got {tensor.dtype} on {tensor.device}: use {known} on the CPU")
+        if (reason := unreadable_reason(tensor)) is not None:
+            raise TypeError(f"got a {type(tensor).__name__}, which {reason}")
 
 
 def _adjacent(x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aepo_kernels.gemm import computing_on
 from aepo_kernels.head.passes import pass_of
@@ -17,6 +16,7 @@ from aepo_kernels.head.tokens import Tokens, tokens_of
 from aepo_kernels.problem import LogprobOutput, Problem
 from aepo_kernels.ranges import slices, take
 from aepo_kernels.rows.interface import RowCoefs, RowStats
+from aepo_kernels.tensors import first_order
 
 
 def logprob(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> LogprobOutput:
@@ -84,8 +84,8 @@ class _Logprob(torch.autograd.Function):
         ctx.budget = budget
         ctx.tokens, ctx.stats = forward(problem, budget)
         # The inputs go through save_for_backward alone, so that saved-tensor hooks and the check
-        # against in-place changes see them.
-        ctx.save_for_backward(*inputs)
+        # against in-place changes see them. So do the targets, whose memory `tokens` may share.
+        ctx.save_for_backward(*inputs, problem.targets)
         nothing = problem.hidden.new_empty(0)
         ctx.problem = problem.with_inputs([nothing, nothing, None, None, None])
         # Copies, since ctx holds the statistics: a caller may write to what it gets, and an output
@@ -99,8 +99,9 @@ class _Logprob(torch.autograd.Function):
         return *values, squares
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_logprob", 'use backend="reference", which is plain autograd')
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        problem: Problem = ctx.problem.with_inputs(ctx.saved_tensors)
+        *inputs, _ = ctx.saved_tensors
+        problem: Problem = ctx.problem.with_inputs(inputs)
         needs, known = ctx.needs_input_grad[2:], (ctx.tokens, ctx.stats)
         return None, None, *backward(problem, *known, grads[:4], needs, ctx.budget)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aepo_kernels.gemm import computing_on
 from aepo_kernels.head.accumulators import Gradients
@@ -21,9 +20,11 @@ from aepo_kernels.head.passes import pass_of
 from aepo_kernels.head.plan import DEFAULT_BUDGET, Budget, make_plan
 from aepo_kernels.head.projection import head_of
 from aepo_kernels.head.tokens import Tokens, tokens_of
+from aepo_kernels.loss_checks import check_closure, check_loss
 from aepo_kernels.problem import Problem, TokenLoss, TokenLossOutput, sum_losses
 from aepo_kernels.ranges import take
 from aepo_kernels.rows.interface import RowCoefs, RowStats
+from aepo_kernels.tensors import first_order, without_saved_tensor_hooks
 
 _NOTHING = RowCoefs(None, None, None, None)
 
@@ -37,7 +38,7 @@ def token_loss(
     """`linear_token_loss`: gradients are computed here, and backward only scales them."""
     inputs = problem.inputs
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    with torch.no_grad(), computing_on(problem.hidden):
+    with torch.no_grad(), computing_on(problem.hidden), without_saved_tensor_hooks():
         tokens, num_active = _active_first(problem, tokens_of(problem))  # [M]
         num_active = num_active if any(needs) else 0
         plan = make_plan(problem, needs_weight=needs[1], rows=num_active, budget=budget)
@@ -50,7 +51,11 @@ def token_loss(
             chunk, has_grad = tokens.at(index), index.start < num_active
             stats = gradients.forward(chunk, has_grad)  # each [C]
             columns = [take(tensor, chunk.positions) for tensor in token_tensors]  # [C, ...]
-            chunk_loss, chunk_metrics, coefs = _evaluate(loss_fn, stats, columns, has_grad)
+            if problem.check_loss and not parts:
+                check_loss(loss_fn, (stats.logprob, stats.entropy, stats.second_logprob), columns)
+            chunk_loss, chunk_metrics, coefs = _evaluate(
+                loss_fn, stats, columns, has_grad, first=not parts
+            )
             loss += chunk_loss
             _add_metrics(metrics, chunk_metrics)
             if has_grad:
@@ -85,7 +90,7 @@ class _AttachGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_token_loss", 'use backend="reference", which is plain autograd')
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.total is None:
             raise RuntimeError(
@@ -103,12 +108,12 @@ class _AttachGradients(torch.autograd.Function):
 
 
 def _evaluate(
-    loss_fn: TokenLoss, stats: RowStats, slices: list[Tensor], wants_grad: bool
+    loss_fn: TokenLoss, stats: RowStats, slices: list[Tensor], wants_grad: bool, *, first: bool
 ) -> tuple[Tensor, dict[str, Tensor], RowCoefs]:
     """Run the token loss on a chunk and differentiate it by log-prob, entropy and second log-prob.
 
-    stats: each [C]. slices: [C, ...]. Returns the chunk's loss, its metrics and coefficients, [C]
-    each.
+    stats: each [C]. slices: [C, ...]. first: look at what else the loss reads. Returns the chunk's
+    loss, its metrics and coefficients, [C] each.
     """
     values = stats.logprob, stats.entropy, stats.second_logprob
     if not wants_grad:
@@ -120,6 +125,8 @@ def _evaluate(
     used = [leaf for leaf in leaves if leaf is not None]
     found: list[Tensor | None] = [None, None, None]
     if loss.requires_grad:
+        if first:
+            check_closure(loss, leaves)
         found[: len(used)] = torch.autograd.grad(loss, used, allow_unused=True)
     metrics = {name: value.detach() for name, value in metrics.items()}
     return loss.detach(), metrics, RowCoefs(found[0], found[1], None, found[2])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from aepo_kernels import linear_logprob
 from tests.kernels.head.test_token_loss import grpo_like, make_columns, policy_gradient, run
@@ -62,3 +65,42 @@ def test_bad_buffers_raise(buffer: torch.Tensor, frozen: bool, backend: str, rea
     leaves.weight.requires_grad_(not frozen)
     with pytest.raises(ValueError, match=reason):
         run(leaves, policy_gradient, torch.randn(20), weight_grad=buffer, backend=backend)
+
+
+def test_a_buffer_that_cannot_hold_a_sum_raises() -> None:
+    leaves = make_case(20, 8, 30).fresh()
+    for buffer, reason in (
+        (torch.zeros(1, 8).expand(30, 8), "its rows share memory"),
+        (torch.zeros(30, 1).expand(30, 8), "its rows share memory"),
+        (torch.zeros(100).as_strided((30, 8), (2, 1)), "its rows share memory"),
+        (leaves.weight.detach(), "is the weight itself"),
+    ):
+        with pytest.raises(ValueError, match=f"weight_grad = .*{reason}"):
+            run(leaves, policy_gradient, torch.randn(20), weight_grad=buffer)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_checkpoint_adds_to_the_buffer_once_or_says_so(reentrant: bool, after: bool) -> None:
+    case, advantage = make_case(60, 8, 30), torch.linspace(-1, 2, 60)
+    plain, leaves, factor = case.fresh(), case.fresh(), torch.ones((), requires_grad=True)
+    part = replace(plain, hidden=plain.hidden.tanh())
+    run(part, policy_gradient, advantage, chunk_tokens=16).loss.backward()
+    buffer, calls = torch.zeros(30, 8), []
+
+    def region(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        part = replace(leaves, hidden=hidden.tanh())
+        loss = run(part, policy_gradient, advantage, chunk_tokens=16, weight_grad=buffer).loss
+        return loss * factor if after else loss
+
+    loss = checkpoint(region, leaves.hidden, use_reentrant=reentrant)
+    assert calls == [not reentrant]  # the losses of chunks make no checkpoint run again
+    assert isinstance(loss, torch.Tensor)
+    if after and not reentrant:  # what is computed after the call needs it a second time
+        with pytest.raises(ValueError, match="weight_grad = given: a checkpoint computes this ag"):
+            loss.backward()
+        return
+    loss.backward()
+    torch.testing.assert_close(buffer, plain.weight.grad)
+    torch.testing.assert_close(leaves.hidden.grad, plain.hidden.grad)
