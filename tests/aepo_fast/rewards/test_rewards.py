@@ -8,7 +8,7 @@ import pytest
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import DataConfig, RewardConfig, SourceConfig
-from aepo_fast.data.sources import read_source
+from aepo_fast.data.sources import read_rows
 from aepo_fast.data.tasks import load_task
 from aepo_fast.rewards.math_worker import MathWorker, MathWorkerError
 from aepo_fast.rewards.reward import (
@@ -260,7 +260,7 @@ def test_soft_overlong_penalty() -> None:
 
 def test_a_task_whose_answer_is_none_is_scored_by_its_verifier():
     source = SourceConfig(kind="reasoning_gym", name="graph_color", size=2)
-    rows = read_source(source, 0, ("answer",))
+    rows = list(read_rows(source, 0))
     assert [row["answer"] for row in rows] == [None, None]
     reward = reward_of("task", source)
     found = [prompt(0, **row) for row in rows]
