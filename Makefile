@@ -11,7 +11,7 @@ STAMP := .venv/installed
 VLLM_STAMP := .venv/installed-vllm
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 
-.PHONY: train test test-vllm lint bench clean
+.PHONY: train test test-vllm fuzz lint bench clean
 
 train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 	backend=$(or $(ROLLOUT),$$($(BIN)/python -c '$(FIND_ROLLOUT)')); eager=; \
@@ -32,6 +32,11 @@ test: $(STAMP)
 test-vllm: $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/aepo_fast/rollout/test_rollout_vllm.py \
 		tests/aepo_fast/rollout/test_rollout_vllm_shared.py $(ARGS)
+
+# The kernels with options drawn at random, against float64: make fuzz DRAWS=10000 SEED=0
+fuzz: $(STAMP)
+	AEPO_FUZZ_DRAWS=$(or $(DRAWS),10000) AEPO_FUZZ_SEED=$(or $(SEED),0) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/kernels/test_fuzz.py -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
