@@ -11,7 +11,7 @@ STAMP := .venv/installed
 VLLM_STAMP := .venv/installed-vllm
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 
-.PHONY: train test test-vllm soak lint bench clean
+.PHONY: train test test-vllm fuzz soak lint bench clean
 
 train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 	backend=$(or $(ROLLOUT),$$($(BIN)/python -c '$(FIND_ROLLOUT)')); eager=; \
@@ -36,6 +36,11 @@ test-vllm: $(VLLM_STAMP)
 # 50 kills and two hours of watching; less: make soak ARGS='--kills 5 --seconds 60'
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
+
+# The kernels with options drawn at random, against float64: make fuzz DRAWS=10000 SEED=0
+fuzz: $(STAMP)
+	AEPO_FUZZ_DRAWS=$(or $(DRAWS),10000) AEPO_FUZZ_SEED=$(or $(SEED),0) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/kernels/test_fuzz.py -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+_NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 # Plain tensors whose memory is known to be there.
 _PLAIN = (Tensor, torch.nn.Parameter)
 _WRAPPER = (
@@ -26,6 +27,7 @@ _WRAPPER = (
     "module's forward, where FSDP has gathered the weight"
 )
 
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _keys = torch._C._dispatch_keys  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -45,7 +47,7 @@ def check_readable(**arguments: object) -> None:
     None is skipped but for hidden, weight and targets. A tensor subclass with memory of its own is
     read like any tensor.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise ValueError(
             "torch.jit.trace: would record the kernels of these numbers only; use torch.export"
         )
@@ -74,10 +76,10 @@ def unreadable_reason(value: object) -> str | None:
         return "is quantised; pass dequantize()"
     if value.is_neg() or value.is_conj() or value._is_zerotensor():
         return "stands for other numbers than lie in its memory; pass resolve_neg().clone()"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):  # pyright: ignore[reportPrivateImportUsage]
+    if _functorch.peek_interpreter_stack() is not None:
+        if _functorch.is_functorch_wrapped_tensor(value):
             return "is inside a transform of torch.func; use torch.autograd.grad and a loop"
-    elif torch._is_functional_tensor(value):
+    elif torch._is_functional_tensor(value):  # pyright: ignore[reportPrivateImportUsage]
         return "is being traced; call the kernels outside of it, or use torch.compile"
     if has_dual and forward_ad.unpack_dual(value).tangent is not None:
         return "has a tangent, and there is no forward-mode derivative; use backward()"
@@ -91,7 +93,8 @@ def _unreadable_kind(value: Tensor) -> str | None:
     if is_traceable_wrapper_subclass(value):
         return _WRAPPER
     # Without `__torch_dispatch__` of its own, a subclass is an ordinary tensor with another name.
-    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not _has_memory(value):
+    dispatch = getattr(type(value), "__torch_dispatch__", None)
+    if dispatch is not _NO_DISPATCH and not _has_memory(value):
         return "has no memory of its own; pass the tensor that it stands for"
     return None
 
@@ -207,7 +210,7 @@ def without_saved_tensor_hooks() -> Iterator[None]:
 
 
 def _saved_tensor_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportPrivateImportUsage]
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_recomputed() -> bool:

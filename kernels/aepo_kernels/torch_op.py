@@ -135,14 +135,16 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
 linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.compiler.disable
-def uncompiled(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+def _call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     """Call a function as it is, between two graphs of torch.compile.
 
     The kernels switch cuBLAS's sums while they run, run the caller's loss between GEMMs, and look
     at numbers: a graph can hold none of this.
     """
     return function(*arguments, **keywords)
+
+
+uncompiled: Callable[..., Any] = torch.compiler.disable(_call)
 
 
 @torch.compiler.assume_constant_result

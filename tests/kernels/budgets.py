@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aepo_kernels import LogprobOutput, TokenLossOutput, resolve_backend
+from aepo_kernels import LogprobOutput, TokenLossOutput, reference, resolve_backend
 from aepo_kernels.checks import check_active, check_problem, check_row_sampling
 from aepo_kernels.head import logprob, token_loss
 from aepo_kernels.head.plan import Budget
@@ -17,7 +17,10 @@ def logprob_within(
     budget: Budget, hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any
 ) -> LogprobOutput:
     """`linear_logprob` within a budget."""
-    return logprob.logprob(_problem(hidden, weight, targets, **options), budget)
+    problem = _problem(hidden, weight, targets, **options)
+    if problem.features.autograd:
+        return reference.logprob(problem)
+    return logprob.logprob(problem, budget)
 
 
 def token_loss_within(
@@ -31,6 +34,8 @@ def token_loss_within(
 ) -> TokenLossOutput:
     """`linear_token_loss` within a budget."""
     problem = _problem(hidden, weight, targets, **options)
+    if problem.features.autograd:
+        return reference.token_loss(problem, loss, tensors)
     return token_loss.token_loss(problem, loss, tensors, budget)
 
 

@@ -115,7 +115,7 @@ def test_unparsable_right_answer_is_an_error_not_a_zero():
             raise ValueError("no text")
 
     reward = reward_of("math_verify")
-    with pytest.warns(RuntimeWarning, match="cannot parse the right answer"):
+    with pytest.warns(RuntimeWarning, match="the right answer says nothing"):
         result = reward.score([prompt(answer=x) for x in ("", 1, Broken())], ["1"] * 3, IDS)
     assert result.rewards == [None, 1.0, None] and result.errors == 2
 
