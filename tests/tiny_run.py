@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 
+from aepo_fast.config.data import DataConfig, SourceConfig
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import (
     CheckpointConfig,
     Config,
-    DataConfig,
     EvalConfig,
     LoggingConfig,
     ModelConfig,
     RewardConfig,
     RolloutConfig,
-    SourceConfig,
     TrainerConfig,
 )
 from bench.common.environment import ROOT

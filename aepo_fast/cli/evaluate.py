@@ -10,9 +10,10 @@ from pathlib import Path
 
 from reasoning_gym.factory import DATASETS
 
+from aepo_fast.config.data import DataConfig, SourceConfig
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import resolve_machine
-from aepo_fast.config.sections import Config, DataConfig, EvalConfig, ModelConfig, SourceConfig
+from aepo_fast.config.sections import Config, EvalConfig, ModelConfig
 from aepo_fast.config.toml import load_config, with_overrides
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
 from aepo_fast.training.assemble import read_inputs, rendering_time

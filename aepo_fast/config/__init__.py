@@ -4,14 +4,20 @@ shipped presets.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
-_PUBLIC = ("Config", "ConfigError", "DataConfig", "ModelConfig", "RewardConfig", "SourceConfig")
+_PUBLIC = {
+    "ConfigError": "errors",
+    "DataConfig": "data",
+    "SourceConfig": "data",
+    "Config": "sections",
+    "ModelConfig": "sections",
+    "RewardConfig": "sections",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:  # only then: it imports torch, which a verifier's process does without
-        from aepo_fast.config import sections
-
-        return getattr(sections, name)
+    if name in _PUBLIC:  # only then: sections import torch, which a verifier's process does without
+        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

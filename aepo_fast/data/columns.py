@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aepo_fast.config.data import DataConfig, SourceConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import DataConfig, SourceConfig
 from aepo_fast.data.tasks import nearest
 
 _PROMPTS = ("problem", "question", "query")

@@ -16,8 +16,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from aepo_fast.config.data import DataConfig, SourceConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import DataConfig, SourceConfig
 from aepo_fast.data.columns import UnusableRow, check_text, find_columns
 from aepo_fast.data.sources import read_rows
 from aepo_fast.data.tasks import task_key

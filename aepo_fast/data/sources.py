@@ -19,8 +19,8 @@ import pyarrow
 import pyarrow.parquet
 from datasets import load_dataset
 
+from aepo_fast.config.data import SourceConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import SourceConfig
 from aepo_fast.data.tasks import load_task
 
 _KEY = "data.sources.name"

@@ -6,17 +6,15 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import reasoning_gym
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS
 
+from aepo_fast.config.data import SourceConfig
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.rewards.final_answer import final_answer
-
-if TYPE_CHECKING:  # it imports torch, which a verifier's process does without
-    from aepo_fast.config.sections import SourceConfig
 
 _OPERAND = re.compile(r"\d+(?:\.\d+)?")
 # reasoning-gym gives partial credit; below this a final answer is wrong.

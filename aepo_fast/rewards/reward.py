@@ -9,8 +9,9 @@ from typing import Any
 
 from reasoning_gym.dataset import ProceduralDataset
 
+from aepo_fast.config.data import DataConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import DataConfig, RewardConfig
+from aepo_fast.config.sections import RewardConfig
 from aepo_fast.data.tasks import CORRECT, check_task, task_verifier
 from aepo_fast.rewards.math_answers import gold_text
 from aepo_fast.rewards.process import ScoringProcess

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from aepo_fast.cli import app as app_module
+from aepo_fast.config.data import SourceConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import CheckpointConfig, Config, SourceConfig
+from aepo_fast.config.sections import CheckpointConfig, Config
 from aepo_fast.config.toml import dump_config, load_config
 from aepo_fast.data.sources import find_files, read_hub
 from aepo_fast.model.load import resolve

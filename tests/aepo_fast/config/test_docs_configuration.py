@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from aepo_fast.config.sections import Config, DataConfig, ModelConfig, SourceConfig
+from aepo_fast.config.data import DataConfig, SourceConfig
+from aepo_fast.config.sections import Config, ModelConfig
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "docs" / "write_configuration.py"

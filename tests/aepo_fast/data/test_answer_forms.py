@@ -10,7 +10,7 @@ import pytest
 from reasoning_gym.factory import DATASETS
 from reasoning_gym.games.rush_hour import Board
 
-from aepo_fast.config.sections import SourceConfig
+from aepo_fast.config.data import SourceConfig
 from aepo_fast.data.tasks import load_task, score_task, task_verifier
 
 FORMS = {

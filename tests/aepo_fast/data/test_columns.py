@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from aepo_fast.config.data import SourceConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import SourceConfig
 from tests.aepo_fast.data.test_data import load, write
 
 CHAT = [{"role": "user", "content": "What is 3 + 4?"}]

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from aepo_fast.config.data import DataConfig, SourceConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import DataConfig, SourceConfig
 from aepo_fast.data.prompts import PromptSet, load_prompts
 from aepo_fast.data.sampler import PromptSampler
 from aepo_fast.rewards.math_answers import unusable_gold

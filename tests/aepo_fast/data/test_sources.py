@@ -7,8 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from aepo_fast.config.data import SourceConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import SourceConfig
 from aepo_fast.data.sources import read_file
 from tests.aepo_fast.data.test_data import load, write
 

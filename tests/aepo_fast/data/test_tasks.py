@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aepo_fast.config.data import SourceConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import SourceConfig
 from aepo_fast.data.tasks import (
     load_task,
     score_task,

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from aepo_fast.config.data import DataConfig, SourceConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import DataConfig, RewardConfig, SourceConfig
+from aepo_fast.config.sections import RewardConfig
 from aepo_fast.rewards.process import ScoringProcess
 from aepo_fast.rewards.reward import Reward, RewardError, RewardResult, build_reward
 from aepo_fast.samples import Prompt

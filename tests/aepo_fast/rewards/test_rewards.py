@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from aepo_fast.config.data import DataConfig, SourceConfig
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import DataConfig, RewardConfig, SourceConfig
+from aepo_fast.config.sections import RewardConfig
 from aepo_fast.data.sources import read_rows
 from aepo_fast.data.tasks import load_task
 from aepo_fast.rewards.math_worker import MathWorker, MathWorkerError
