@@ -123,7 +123,6 @@ def loss(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Ten
         (head, {"weight_slice": 64}),
         (head, {"weight_grad": "given"}),
     ],
-    ids=str,
 )
 def test_what_no_graph_can_hold_breaks_it(
     function: Any, options: dict[str, Any], dynamic: bool

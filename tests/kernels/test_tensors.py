@@ -140,7 +140,6 @@ def test_the_refusal_of_a_wrapper_says_what_to_pass() -> None:
         (Tensor.char, "unsupported dtype"),
         (torch._to_functional_tensor, "is being traced"),
     ],
-    ids=str,
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensors_of_other_kinds_are_refused(kind: Callable[[Tensor], Tensor], reason: str) -> None:
