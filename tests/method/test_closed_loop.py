@@ -158,7 +158,6 @@ def test_8_the_published_settings_do_not_hold_the_entropy() -> None:
     [
         *(("observer", target, 0.9) for target in (0.25, 0.5, 0.75, 1.0)),
         ("observer", 0.25, 0.5),
-        ("observer", 1.0, 0.5),
         ("pi", 0.5, 0.9),
     ],
 )

@@ -17,7 +17,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(done, *[faults() for _ in range(6)])
+print(done, *[faults() for _ in range(40)])
 """
 
 
@@ -33,4 +33,5 @@ def test_freed_memory_is_used_again(asked: bool) -> None:
     ).stdout
     done, *faults = output.split()
     assert done == str(asked)
-    assert (min(map(int, faults)) < 1000) == asked, faults
+    # Small blocks between two large ones keep the first few apart, so the heap grows at first.
+    assert (max(map(int, faults[-10:])) < 1000) == asked, faults
