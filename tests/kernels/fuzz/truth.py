@@ -20,6 +20,7 @@ docs/kernels.md; without noise, torch's autograd does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -117,9 +118,14 @@ def _column(temperature: Any) -> Any:
     return temperature.double()[:, None] if isinstance(temperature, Tensor) else temperature
 
 
-def rows(x: Tensor, row: _RowOptions) -> tuple[Tensor | None, ...]:
-    """The five outputs of logits x, [N, V], before their cap; then both normalisers, [N, 1]."""
-    logits = x if row.softcap is None else row.softcap * torch.tanh(x / row.softcap)
+def rows(
+    x: Tensor, row: _RowOptions, kept: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[Tensor | None, ...]:
+    """The five outputs of logits x, [N, V], before their cap; then both normalisers, [N, 1].
+
+    kept: rounds a number that a register of the statistics' dtype holds.
+    """
+    logits = kept(x if row.softcap is None else row.softcap * torch.tanh(x / row.softcap))
     first = logits / row.temperature
     lse = first.logsumexp(-1, keepdim=True)
     logp, second, second_lse = first - lse, None, None
@@ -152,7 +158,7 @@ class Rows(torch.autograd.Function):
         generator: torch.Generator,
     ) -> tuple[Tensor | None, ...]:
         ctx.more = row, walk, unit, dtype, generator
-        ctx.x, ctx.results = x, rows(x, row)
+        ctx.x, ctx.results = x, rows(x, row, lambda x: _off(x, 2 * unit, generator))
         return ctx.results[:5]
 
     @staticmethod
@@ -169,7 +175,7 @@ class Rows(torch.autograd.Function):
         logits, slope = x, torch.ones_like(x)
         if row.softcap is not None:
             tanh = torch.tanh(x / row.softcap)
-            logits = row.softcap * tanh
+            logits = _off(row.softcap * tanh, 2 * unit, generator)
             slope = 1 - tanh.square() + 4 * (_off(slope, unit, generator) - slope)
         target = torch.zeros_like(x).scatter_(1, row.targets, 1.0)
 
