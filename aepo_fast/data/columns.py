@@ -15,12 +15,12 @@ from typing import Any
 from aepo_fast.config.data import DataConfig, SourceConfig
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.data.tasks import nearest
+from aepo_fast.rewards.final_answer import boxed
 
 _PROMPTS = ("problem", "question", "query")
 _ANSWERS = ("reward_model.ground_truth", "ground_truth", "expected_answer", "final_answer")
 _SOLUTION = "solution"
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{}$]+)")
-_BRACE = re.compile(r"[{}]|\\.", re.S)  # \{ and \} neither open nor close
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*([^\s{}$]+)")  # \boxed 5
 
 
 class UnusableRow(ValueError):
@@ -118,8 +118,8 @@ def _known(
     solutions = [name for name in found if name.lower() == _SOLUTION]
     for name in solutions:
         # Prose without a box stands for an answer only where nothing else does.
-        boxed = isinstance(row[name], str) and _BOX.search(row[name])
-        if not isinstance(row[name], str) or (not boxed and len(found) > 1):
+        with_box = isinstance(row[name], str) and (boxed(row[name]) or _BARE_BOX.search(row[name]))
+        if not isinstance(row[name], str) or (not with_box and len(found) > 1):
             found.remove(name)
     return tuple(found)
 
@@ -199,14 +199,11 @@ def _last_boxed(text: str, column: str) -> str:
 
     Raises UnusableRow for a solution of several words without a box.
     """
-    for box in reversed(list(_BOX.finditer(text))):
-        if box[1] != "{":
-            return box[1]
-        depth = 1
-        for brace in _BRACE.finditer(text, box.end()):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return text[box.end() : brace.start()].strip()
+    span, bare = boxed(text), list(_BARE_BOX.finditer(text))
+    if bare and (span is None or bare[-1].start() > span[0]):
+        return bare[-1][1]
+    if span is not None:
+        return text[slice(*span)].strip()
     if column.lower().rsplit(".", 1)[-1] == _SOLUTION and len(text.split()) > 1:
         if "####" in text:
             return text

@@ -34,6 +34,7 @@ from aepo_fast.model.attention import register, varlen_groups_heads
 from aepo_fast.model.cpu_layers import fuse_layers
 from aepo_fast.model.folder import check_folder
 from aepo_fast.model.packages import PREFIX, find_package, resolve_package
+from aepo_fast.report.unexpected import first_line
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Architectures whose attention is no more than what "grouped" does, as tests say.
@@ -113,8 +114,8 @@ def read_config(folder: Path | str) -> PretrainedConfig:
 
 def _one_line(error: Exception) -> str:
     """The kind of an error and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
+    words = first_line(error)
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:

@@ -14,7 +14,7 @@ NUMBER = re.compile(
     r"(?:(?<![\w.)\]])[-\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+|/\d+)?"
 )
 _TAG = re.compile(r"<(/?)answer>", re.I)
-_BRACE = re.compile(r"(\\boxed\s*)?\{|\}|\\.", re.S)  # \{ and \} do not open or close
+_BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)?\{|\}|\\.", re.S)  # \{ and \} do not open or close
 _THOUGHT = re.compile(r"</?(?:think|thinking|thoughts?|reasoning|scratchpad)>|\[/?THINK\]", re.I)
 _LABEL = re.compile(
     r"\banswers?\b[*_]*(?:[ \t]+(?:to|for|of)\b[^\n:=]{0,60}?)?"
