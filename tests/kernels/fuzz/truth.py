@@ -13,8 +13,10 @@ of L terms is off by a random walk of L roundings; L is the longest sum, over to
 or hidden. So it is for float64, with 2^-53.
 
 A gradient pass may make logits again, by another GEMM whose sums round otherwise. Then
-probabilities do not quite add up to one. `Rows` computes a gradient in this way, by the formula of
-docs/kernels.md; without noise, torch's autograd does.
+probabilities do not quite add up to one. Nor do they where a normaliser is rounded: all of a row's
+probabilities are off by the same share, 2^-24 |lse|, which no sum over the vocabulary averages out.
+`Rows` computes a gradient in this way, by the formula of docs/kernels.md; without noise, torch's
+autograd does.
 """
 
 from __future__ import annotations
@@ -127,11 +129,11 @@ def rows(
     """
     logits = kept(x if row.softcap is None else row.softcap * torch.tanh(x / row.softcap))
     first = logits / row.temperature
-    lse = first.logsumexp(-1, keepdim=True)
+    lse = kept(first.logsumexp(-1, keepdim=True))
     logp, second, second_lse = first - lse, None, None
     if row.second_temperature is not None:
         tempered = logits / row.second_temperature
-        second_lse = tempered.logsumexp(-1, keepdim=True)
+        second_lse = kept(tempered.logsumexp(-1, keepdim=True))
         second = (tempered - second_lse).gather(1, row.targets)[:, 0]
     finite = logp.masked_fill(logp == -torch.inf, 0.0)  # 0 times -inf is not 0
     weights = finite.exp().masked_fill(logp == -torch.inf, 0.0)
