@@ -12,6 +12,7 @@ from aepo_fast.config.resolve import Machine, auto_device, fast_dtype
 from aepo_fast.config.sections import Attention
 from aepo_fast.model.load import choose_attention
 from aepo_fast.model.packages import PACKAGES, PREFIX, cache_root, converted_folder
+from aepo_fast.rewards import confinement
 from aepo_fast.rollout.load import installed_version, vllm_version
 from aepo_kernels import __version__, backend_status, row_kernels
 
@@ -42,6 +43,7 @@ def report() -> str:
     lines.append(f"  bfloat16 GEMMs: {'works' if fast else 'as float32, for want of instructions'}")
     lines += ["", "attention"]
     lines += [f"  {name}: {_attention_status(name, machine)}" for name in _ATTENTION]
+    lines += ["", "verifiers of rewards", f"  {_confinement()}"]
     lines += ["", "packages"]
     lines += [f"  {name}: {_version(name) or 'not installed'}" for name in _REQUIRED]
     lines += [f"  {name}: {_version(name) or 'not installed (optional)'}" for name in _OPTIONAL]
@@ -50,6 +52,12 @@ def report() -> str:
         ready = (converted_folder(PREFIX + name) / "config.json").is_file()
         lines.append(f"  {PREFIX}{name}: {'ready' if ready else 'fetched when first used'}")
     return "\n".join(lines)
+
+
+def _confinement() -> str:
+    if version := confinement.version():
+        return f"their process can write no files (Landlock, version {version})"
+    return "their process could write files: this system has no Landlock"
 
 
 def _machine() -> Machine:

@@ -89,6 +89,8 @@ def main() -> None:
     try:
         module, function = setup.function.split(":")
         handler, info = getattr(importlib.import_module(module), function)(*setup.arguments)
+        if setup.path is None:  # after the imports, which may write their compiled files
+            importlib.import_module("aepo_fast.rewards.confinement").confine()
     except BaseException as error:  # also SystemExit: the parent is to hear of it
         _reply(reply_fd, [None, *describe(error)])
         return

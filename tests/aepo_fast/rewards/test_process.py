@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reasoning_gym
 
 from aepo_fast.config.data import DataConfig, SourceConfig
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import RewardConfig
+from aepo_fast.rewards import confinement
 from aepo_fast.rewards.process import ScoringProcess
 from aepo_fast.rewards.reward import Reward, RewardError, RewardResult, build_reward
 from aepo_fast.samples import Prompt
@@ -218,6 +221,48 @@ def test_a_verifiers_process_is_told_no_secrets(monkeypatch: pytest.MonkeyPatch)
     assert b"secret" not in environment and b"PATH=" in environment
     limits = Path(f"/proc/{process._process.pid}/limits").read_text()
     assert f"Max address space         {2**30}" in limits
+
+
+@pytest.mark.skipif(confinement.version() < 6, reason="needs a Linux whose Landlock knows signals")
+def test_a_verifier_that_evaluates_a_text_is_confined(tmp_path: Path) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    file, folder, kept = (tmp_path / name for name in ("file", "folder", "kept"))
+    kept.write_text("text")
+    server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(0.1)
+    port = server.getsockname()[1]
+    system = "__import__('os')"
+    attempts = [
+        f"[open({str(file)!r}, 'w')]",
+        f"[{system}.mkdir({str(folder)!r})]",
+        f"[{system}.remove({str(kept)!r})]",
+        f"[{system}.truncate({str(kept)!r}, 0)]",
+        f"[{system}.system('touch {file}')]",
+        f"[{system}.kill({os.getpid()}, {signal.SIGUSR1:d})]",
+        f"[__import__('socket').create_connection(('127.0.0.1', {port}))]",
+    ]
+    verifiers = {0: ("spiral_matrix", {})}
+    process = ScoringProcess(
+        "aepo_fast.rewards.verifiers:load_verifiers",
+        (verifiers, False),
+        timeout_s=20.0,
+        memory=2**33,
+        user_code=False,
+    )
+    row = reasoning_gym.create_dataset("spiral_matrix", size=1, seed=0)[0]
+    try:
+        (ended,) = process.ask([(0, row, f"[{system}._exit(7)]")])
+        assert "status 7" in ended.problem  # it does evaluate a text
+        process.ask([(0, row, text) for text in attempts])
+        assert not file.exists() and not folder.exists() and kept.read_text() == "text"
+        assert not heard
+        with pytest.raises(TimeoutError):
+            server.accept()
+    finally:
+        process.close()
+        server.close()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_reply_is_never_loaded_as_a_pickle(module: Callable[..., Reward]) -> None:
