@@ -19,14 +19,15 @@ train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 	$(BIN)/aepo-fast train first-light --overwrite --set rollout.backend=\"$$backend\" $$eager
 
 # One thread a test process: threads that wait for each other are what makes two cores slow. Tests
-# that measure their process's memory go last, in one of their own. 5: none of ARGS' is in a part.
+# that measure their process's memory go last, among their own. 5: none of ARGS' is in a part.
 test: $(STAMP)
 	$(BIN)/cmake -S . -B build/tests -DAEPO_TESTS=ON
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not vllm and not alone" -n 2 \
 		--dist worksteal $(ARGS) || [ $$? -eq 5 ]
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu" $(ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu" -n 2 --dist worksteal \
+		$(ARGS) || [ $$? -eq 5 ]
 
 # vLLM with real weights, in a process of its own: installing it takes a minute or two.
 test-vllm: $(VLLM_STAMP)

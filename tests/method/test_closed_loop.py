@@ -138,9 +138,8 @@ def closed_loop(
     return entropy, temperature, reward
 
 
-@pytest.mark.parametrize("beta1", list(STEPS))
-def test_8_plain_grpo_collapses(beta1: float) -> None:
-    entropy, temperature, reward = closed_loop(AepoConfig(enabled=False), beta1=beta1)
+def test_8_plain_grpo_collapses() -> None:
+    entropy, temperature, reward = closed_loop(AepoConfig(enabled=False), beta1=0.9)
     assert entropy.mean() < 0.2
     assert (temperature == 1).all()
     assert reward.mean() > 0.85

@@ -37,25 +37,27 @@ def test_the_mean_over_draws_is_the_exact_gradient(option: str) -> None:
 
 def test_the_reported_variance_is_that_of_the_logits_gradient() -> None:
     # With the identity as weight, hidden states are logits and their gradient is that of logits.
-    num_tokens, vocab = 24, 16
+    # A call has the same tokens many times over, and each of them is drawn for itself.
+    num_tokens, vocab, copies, calls = 24, 16, 100, 30
     hidden = 2 * torch.randn(num_tokens, vocab, generator=torch.Generator().manual_seed(3))
-    case = Case(hidden, torch.eye(vocab), torch.arange(num_tokens) % vocab)
-    columns = make_columns(case)
+    targets = torch.arange(num_tokens) % vocab
+    columns = [column.repeat(copies) for column in make_columns(Case(hidden, hidden, targets))]
+    case = Case(hidden.repeat(copies, 1), torch.eye(vocab), targets.repeat(copies))
 
     rng = torch.Generator().manual_seed(1)
     reported, draws, rows = [], [], []
-    for _ in range(3000):
+    for _ in range(calls):
         leaves = case.fresh()
         output = run(leaves, grpo_like, *columns, row_sampling=RowSampling(0.03, rng))
         output.loss.backward()
         assert leaves.hidden.grad is not None
-        draws.append(leaves.hidden.grad.double())
-        reported.append(output.metrics["row_sampling/variance"].item())
-        rows.append(output.active_rows)
+        draws += leaves.hidden.grad.double().view(copies, num_tokens, vocab)
+        reported.append(output.metrics["row_sampling/variance"].item() / copies)
+        rows.append(output.active_rows / copies)
         assert output.metrics["row_sampling/rows"] == output.active_rows
     measured = torch.stack(draws).var(0).sum().item()
-    assert 0 < sum(rows) / len(rows) < num_tokens
-    assert sum(reported) / len(reported) == pytest.approx(measured, rel=0.1)
+    assert 0 < sum(rows) / calls < num_tokens
+    assert sum(reported) / calls == pytest.approx(measured, rel=0.1)
 
 
 def test_a_small_threshold_keeps_every_row_that_matters() -> None:
