@@ -46,7 +46,9 @@ class RowSampling:
 class LogprobOutput(NamedTuple):
     """Per-token results of `linear_logprob`, in nats; tensors are [N], 0 at ignored positions.
 
-    row_kernels: of the backend that ran: "triton", "c++ (avx512)" or "torch (why)".
+    row_kernels: of the backend that ran: "triton", "c++ (avx512)" or "torch (why)". mean_logits:
+    the mean over the vocabulary of logits / temperature. is_top1: bool, whether the target is the
+    first of the tokens with the largest logit.
     """
 
     logprob: Tensor
@@ -56,6 +58,8 @@ class LogprobOutput(NamedTuple):
     sum_squares: Tensor | None
     backend: str
     row_kernels: str
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 class TokenLossOutput(NamedTuple):
@@ -106,6 +110,8 @@ class Problem:
     shard: VocabShard | None = None
     row_sampling: RowSampling | None = None
     sum_squares: bool = False
+    mean_logits: bool = False
+    is_top1: bool = False
     weight_slice: int | None = None
     check_loss: bool = True
 
@@ -118,6 +124,11 @@ class Problem:
         """The same problem with other `inputs`, in the order of `inputs`."""
         names = "hidden", "weight", "bias", "lora_a", "lora_b"
         return replace(self, **dict(zip(names, inputs, strict=True)))  # type: ignore[arg-type]
+
+    @property
+    def vocab(self) -> int:
+        """The size of the whole vocabulary."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
 
     @property
     def chunk_vocab(self) -> int:
