@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aepo_kernels.backends import FEATURES, Features, row_kernels
+from aepo_kernels.tensors import rows_of_dtensor
 
 TokenLoss = Callable[..., Any]
 
@@ -22,11 +23,28 @@ class VocabShard:
     start: the token id of this rank's first row of weight, bias and lora_b. vocab: the size of the
     whole vocabulary, all ranks together. group: a torch.distributed process group, or None for the
     default one. Hidden states, targets and token tensors are equal on all ranks.
+
+    reduce_hidden: add up hidden's gradient over the ranks. Each rank's own part is only what its
+    rows of the vocabulary bring. Pass False where the backward of whatever made hidden adds these
+    parts up itself, as the gather of sequence parallelism does; it would count the sum once for
+    each rank. Every rank passes the same value. lora_a's gradient is added up in any case.
     """
 
     start: int
     vocab: int
     group: Any = None
+    reduce_hidden: bool = True
+
+    @classmethod
+    def from_dtensor(cls, weight: Tensor, *, reduce_hidden: bool = True) -> VocabShard:
+        """The shard that a DTensor's local tensor is; pass weight.to_local() beside it.
+
+        weight: [V, H], a DTensor that is split by rows over a mesh of one dimension. The last ranks
+        may have fewer rows, as torch.chunk gives them. No rank waits for another one. Raises
+        ValueError for every other tensor.
+        """
+        start, group = rows_of_dtensor(weight)
+        return cls(start, weight.shape[0], group, reduce_hidden)
 
 
 @dataclass(frozen=True)
