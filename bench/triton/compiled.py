@@ -73,14 +73,14 @@ def main(arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     rows = []
     print(
-        f"{'kernel':18} {'chip':>4} {'dtype':5} {'variant':14} registers stack shared instruction"
+        f"{'kernel':18} {'chip':>4} {'dtype':5} {'variant':15} registers stack shared instruction"
     )
     for chip in arguments.chips:
         for case in cases(chip):
             row = compile_case(case)
             rows.append(row)
             print(
-                f"{row['kernel']:18} {chip:4} {row['dtype']:5} {row['variant']:14} "
+                f"{row['kernel']:18} {chip:4} {row['dtype']:5} {row['variant']:15} "
                 f"{row['registers']:9} {row['stack']:5} {row['shared']:6} {row['instruction']}",
                 flush=True,
             )
@@ -111,8 +111,9 @@ def cases(chip: int) -> Iterator[Case]:
     from aepo_kernels.gpu import launch
     from aepo_kernels.gpu.launch import nearest
 
-    per_token = {"PER_TOKEN": True, "SECOND_PER_TOKEN": True, "SQUARES": True}
-    scalar = {"PER_TOKEN": False, "SECOND_PER_TOKEN": False, "SQUARES": False}
+    more = "SQUARES", "LOGIT_STATS"
+    per_token = {"PER_TOKEN": True, "SECOND_PER_TOKEN": True} | dict.fromkeys(more, True)
+    scalar = {"PER_TOKEN": False, "SECOND_PER_TOKEN": False} | dict.fromkeys(more, False)
     pointers = {"inv_temperature": "*fp32", "second_inv_temperature": "*fp32"}
     for dtype in ("bf16", "fp32"):
         stats, grad = nearest(launch.STATS_LAUNCH, chip), nearest(launch.GRAD_LAUNCH, chip)
@@ -133,11 +134,14 @@ def cases(chip: int) -> Iterator[Case]:
         everything = {"constants": per_token | block, "types": pointers}
         yield Case("row_grad", chip, "all", dtype, warps, **everything)
         yield Case("row_grad", chip, "all, ragged", dtype, warps, **everything, ragged=True)
-        tables = [launch.FUSED_LAUNCH, launch.FUSED_POINTER_LAUNCH]
+        tables = [launch.FUSED_LOGIT_STATS_LAUNCH, launch.FUSED_POINTER_LAUNCH, launch.FUSED_LAUNCH]
         if dtype == "fp32":
             tables = [launch.FUSED_FLOAT32_LAUNCH]
-        for fused in dict.fromkeys(nearest(table, chip) for table in tables):
-            yield from _fused_cases(chip, dtype, fused, scalar, per_token, pointers)
+        tiles = dict.fromkeys(nearest(table, chip) for table in tables)
+        for number, fused in enumerate(tiles):
+            # The third one, of its own on some chips, never gives statistics of the logits.
+            options = per_token | {"LOGIT_STATS": number < 2}
+            yield from _fused_cases(chip, dtype, fused, scalar, options, pointers)
         types = {"values": f"*{dtype}", "size": "i64"}
         for variant, other in (("in place", dtype), ("rounded", "bf16")):
             block = {"BLOCK": 2048, "IN_PLACE": variant == "in place"}
@@ -181,7 +185,7 @@ def _fused_cases(
         yield Case(
             "fused_partials",
             chip,
-            variant + (", tma" if fused.tma else ""),
+            variant + ", tma" * fused.tma + ", split" * fused.split,
             dtype,
             options,
             constants | tile,

@@ -92,7 +92,7 @@ def grad_launches() -> list[RowLaunch]:
 
 def fused_launches(device: torch.device) -> list[FusedLaunch]:
     """Launches of the fused forward, by the copy engine where the device's own has it."""
-    tma = launch.fused_launch(device, torch.bfloat16, True).tma
+    tma = launch.fused_launch(device, torch.bfloat16, True, False).tma
     tiles = [(128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)]
     return [
         FusedLaunch(tokens, vocab, 64, warps, stages, group, tma, split)

@@ -21,7 +21,7 @@ from aepo_kernels.problem import (
 from aepo_kernels.tensors import breaks_graph, check_readable, is_traced
 
 
-@breaks_graph("shard", "weight_grad", "weight_slice", "sum_squares")
+@breaks_graph("shard", "weight_grad", "weight_slice", "sum_squares", "mean_logits", "is_top1")
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -40,6 +40,8 @@ def linear_logprob(
     weight_grad: Tensor | None = None,
     weight_slice: int | None = None,
     sum_squares: bool = False,
+    mean_logits: bool = False,
+    is_top1: bool = False,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_tokens: int | None = None,
@@ -67,15 +69,18 @@ def linear_logprob(
     None derives the number from a memory budget.
 
     Other options:
-    sum_squares: give the sum of squared probabilities, too, without a gradient. logits_dtype: dtype
-    of the first GEMM's output. None is hidden's; float32 costs memory and time on a GPU and rounds
-    less. backend: "auto" is the environment variable AEPO_KERNELS_BACKEND, or else "chunked".
+    sum_squares: give the sum of squared probabilities, too. mean_logits: give the mean over the
+    vocabulary of logits / temperature. is_top1: tell whether the target is the first of the tokens
+    with the largest logit. None of the three has a gradient. logits_dtype: dtype of the first
+    GEMM's output. None is hidden's; float32 costs memory and time on a GPU and rounds less.
+    backend: "auto" is the environment variable AEPO_KERNELS_BACKEND, or else "chunked".
     "fused" never has logits in its forward pass and takes 4 GEMMs with gradient.
 
     Returns [N] tensors in float32 (float64 for float64 hidden). Each output's gradient reaches
     hidden, weight and bias. "chunked" recomputes the logits for it (4 GEMMs in all), and skips what
     needs no gradient. Raises ValueError for bad arguments. torch.compile takes the function whole
-    (fullgraph) unless there is a shard, weight_grad, weight_slice or sum_squares.
+    (fullgraph) unless there is a shard, weight_grad, weight_slice, sum_squares, mean_logits or
+    is_top1.
     """
     if is_traced(hidden, weight, targets):
         from aepo_kernels import torch_op  # registering operators imports much of torch
@@ -134,6 +139,8 @@ def linear_logprob(
         weight_grad=weight_grad,
         weight_slice=weight_slice,
         sum_squares=sum_squares,
+        mean_logits=mean_logits,
+        is_top1=is_top1,
         logits_dtype=logits_dtype,
     )
     check_problem(problem)

@@ -94,7 +94,7 @@ def _check_targets(problem: Problem) -> None:
     # On a GPU a look at the targets would wait. There a bad target gives a log-prob of NaN, and
     # with the reference backend torch's own gather traps it.
     targets = problem.targets
-    vocab = problem.weight.shape[0] if problem.shard is None else problem.shard.vocab
+    vocab = problem.vocab
     bad = (targets < 0) | (targets >= vocab)
     if problem.ignore_index is not None:
         bad &= targets != problem.ignore_index

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aepo_kernels.backends import FEATURES, Features, row_kernels
+from aepo_kernels.tensors import rows_of_dtensor
 
 TokenLoss = Callable[..., Any]
 
@@ -22,11 +23,28 @@ class VocabShard:
     start: the token id of this rank's first row of weight, bias and lora_b. vocab: the size of the
     whole vocabulary, all ranks together. group: a torch.distributed process group, or None for the
     default one. Hidden states, targets and token tensors are equal on all ranks.
+
+    reduce_hidden: add up hidden's gradient over the ranks. Each rank's own part is only what its
+    rows of the vocabulary bring. Pass False where the backward of whatever made hidden adds these
+    parts up itself, as the gather of sequence parallelism does; it would count the sum once for
+    each rank. Every rank passes the same value. lora_a's gradient is added up in any case.
     """
 
     start: int
     vocab: int
     group: Any = None
+    reduce_hidden: bool = True
+
+    @classmethod
+    def from_dtensor(cls, weight: Tensor, *, reduce_hidden: bool = True) -> VocabShard:
+        """The shard that a DTensor's local tensor is; pass weight.to_local() beside it.
+
+        weight: [V, H], a DTensor that is split by rows over a mesh of one dimension. The last ranks
+        may have fewer rows, as torch.chunk gives them. No rank waits for another one. Raises
+        ValueError for every other tensor.
+        """
+        start, group = rows_of_dtensor(weight)
+        return cls(start, weight.shape[0], group, reduce_hidden)
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,9 @@ class RowSampling:
 class LogprobOutput(NamedTuple):
     """Per-token results of `linear_logprob`, in nats; tensors are [N], 0 at ignored positions.
 
-    row_kernels: of the backend that ran: "triton", "c++ (avx512)" or "torch (why)".
+    row_kernels: of the backend that ran: "triton", "c++ (avx512)" or "torch (why)". mean_logits:
+    the mean over the vocabulary of logits / temperature. is_top1: bool, whether the target is the
+    first of the tokens with the largest logit.
     """
 
     logprob: Tensor
@@ -56,6 +76,8 @@ class LogprobOutput(NamedTuple):
     sum_squares: Tensor | None
     backend: str
     row_kernels: str
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 class TokenLossOutput(NamedTuple):
@@ -106,6 +128,8 @@ class Problem:
     shard: VocabShard | None = None
     row_sampling: RowSampling | None = None
     sum_squares: bool = False
+    mean_logits: bool = False
+    is_top1: bool = False
     weight_slice: int | None = None
     check_loss: bool = True
 
@@ -118,6 +142,11 @@ class Problem:
         """The same problem with other `inputs`, in the order of `inputs`."""
         names = "hidden", "weight", "bias", "lora_a", "lora_b"
         return replace(self, **dict(zip(names, inputs, strict=True)))  # type: ignore[arg-type]
+
+    @property
+    def vocab(self) -> int:
+        """The size of the whole vocabulary."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
 
     @property
     def chunk_vocab(self) -> int:

@@ -18,6 +18,8 @@ class _Rows(NamedTuple):
     lse: Tensor
     second_logprob: Tensor | None
     sum_squares: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
 
 
 def logprob(problem: Problem) -> LogprobOutput:
@@ -26,7 +28,8 @@ def logprob(problem: Problem) -> LogprobOutput:
         kept = problem.kept()
         rows = _rows(problem, kept)
         spread = [None if row is None else problem.spread(row, kept) for row in rows]
-    return LogprobOutput(*spread, problem.backend, problem.row_kernels)  # type: ignore[arg-type]
+    names = problem.backend, problem.row_kernels
+    return LogprobOutput(*spread[:5], *names, *spread[5:])  # type: ignore[arg-type]
 
 
 def token_loss(
@@ -90,7 +93,15 @@ def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
         lse=torch.logsumexp(tempered, dim=1),
         second_logprob=second,
         sum_squares=logp.detach().exp().square().sum(1) if problem.sum_squares else None,
+        mean_logits=tempered.detach().mean(1) if problem.mean_logits else None,
+        is_top1=_is_top1(logits.detach(), targets) if problem.is_top1 else None,
     )
+
+
+def _is_top1(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether the target, [M, 1], is the first of a row's largest logits, as argmax is: [M]."""
+    largest = logits.amax(1)
+    return (logits.argmax(1) == targets[:, 0]) & (largest > -torch.inf)  # false beside NaN
 
 
 def _frozen_outside(problem: Problem, kept: Tensor | None, rows: _Rows) -> _Rows:

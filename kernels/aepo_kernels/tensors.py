@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,6 +84,38 @@ def unreadable_reason(value: object) -> str | None:
     if has_dual and forward_ad.unpack_dual(value).tangent is not None:
         return "has a tangent, and there is no forward-mode derivative; use backward()"
     return None
+
+
+def rows_of_dtensor(weight: object) -> tuple[int, Any]:
+    """The first row that this rank has of a DTensor [V, H], and the process group of its mesh.
+
+    Raises ValueError unless the rows are split over a mesh of one dimension, so that every rank has
+    some.
+    """
+    from torch.distributed.tensor import DTensor  # most callers have none
+
+    def fail(reason: str, fix: str) -> NoReturn:
+        raise ValueError(f"weight = {describe(weight)}: {reason}; {fix}")
+
+    if not isinstance(weight, DTensor):
+        fail("is no DTensor", "pass VocabShard(start, vocab, group)")
+    mesh, placements = weight.device_mesh, weight.placements
+    if mesh.ndim != 1:
+        reason = f"lies on a mesh of {mesh.ndim} dimensions"
+        fail(reason, "redistribute it to the mesh of tensor parallelism alone")
+    if not placements[0].is_shard(0):
+        fix = "redistribute it to [Shard(0)], or pass full_tensor() without a shard"
+        fail(f"is placed as {placements[0]}, not split by rows", fix)
+    vocab, size = weight.shape[0], mesh.size()
+    each = -(-vocab // size)  # rows of every rank but the last ones
+    if each * (size - 1) >= vocab:
+        fail(f"{vocab} rows leave one of {size} ranks without any", "use fewer ranks")
+    start = mesh.get_local_rank() * each
+    count = len(weight.to_local())
+    if count != min(each, vocab - start):
+        reason = f"has {count} rows here, not the {min(each, vocab - start)} of an even split"
+        fail(reason, "pass VocabShard(start, vocab, group)")
+    return start, mesh.get_group()
 
 
 def _unreadable_kind(value: Tensor) -> str | None:

@@ -120,6 +120,8 @@ def loss(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Ten
         (loss, {"row_sampling": RowSampling(1e-12)}),
         (loss, {"backend": "reference"}),
         (head, {"sum_squares": True}),
+        (head, {"mean_logits": True}),
+        (head, {"is_top1": True}),
         (head, {"weight_slice": 64}),
         (head, {"weight_grad": "given"}),
     ],

@@ -28,12 +28,15 @@ DRAWS = int(os.environ.get("AEPO_FUZZ_DRAWS") or 300)
 SEED = int(os.environ.get("AEPO_FUZZ_SEED") or 0)
 _BATCH = 20
 _MOST_NOISES = 32
-_OUTPUTS = "log-prob", "entropy", "second log-prob", "lse", "sum of squares"
+_OUTPUTS = "log-prob", "entropy", "second log-prob", "lse", "sum of squares", "mean of logits"
 _LEAVES = "hidden", "weight", "bias", "lora_a", "lora_b"
 
 
 class Truth(NamedTuple):
-    """Outputs and gradients in float64, in the order of `_OUTPUTS` and `_LEAVES`."""
+    """Outputs and gradients in float64, in the order of `_OUTPUTS` and `_LEAVES`.
+
+    The last output is how far the target's logit leads.
+    """
 
     outputs: list[Tensor | None]
     grads: list[Tensor | None]
@@ -79,15 +82,17 @@ def run(case: Draw, leaves: list[Tensor | None], buffer: Tensor | None, **more: 
             *case.coefs[:3],
             **options,
         )
-        loss, lse, squares = output.loss, None, None
+        loss, more = output.loss, [None] * 4
     else:
         squares = case.backend != "fused"
-        output = logprob_within(*given, sum_squares=squares, **options)
-        lse, squares = output.lse, output.sum_squares
-        loss = weighted(case.coefs, [output.logprob, output.entropy, output.second_logprob, lse])
+        options |= {"sum_squares": squares, "mean_logits": True, "is_top1": True}
+        output = logprob_within(*given, **options)
+        more = [output.lse, output.sum_squares, output.mean_logits, output.is_top1]
+        results = output.logprob, output.entropy, output.second_logprob, output.lse
+        loss = weighted(case.coefs, list(results))
     if loss.requires_grad:
         (case.factor * loss).backward()
-    return [output.logprob, output.entropy, output.second_logprob, lse, squares]
+    return [output.logprob, output.entropy, output.second_logprob, *more]
 
 
 def run_all(case: Draw) -> tuple[list, list[Tensor | None]]:
@@ -165,10 +170,15 @@ def compare(
 ) -> None:
     unit = unit_of(case, gemm_dtype(case))
     assert (outputs[2] is None) == (exact.outputs[2] is None)
-    columns = zip(_OUTPUTS, outputs, exact.outputs, *(x.outputs for x in moved), strict=True)
-    for name, found, wanted, *near in columns:
+    results = (x[:-1] for x in (outputs, exact.outputs, *(x.outputs for x in moved)))
+    for name, found, wanted, *near in zip(_OUTPUTS, *results, strict=True):
         if found is not None:
+            masked = wanted == -torch.inf  # the mean of logits, where a column is -inf
+            assert torch.equal(found == -torch.inf, masked), name
+            found, wanted, *near = (x.masked_fill(masked, 0.0) for x in (found, wanted, *near))
             check_within(found.detach(), wanted, near, unit, math.inf, name)
+    if outputs[-1] is not None:
+        check_top1(outputs[-1], *(x.outputs[-1] for x in (exact, *moved)))  # type: ignore[arg-type]
     columns = zip(_LEAVES, case.tensors, case.wants, grads, strict=True)
     for index, (name, tensor, wants, found) in enumerate(columns):
         assert (found is not None) == (tensor is not None and wants), name
@@ -179,6 +189,13 @@ def compare(
         wanted, *near = (x.grads[index] + start for x in (exact, *moved))  # type: ignore[operator]
         leaf_unit = max(unit, unit_of(case, F32 if buffer is not None else tensor.dtype))
         check_within(found, wanted, near, leaf_unit, 2.0, f"gradient of {name}")
+
+
+def check_top1(found: Tensor, lead: Tensor, *moved: Tensor) -> None:
+    """The target has the largest logit where it leads by more than roundings explain, [N]."""
+    offs = torch.stack([(other - lead).abs().nan_to_num(0.0) for other in moved])
+    is_clear = lead.abs() > 2 * (offs.amax() if offs.numel() else 0.0)
+    assert torch.equal(found[is_clear], lead[is_clear] > 0), "is_top1"
 
 
 @pytest.mark.parametrize("start", range(SEED, SEED + DRAWS, _BATCH))

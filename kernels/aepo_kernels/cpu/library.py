@@ -43,7 +43,8 @@ class Stats(ctypes.Structure):
     _fields_ = [
         (name, _POINTER)
         for name in (
-            "logprob entropy max_logit log_sum second_logprob second_log_sum sum_squares".split()
+            "logprob entropy max_logit log_sum second_logprob second_log_sum sum_squares "
+            "logit_sum is_top1".split()
         )
     ]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from aepo_kernels.cpu.library import DTYPES, Coefs, Grad, Kept, Logits, Sample, State, Stats, call
 from aepo_kernels.rows.interface import LogitMap, RowCoefs, RowStats
 
-_STATE_SIZE = 6  # of rows.h
+_STATE_SIZE = 8  # of rows.h
 # Operators are defined and implemented by hand. torch.library.custom_op would wrap each call in
 # some 0.2 ms of Python, and a head makes hundreds of calls.
 _LIBRARY = torch.library.Library("aepo_kernels", "FRAGMENT")
@@ -28,7 +28,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     f"cpu_row_stats(Tensor raw_logits, Tensor targets, {_DISTRIBUTION}, "
-    "bool squares, Tensor(a!)? state, bool is_first, bool is_last, "
+    "bool squares, bool logit_stats, Tensor(a!)? state, bool is_first, bool is_last, "
     "Tensor(b!)? kept, Tensor(c!)? base) -> Tensor[]"
 )
 _LIBRARY.define(
@@ -47,6 +47,7 @@ def row_stats(
     dtype: torch.dtype,
     *,
     squares: bool = False,
+    logit_stats: bool = False,
     state: Tensor | None = None,
     is_first: bool = True,
     is_last: bool = True,
@@ -68,16 +69,17 @@ def row_stats(
     distribution = _distribution(
         len(raw_logits), inv_temperature, second_inv_temperature, logit_map
     )
-    given = raw_logits, targets, *distribution, squares, state, is_first, is_last, kept, base
+    wants = squares, logit_stats
+    given = raw_logits, targets, *distribution, *wants, state, is_first, is_last, kept, base
     found = iter(torch.ops.aepo_kernels.cpu_row_stats(*given))
-    wanted = _wanted(second_inv_temperature is not None, squares)
+    wanted = _wanted(second_inv_temperature is not None, *wants)
     if not is_last:
         return None
     return RowStats(*(next(found) if want else None for want in wanted))  # type: ignore[arg-type]
 
 
 def new_state(count: int) -> Tensor:
-    """What `row_stats` keeps of so many rows from slice to slice: [count, 6] float64."""
+    """What `row_stats` keeps of so many rows from slice to slice: [count, 8] float64."""
     return torch.empty(count, _STATE_SIZE, dtype=torch.float64)
 
 
@@ -156,6 +158,7 @@ def _stats(
     softcap: float,
     scale: float,
     squares: bool,
+    logit_stats: bool,
     state: Tensor | None,
     is_first: bool,
     is_last: bool,
@@ -168,7 +171,7 @@ def _stats(
     """
     distribution = _floats(inv_temperature, second_inv_temperature, bias)
     given = [targets.contiguous(), *distribution]
-    wanted = _wanted(second_inv_temperature is not None, squares)
+    wanted = _wanted(second_inv_temperature is not None, squares, logit_stats)
     found = [
         raw_logits.new_empty(len(raw_logits), dtype=torch.float32) if want else None
         for want in wanted
@@ -185,8 +188,8 @@ def _stats(
 
 @torch.library.register_fake("aepo_kernels::cpu_row_stats")
 def _(raw_logits: Tensor, *rest) -> list[Tensor]:
-    size, (squares, _, _, is_last) = raw_logits.shape[:1], rest[-6:-2]
-    wanted = _wanted(rest[2] is not None, squares)
+    size, (squares, logit_stats, _, _, is_last) = raw_logits.shape[:1], rest[-7:-2]
+    wanted = _wanted(rest[2] is not None, squares, logit_stats)
     made = [raw_logits.new_empty(size, dtype=torch.float32) for want in wanted if want]
     return made if is_last else []
 
@@ -231,9 +234,9 @@ def _grad(
         row_major.copy_(out)  # one row, or one column, is laid out both ways
 
 
-def _wanted(second: bool, squares: bool) -> tuple[bool, ...]:
+def _wanted(second: bool, squares: bool, logit_stats: bool) -> tuple[bool, ...]:
     """Which fields of RowStats are computed."""
-    return (True, True, True, True, second, second, squares)
+    return (True, True, True, True, second, second, squares, logit_stats, logit_stats)
 
 
 def _floats(*values: Tensor | None) -> list[Tensor | None]:

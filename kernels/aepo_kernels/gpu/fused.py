@@ -39,24 +39,26 @@ def linear_row_stats(
     logit_map: LogitMap,
     *,
     squares: bool = False,
+    logit_stats: bool = False,
 ) -> RowStats:
     """The row statistics, [C] float32, that `torch_rows.row_stats` gives for hidden @ weight.T.
 
     hidden: [C, H]. weight: [V, H] in hidden's dtype, float32 or bfloat16, any strides. targets: [C]
     int64; a target outside [0, V) gives a log-prob of NaN. Inverse temperatures: a number or [C].
-    squares: give the sum of squared probabilities, too. The kernels need 12 to 20 bytes of memory
-    per token and tile of the vocabulary.
+    squares: give the sum of squared probabilities, too. logit_stats: give `logit_sum` and
+    `is_top1`, too. The kernels need 12 to 28 bytes of memory per token and tile of the vocabulary.
     """
     num_rows, hidden_size = hidden.shape
     vocab = weight.shape[0]
-    has_second = second_inv_temperature is not None
-    out = new_stats(hidden, num_rows, has_second, squares)
+    wanted = second_inv_temperature is not None, squares, logit_stats
+    out = new_stats(hidden, num_rows, *wanted)
     if num_rows:
         fits_tma = all(_fits_tma(matrix) for matrix in (hidden, weight))
-        launch = fused_launch(hidden.device, hidden.dtype, fits_tma)
+        launch = fused_launch(hidden.device, hidden.dtype, fits_tma, logit_stats)
         num_tiles = triton.cdiv(vocab, launch.block_vocab)
         num_parts = triton.cdiv(vocab, launch.block_vocab // (1 + launch.split))
-        partials = out.new_empty((3 + has_second + squares, num_parts, num_rows))  # [S, parts, C]
+        size = 3 + wanted[0] + squares + 2 * logit_stats
+        partials = out.new_empty((size, num_parts, num_rows))  # [S, parts, C]
         target_logits = out.new_full((num_rows,), float("nan"))  # [C]
         temperatures = [
             optional_argument(inv_temperature),
@@ -66,6 +68,7 @@ def linear_row_stats(
             "PER_TOKEN": isinstance(inv_temperature, Tensor),
             "SECOND_PER_TOKEN": isinstance(second_inv_temperature, Tensor),
             "SQUARES": squares,
+            "LOGIT_STATS": logit_stats,
         }
         partials_kernel[(num_tiles * triton.cdiv(num_rows, launch.block_tokens),)](
             _operand(hidden, launch.block_tokens, launch.block_hidden, launch.tma),
@@ -104,7 +107,7 @@ def linear_row_stats(
             TILES=_COMBINE_TILES,
             num_warps=4,
         )
-    return stats_of(out, has_second, squares)
+    return stats_of(out, *wanted)
 
 
 def _fits_tma(matrix: Tensor) -> bool:
@@ -141,6 +144,7 @@ def partials_kernel(
     PER_TOKEN: tl.constexpr,
     SECOND_PER_TOKEN: tl.constexpr,
     SQUARES: tl.constexpr,
+    LOGIT_STATS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr,
@@ -206,6 +210,7 @@ def partials_kernel(
             PER_TOKEN,
             SECOND_PER_TOKEN,
             SQUARES,
+            LOGIT_STATS,
             WIDTH,
         )
 
@@ -224,6 +229,7 @@ def _store_partials(
     PER_TOKEN: tl.constexpr,
     SECOND_PER_TOKEN: tl.constexpr,
     SQUARES: tl.constexpr,
+    LOGIT_STATS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Store the maximum and the sums of the columns from part * WIDTH on.
@@ -246,8 +252,13 @@ def _store_partials(
     owned = (place >= 0) & (place < tl.minimum(WIDTH, vocab - first))
     tl.store(target_logits + rows, tl.sum(tl.where(on_target, logits, 0.0), 1), mask=owned & real)
 
+    if LOGIT_STATS:
+        logit_sum = tl.sum(tl.where((columns < vocab)[None, :], logits, 0.0), 1)
     logits = tl.where((columns < vocab)[None, :] & ~(logits < FLOOR), logits, FLOOR)
     maximum = tl.max(logits, 1)
+    if LOGIT_STATS:
+        is_before = tl.arange(0, WIDTH)[None, :] < place.to(tl.int32)[:, None]
+        before = tl.max(tl.where(is_before, logits, FLOOR), 1)
     centred = logits - maximum[:, None]
     rate = _rates(inv_temperature, rows, real, PER_TOKEN)
     weights = tl.exp2(centred * rate)
@@ -257,9 +268,12 @@ def _store_partials(
     tl.store(partials, maximum, mask=real)
     tl.store(partials + step, tl.sum(weights, 1), mask=real)
     tl.store(partials + 2 * step, tl.sum(weights * centred, 1), mask=real)
+    last = 3 if second_inv_temperature is None else 4
     if SQUARES:
-        last = 3 if second_inv_temperature is None else 4
         tl.store(partials + last * step, tl.sum(weights * weights, 1), mask=real)
+    if LOGIT_STATS:
+        tl.store(partials + (last + SQUARES) * step, logit_sum, mask=real)
+        tl.store(partials + (last + SQUARES + 1) * step, before, mask=real)
     if second_inv_temperature is not None:
         second_rate = _rates(second_inv_temperature, rows, real, SECOND_PER_TOKEN)
         tl.store(partials + 3 * step, tl.sum(tl.exp2(centred * second_rate), 1), mask=real)
@@ -285,6 +299,7 @@ def combine_kernel(
     PER_TOKEN: tl.constexpr,
     SECOND_PER_TOKEN: tl.constexpr,
     SQUARES: tl.constexpr,
+    LOGIT_STATS: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -309,6 +324,9 @@ def combine_kernel(
     moment = tl.zeros([ROWS], tl.float32)
     second_total = tl.zeros([ROWS], tl.float32)
     square = tl.zeros([ROWS], tl.float32)
+    logit_sum = tl.zeros([ROWS], tl.float32)
+    before = tl.full([ROWS], FLOOR, tl.float32)
+    last = 3 if second_inv_temperature is None else 4
     for start in range(0, num_tiles, TILES):
         tiles = start + tl.arange(0, TILES)
         inside = (tiles < num_tiles)[:, None] & real[None, :]
@@ -323,14 +341,19 @@ def combine_kernel(
             second = tl.load(at + 3 * step, mask=inside, other=0.0)
             second_total += tl.sum(second * tl.exp2(rise * second_rate), 0)
         if SQUARES:
-            last = 3 if second_inv_temperature is None else 4
             part = tl.load(at + last * step, mask=inside, other=0.0)
             square += tl.sum(part * (decay * decay), 0)
+        if LOGIT_STATS:
+            at += (last + SQUARES) * step
+            logit_sum += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+            part = tl.load(at + step, mask=inside, other=FLOOR)
+            before = tl.maximum(before, tl.max(part, 0))
 
     log_sum = tl.log(
         tl.where(maximum > FLOOR, total, float("nan"))
     )  # no finite logit: no distribution
-    centred = tl.load(target_logits + rows, mask=real, other=0.0) - maximum
+    target_logit = tl.load(target_logits + rows, mask=real, other=0.0)
+    centred = target_logit - maximum
     out += rows
     tl.store(out, centred * inverse - log_sum, mask=real)
     tl.store(out + width, log_sum - moment * inverse / total, mask=real)
@@ -339,6 +362,11 @@ def combine_kernel(
     if SQUARES:
         last = 4 if second_inv_temperature is None else 6
         tl.store(out + last * width, square / (total * total), mask=real)
+    if LOGIT_STATS:
+        last = (4 if second_inv_temperature is None else 6) + SQUARES
+        is_top1 = (target_logit >= maximum) & (target_logit > before)
+        tl.store(out + last * width, logit_sum, mask=real)
+        tl.store(out + (last + 1) * width, is_top1.to(tl.float32), mask=real)
     if second_inv_temperature is not None:
         second_log_sum = tl.log(tl.where(maximum > FLOOR, second_total, float("nan")))
         tl.store(out + 4 * width, centred * second_inverse - second_log_sum, mask=real)

@@ -54,6 +54,8 @@ FUSED_LAUNCH = {
     100: FusedLaunch(128, 128, 64, num_warps=8, stages=4, tma=True),
     120: FusedLaunch(128, 128, 64, num_warps=8, stages=3),
 }
+# With sums of logits and the largest one before the target, the tile of 90 would spill. Not timed.
+FUSED_LOGIT_STATS_LAUNCH = FUSED_LAUNCH | {90: FUSED_LAUNCH[100]}
 # For matrices that the copy engine cannot read. Pointers to a tile's elements need registers, so
 # the tiles are smaller. Not timed.
 FUSED_POINTER_LAUNCH = FUSED_LAUNCH | {
@@ -74,12 +76,16 @@ def grad_launch(device: torch.device) -> RowLaunch:
     return nearest(GRAD_LAUNCH, capability(device))
 
 
-def fused_launch(device: torch.device, dtype: torch.dtype, fits_tma: bool) -> FusedLaunch:
+def fused_launch(
+    device: torch.device, dtype: torch.dtype, fits_tma: bool, logit_stats: bool
+) -> FusedLaunch:
     """The launch of the fused forward for inputs of a dtype on a device.
 
-    fits_tma: the copy engine can read the inputs.
+    fits_tma: the copy engine can read the inputs. logit_stats: see `fused.linear_row_stats`.
     """
-    table = FUSED_LAUNCH if fits_tma else FUSED_POINTER_LAUNCH
+    table = FUSED_LOGIT_STATS_LAUNCH if logit_stats else FUSED_LAUNCH
+    if not fits_tma:
+        table = FUSED_POINTER_LAUNCH
     if dtype == torch.float32:
         table = FUSED_FLOAT32_LAUNCH
     return nearest(table, capability(device))

@@ -32,16 +32,18 @@ def row_stats(
     dtype: torch.dtype,
     *,
     squares: bool = False,
+    logit_stats: bool = False,
 ) -> RowStats:
     """Log-prob, entropy and normalisers of each row, [C] each, in nats.
 
     raw_logits: [C, V], V contiguous. targets: [C] int64; a target outside [0, V) gives a log-prob
     of NaN. Inverse temperatures: a number or [C]. dtype: of the results, float32. squares: give the
-    sum of squared probabilities, too.
+    sum of squared probabilities, too. logit_stats: give `logit_sum` and `is_top1`, too.
     """
     assert dtype == torch.float32, dtype
     num_rows, vocab = raw_logits.shape
-    out = new_stats(raw_logits, num_rows, second_inv_temperature is not None, squares)  # [S, C]
+    wanted = second_inv_temperature is not None, squares, logit_stats
+    out = new_stats(raw_logits, num_rows, *wanted)  # [S, C]
     if num_rows:
         launch = stats_launch(raw_logits.device)
         stats_kernel[(num_rows,)](
@@ -59,23 +61,28 @@ def row_stats(
             PER_TOKEN=isinstance(inv_temperature, Tensor),
             SECOND_PER_TOKEN=isinstance(second_inv_temperature, Tensor),
             SQUARES=squares,
+            LOGIT_STATS=logit_stats,
             BLOCK=launch.block,
             VECTOR=16 // raw_logits.element_size(),
             STAGES=launch.stages,
             num_warps=launch.num_warps,
         )
-    return stats_of(out, second_inv_temperature is not None, squares)
+    return stats_of(out, *wanted)
 
 
-def new_stats(like: Tensor, num_rows: int, has_second: bool, squares: bool) -> Tensor:
+def new_stats(
+    like: Tensor, num_rows: int, has_second: bool, squares: bool, logit_stats: bool
+) -> Tensor:
     """Memory [S, C] for S statistics of C rows, one statistic after another."""
-    return like.new_empty((4 + 2 * has_second + squares, num_rows), dtype=torch.float32)
+    size = 4 + 2 * has_second + squares + 2 * logit_stats
+    return like.new_empty((size, num_rows), dtype=torch.float32)
 
 
-def stats_of(out: Tensor, has_second: bool, squares: bool) -> RowStats:
+def stats_of(out: Tensor, has_second: bool, squares: bool, logit_stats: bool) -> RowStats:
     """The statistics that a kernel wrote to `out` [S, C], by name."""
-    second = (out[4], out[5]) if has_second else (None, None)
-    return RowStats(out[0], out[1], out[2], out[3], *second, out[-1] if squares else None)
+    wanted = (True,) * 4 + (has_second,) * 2 + (squares,) + (logit_stats,) * 2
+    found = iter(out)
+    return RowStats(*(next(found) if want else None for want in wanted))  # type: ignore[arg-type]
 
 
 def row_grad(
@@ -193,6 +200,7 @@ def stats_kernel(
     PER_TOKEN: tl.constexpr,
     SECOND_PER_TOKEN: tl.constexpr,
     SQUARES: tl.constexpr,
+    LOGIT_STATS: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
@@ -215,6 +223,10 @@ def stats_kernel(
     moment = tl.zeros([LANES], tl.float32)  # of e * (logit - lane_maximum)
     second_total = tl.zeros([LANES], tl.float32)
     square = tl.zeros([LANES], tl.float32)  # of e^2
+    logit_sum = tl.zeros([LANES], tl.float32)
+    before = tl.full([LANES], FLOOR, tl.float32)  # the largest logit before the target
+    if LOGIT_STATS:
+        place = tl.load(targets + row).to(tl.int32)
     for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         columns = start + within
         inside = columns < vocab
@@ -223,7 +235,11 @@ def stats_kernel(
         if bias is not None:
             shift = tl.load(bias + columns, mask=inside, other=0.0)
         logits, _ = to_logits(values, shift, scale, softcap)
+        if LOGIT_STATS:
+            logit_sum += tl.sum(tl.where(inside, logits, 0.0), 1)
         logits = tl.where(inside & ~(logits < FLOOR), logits, FLOOR)  # NaN stays
+        if LOGIT_STATS:
+            before = tl.maximum(before, tl.max(tl.where(columns < place, logits, FLOOR), 1))
         new_maximum = tl.maximum(lane_maximum, tl.max(logits, 1))
         rise = lane_maximum - new_maximum
         centred = logits - new_maximum[:, None]
@@ -263,6 +279,11 @@ def stats_kernel(
     if SQUARES:
         last = 4 if second_inv_temperature is None else 6
         tl.store(out + last * step, tl.sum(square * (decay * decay), 0) / (mass * mass))
+    if LOGIT_STATS:
+        last = (4 if second_inv_temperature is None else 6) + SQUARES
+        is_top1 = owned & (logit >= maximum) & (logit > tl.max(before, 0))
+        tl.store(out + last * step, tl.sum(logit_sum, 0))
+        tl.store(out + (last + 1) * step, is_top1.to(tl.float32))
     if second_inv_temperature is not None:
         second_mass = tl.sum(second_total * tl.exp2(rise * second_rate), 0)
         second_log_sum = tl.log(tl.where(maximum > FLOOR, second_mass, float("nan")))

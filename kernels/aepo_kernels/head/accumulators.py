@@ -33,8 +33,9 @@ class Gradients:
         self.dtypes = tuple(None if x is None else x.dtype for x in problem.inputs)
         self.weight_shape, self.device = weight.shape, weight.device
         self.shard, self.lora_scale, self.needs_weight = problem.shard, problem.lora_scale, needs[1]
+        self.sums_hidden = problem.shard is not None and problem.shard.reduce_hidden
         # Over a sharded vocabulary, each rank has a part of the sum.
-        partial = wide if problem.shard is not None else hidden.dtype
+        partial = wide if self.sums_hidden else hidden.dtype
         self.hidden = _zeros(hidden, partial) if needs[0] else None
         self.in_place = problem.weight_grad is not None
         self.weight = problem.weight_grad  # or else made by the first chunk, which need not add
@@ -166,7 +167,8 @@ class Gradients:
             dtype = self.weight_dtype
             self.weight = torch.zeros(self.weight_shape, dtype=dtype, device=self.device)
         if self.shard is not None:
-            for part in (self.hidden, self.lora_a):  # the others belong to this rank's rows
+            # The others belong to this rank's rows.
+            for part in (self.hidden if self.sums_hidden else None, self.lora_a):
                 if part is not None:
                     dist.all_reduce(part, group=self.shard.group)
 

@@ -21,8 +21,10 @@ from aepo_kernels.tensors import first_order
 
 def logprob(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> LogprobOutput:
     """`linear_logprob`: backward makes the logits of rows with a gradient again."""
-    rows = _Logprob.apply(problem, budget, *problem.inputs)
-    return LogprobOutput(*rows, problem.backend, problem.row_kernels)  # type: ignore[misc]
+    rows: Any = _Logprob.apply(problem, budget, *problem.inputs)
+    *values, mean, top1 = rows
+    names = problem.backend, problem.row_kernels
+    return LogprobOutput(*values, *names, mean, top1)  # type: ignore[arg-type]
 
 
 def forward(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> tuple[Tokens, RowStats]:
@@ -61,6 +63,17 @@ def outputs(problem: Problem, tokens: Tokens, stats: RowStats) -> tuple[Tensor |
     return tuple(None if x is None else problem.spread(x, tokens.positions) for x in values)
 
 
+def plain_outputs(problem: Problem, tokens: Tokens, stats: RowStats) -> tuple[Tensor | None, ...]:
+    """Sum of squares, mean of logits / T and is_top1, as asked for: [N] without a gradient."""
+    mean = top1 = None
+    if problem.mean_logits and stats.logit_sum is not None:
+        mean = stats.logit_sum * tokens.inv_temperature / problem.vocab
+    if problem.is_top1 and stats.is_top1 is not None:
+        top1 = (stats.is_top1 != 0) & ~stats.log_sum.isnan()  # beside NaN, nothing is the largest
+    values = stats.sum_squares, mean, top1
+    return tuple(None if x is None else problem.spread(x, tokens.positions) for x in values)
+
+
 def join_stats(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:
     """The statistics of several chunks as one; empty tensors where there are none."""
     if parts:
@@ -69,8 +82,8 @@ def join_stats(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:
         return RowStats(*joined)  # type: ignore[arg-type]
     empty = torch.zeros(0, dtype=head.plan.stats_dtype, device=head.hidden.device)
     second = None if tokens.second_inv_temperature is None else empty
-    squares = empty if head.squares else None
-    return RowStats(empty, empty, empty, empty, second, second, squares)
+    squares, logits = empty if head.squares else None, empty if head.logit_stats else None
+    return RowStats(empty, empty, empty, empty, second, second, squares, logits, logits)
 
 
 class _Logprob(torch.autograd.Function):
@@ -91,12 +104,10 @@ class _Logprob(torch.autograd.Function):
         # Copies, since ctx holds the statistics: a caller may write to what it gets, and an output
         # that its own node holds would never be freed.
         found = outputs(problem, ctx.tokens, ctx.stats)
-        values = [None if value is None else value.clone() for value in found]
-        squares = ctx.stats.sum_squares
-        if squares is not None:
-            squares = problem.spread(squares, ctx.tokens.positions).clone()
-            ctx.mark_non_differentiable(squares)
-        return *values, squares
+        plain = plain_outputs(problem, ctx.tokens, ctx.stats)
+        values = [None if value is None else value.clone() for value in (*found, *plain)]
+        ctx.mark_non_differentiable(*(x for x in values[len(found) :] if x is not None))
+        return tuple(values)
 
     @staticmethod
     @first_order("linear_logprob", 'use backend="reference", which is plain autograd')

@@ -23,7 +23,8 @@ class Head:
     """The head's tensors, cast once, and the plan by which they are multiplied.
 
     hidden: [N, H]. weight: [V, H] in hidden's dtype. lora: (A [R, H], B [V, R]) in hidden's dtype.
-    squares: sums of squared probabilities are wanted.
+    squares: sums of squared probabilities are wanted. logit_stats: sums of logits are wanted, and
+    whether the target has the largest one.
     """
 
     plan: Plan
@@ -34,6 +35,7 @@ class Head:
     lora_scale: float
     shard: VocabShard | None
     squares: bool
+    logit_stats: bool
 
     def workspace(self, tokens: int) -> Tensor | None:
         """Memory [tokens * V] for the logits of one chunk after the other; None on a GPU."""
@@ -132,6 +134,7 @@ class Head:
             self.logit_map,
             self.plan.stats_dtype,
             squares=self.squares,
+            logit_stats=self.logit_stats,
             **self.plan.row_options,
             **part,
         )
@@ -215,6 +218,7 @@ class Head:
             tokens.second_inv_temperature,
             self.logit_map,
             squares=self.squares,
+            logit_stats=self.logit_stats,
         )
 
 
@@ -238,4 +242,5 @@ def head_of(problem: Problem, plan: Plan) -> Head:
         float(problem.lora_scale),
         problem.shard,
         problem.sum_squares,
+        problem.mean_logits or problem.is_top1,
     )

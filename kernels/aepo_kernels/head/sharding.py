@@ -23,7 +23,7 @@ def combine(
     second_inv_temperature: float | Tensor | None,
     shard: VocabShard,
 ) -> RowStats:
-    """Statistics of the whole rows, [C] each, from two all-reduces.
+    """Statistics of the whole rows, [C] each, from two all-reduces, or three for `is_top1`.
 
     stats: of this rank's columns. A rank with normaliser l_r and entropy H_r has the mass w_r =
     exp(l_r - l), and the row's entropy is sum_r w_r (H_r - log w_r). All numbers are relative to
@@ -45,12 +45,20 @@ def combine(
     parts = [mass, torch.where(owned, torch.stack(logits), 0.0), moment[None]]
     if stats.sum_squares is not None:
         parts.append((mass[0].square() * stats.sum_squares)[None])
+    if stats.logit_sum is not None and stats.is_top1 is not None:
+        # Of the ranks with the largest logit, the one with the least token ids decides.
+        is_at_top = stats.max_logit == top
+        last_start = torch.where(is_at_top, -shard.start, -shard.vocab)  # [C]
+        dist.all_reduce(last_start, dist.ReduceOp.MAX, group=shard.group)
+        decides = is_at_top & (last_start == -shard.start)
+        parts.append(torch.stack([stats.logit_sum, stats.is_top1 * decides]))
     sums = torch.cat(parts)
     dist.all_reduce(sums, group=shard.group)
-    mass, logits, moment, *square = sums.split([len(part) for part in parts])
+    mass, logits, moment, *more = sums.split([len(part) for part in parts])
     log_sums = mass.log()
     logprobs = logits - log_sums
     entropy = moment[0] / mass[0] + log_sums[0]
     second = (None, None) if len(below) == 1 else (logprobs[1], log_sums[1])
-    squares = square[0][0] / mass[0].square() if square else None
-    return RowStats(logprobs[0], entropy, top, log_sums[0], *second, squares)
+    squares = None if stats.sum_squares is None else more[0][0] / mass[0].square()
+    logit_stats = (None, None) if stats.logit_sum is None else more[-1]
+    return RowStats(logprobs[0], entropy, top, log_sums[0], *second, squares, *logit_stats)

@@ -29,7 +29,9 @@ class RowStats(NamedTuple):
     """Statistics of rows under their temperature T, each [C], in nats.
 
     max_logit: the largest logit before temperature. log_sum = log sum_j exp((logit_j - max_logit) /
-    T), so that lse = max_logit / T + log_sum. sum_squares = sum_j p_j^2, where it is asked for.
+    T), so that lse = max_logit / T + log_sum. sum_squares = sum_j p_j^2. logit_sum: the sum of the
+    logits before temperature. is_top1: 1 where the target is the first of the tokens with the
+    largest logit, else 0. The last three are None unless they are asked for.
     """
 
     logprob: Tensor
@@ -39,6 +41,8 @@ class RowStats(NamedTuple):
     second_logprob: Tensor | None
     second_log_sum: Tensor | None
     sum_squares: Tensor | None = None
+    logit_sum: Tensor | None = None
+    is_top1: Tensor | None = None
 
     def select(self, rows: Tensor | slice) -> RowStats:
         """The statistics of some rows, [rows] each."""

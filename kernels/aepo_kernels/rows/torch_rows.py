@@ -22,18 +22,22 @@ def row_stats(
     dtype: torch.dtype,
     *,
     squares: bool = False,
+    logit_stats: bool = False,
     block_elements: int | None = None,
 ) -> RowStats:
     """Log-prob, entropy and normalisers of each row, [C] each in `dtype`, in nats.
 
     raw_logits: [C, V], not changed. targets: [C] int64. Inverse temperatures: a number or [C].
-    squares: give the sum of squared probabilities, too. block_elements: most elements of a scratch
-    buffer; None takes all rows at once.
+    squares: give the sum of squared probabilities, too. logit_stats: give `logit_sum` and
+    `is_top1`, too. block_elements: most elements of a scratch buffer; None takes all rows at once.
     """
     columns: list[list[Tensor | None]] = []
     for rows, logits, work in _blocks(raw_logits, dtype, 2, block_elements):
         _to_logits(raw_logits[rows], logit_map, logits)
         max_logit = logits.amax(1, keepdim=True)  # [B, 1]
+        logit_sum = logits.sum(1) if logit_stats else None
+        # argmax is the first of the largest.
+        is_top1 = (logits.argmax(1) == targets[rows]).to(dtype) if logit_stats else None
         centred = logits.sub_(max_logit)
         target = _at_targets(centred, targets[rows])  # [B, 1], before the floor: may be -inf
         centred.clamp_(min=_FLOOR)
@@ -51,7 +55,8 @@ def row_stats(
         # H = log_sum - E[tempered]
         entropy = log_sum - weights.mul_(tempered).sum(1).div_(total)
         logprob = (target * inverse).squeeze(1) - log_sum
-        columns.append([logprob, entropy, max_logit.squeeze(1), log_sum, *second, sum_squares])
+        more = sum_squares, logit_sum, is_top1
+        columns.append([logprob, entropy, max_logit.squeeze(1), log_sum, *second, *more])
     joined = [
         None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
         for parts in zip(*columns, strict=True)

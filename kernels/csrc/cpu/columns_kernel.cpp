@@ -51,6 +51,8 @@ __attribute__((always_inline)) inline Floats logits_of(const AepoLogits& logits,
 struct Band {
   float max[kBand], inverse[kBand], second_inverse[kBand];
   double weights[kBand] = {}, tempered[kBand] = {}, squares[kBand] = {}, second[kBand] = {};
+  double logits[kBand] = {};  // their sums
+  bool is_top1[kBand] = {};
 
   Band(const AepoLogits& logits, std::int64_t row) {
     for (std::int64_t i = 0; i < kBand; ++i) {
@@ -67,6 +69,8 @@ struct Band {
     state.max = max[i];
     state.first = {weights[i], tempered[i], squares[i]};
     state.second.weights = second[i];
+    state.logits = logits[i];
+    state.is_top1 = is_top1[i];
     return state;
   }
 
@@ -93,9 +97,25 @@ void add(double* sums, Floats more) {
   for (int lane = 0; lane < kLanes; ++lane) sums[lane] += more[lane];
 }
 
+// Adds a run's logits, a vector for each column from `start` on. largest: of this run and before.
+void add_logits(const AepoLogits& logits, const Floats* block, Floats largest, std::int64_t row,
+                std::int64_t count, std::int64_t start, std::int64_t end, std::int64_t first,
+                Band& band) {
+  Floats sums{};
+  for (std::int64_t i = 0; i < end - start; ++i) sums += block[i];
+  add(band.logits + first, sums);
+  for (std::int64_t lane = 0; lane < std::min<std::int64_t>(kLanes, count); ++lane) {
+    if (!(largest[lane] > band.max[first + lane])) continue;
+    const std::int64_t target = logits.targets[row + lane];
+    std::int64_t i = start;  // becomes the place of the first of the largest
+    while (i < end - 1 && block[i - start][lane] != largest[lane]) ++i;
+    band.is_top1[first + lane] = i == target;
+  }
+}
+
 // Adds columns `start` to `end` of the vector of rows from `row` on. first: the row within the
 // band.
-void add_run(const AepoLogits& logits, bool squares, std::int64_t row, std::int64_t count,
+void add_run(const AepoLogits& logits, const AepoStats& stats, std::int64_t row, std::int64_t count,
              std::int64_t start, std::int64_t end, std::int64_t first, Band& band) {
   Floats block[kRun], largest = load(band.max + first);
   for (std::int64_t column = start; column < end; ++column) {
@@ -103,6 +123,10 @@ void add_run(const AepoLogits& logits, bool squares, std::int64_t row, std::int6
     const Floats value = logits_of(logits, column, row, count);
     block[column - start] = value;
     largest = largest < value ? value : largest;
+  }
+  const bool squares = stats.sum_squares != nullptr;
+  if (stats.logit_sum != nullptr) {
+    add_logits(logits, block, largest, row, count, start, end, first, band);
   }
   band.raise(first, largest);
   // While all logits are -inf, the base is finite, so that a NaN among them still gets into the
@@ -131,15 +155,15 @@ void add_run(const AepoLogits& logits, bool squares, std::int64_t row, std::int6
 
 // The running statistics of one block of columns for a band of rows. numbers: the block's, [rows,
 // kStateSize].
-void stats_of_task(const AepoLogits& logits, bool squares, std::int64_t block, std::int64_t row,
-                   double* numbers) {
+void stats_of_task(const AepoLogits& logits, const AepoStats& stats, std::int64_t block,
+                   std::int64_t row, double* numbers) {
   Band band(logits, row);
   const std::int64_t stop = std::min(row + kBand, logits.rows);
   const std::int64_t last = std::min((block + 1) * kBlock, logits.vocab);
   for (std::int64_t start = block * kBlock; start < last; start += kRun) {
     const std::int64_t end = std::min(start + kRun, last);
     for (std::int64_t first = row; first < stop; first += kLanes) {
-      add_run(logits, squares, first, stop - first, start, end, first - row, band);
+      add_run(logits, stats, first, stop - first, start, end, first - row, band);
     }
   }
   for (std::int64_t index = row; index < stop; ++index) {
@@ -151,6 +175,8 @@ RowState merged(const AepoLogits& logits, std::int64_t index, RowState state, Ro
   const float inverse = logits.inv_temperature[index];
   const bool has_second = logits.second_inv_temperature != nullptr;
   const float second_inverse = has_second ? logits.second_inv_temperature[index] : 1;
+  state.logits += more.logits;
+  if (more.max > state.max) state.is_top1 = more.is_top1;
   if (more.max > state.max) state.raise(more.max, inverse, second_inverse);
   if (state.max > more.max) more.raise(state.max, inverse, second_inverse);
   state.first.weights += more.first.weights;
@@ -163,7 +189,7 @@ RowState merged(const AepoLogits& logits, std::int64_t index, RowState state, Ro
 int row_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState& known,
               const AepoKept& kept) {
   if (logits.dtype != kBFloat16 || logits.base != nullptr || kept.logits != nullptr) return 1;
-  const bool is_whole = known.numbers == nullptr, squares = stats.sum_squares != nullptr;
+  const bool is_whole = known.numbers == nullptr;
   const bool is_first = is_whole || known.is_first, is_last = is_whole || known.is_last;
   const std::int64_t blocks = (logits.vocab + kBlock - 1) / kBlock;
   const std::unique_ptr<double[]> parts(new double[blocks * logits.rows * kStateSize]);
@@ -172,7 +198,7 @@ int row_stats(const AepoLogits& logits, const AepoStats& stats, const AepoState&
 #pragma omp for schedule(dynamic) collapse(2)
     for (std::int64_t block = 0; block < blocks; ++block) {
       for (std::int64_t row = 0; row < logits.rows; row += kBand) {
-        stats_of_task(logits, squares, block, row, &parts[block * logits.rows * kStateSize]);
+        stats_of_task(logits, stats, block, row, &parts[block * logits.rows * kStateSize]);
       }
     }
 #pragma omp for schedule(static)

@@ -42,6 +42,8 @@ struct Sums {
 struct RowState {
   float max = -std::numeric_limits<float>::infinity(), target = 0;
   Sums first, second;
+  double logits = 0;  // their sum
+  bool is_top1 = false;
 
   void raise(float found, float inverse, float second_inverse) {  // to a larger maximum
     if (first.weights > 0) {
@@ -58,12 +60,15 @@ struct RowState {
     state.target = float(from[1]);
     state.first = {from[2], from[3], from[4]};
     state.second.weights = from[5];
+    state.logits = from[6];
+    state.is_top1 = from[7] != 0;
     return state;
   }
 
   void write(double* to) const {
-    const double numbers[kStateSize] = {max,           target,        first.weights,
-                                        first.tempered, first.squares, second.weights};
+    const double numbers[kStateSize] = {max,           target,         first.weights,
+                                        first.tempered, first.squares, second.weights,
+                                        logits,        double(is_top1)};
     std::copy(numbers, numbers + kStateSize, to);
   }
 };
@@ -79,6 +84,10 @@ inline void finish_row(const AepoLogits& logits, const AepoStats& stats, std::in
   if (stats.sum_squares != nullptr) {
     const double weights = state.first.weights;
     stats.sum_squares[index] = float(state.first.squares / (weights * weights));
+  }
+  if (stats.logit_sum != nullptr) {
+    stats.logit_sum[index] = float(state.logits);
+    stats.is_top1[index] = state.is_top1;
   }
   if (logits.second_inv_temperature != nullptr) {
     const double second_log_sum = std::log(state.second.weights);

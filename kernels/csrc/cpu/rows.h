@@ -28,10 +28,12 @@ struct AepoLogits {
 };
 
 // Statistics of each row, [rows]: log_sum = log sum_j exp((z_j - max) / T), and
-// sum_squares = sum_j p_j^2.
+// sum_squares = sum_j p_j^2. logit_sum = sum_j z_j and is_top1 come both or not at all. is_top1 is 1
+// where the target is the first of the row's largest logits, and 0 elsewhere.
 struct AepoStats {
   float *logprob, *entropy, *max_logit, *log_sum;
   float *second_logprob, *second_log_sum, *sum_squares;
+  float *logit_sum, *is_top1;
 };
 
 // Running statistics of rows, [rows, kStateSize], for rows that come one slice of columns per call.
@@ -42,7 +44,7 @@ struct AepoState {
   double* numbers;  // null: these are whole rows
   std::int32_t is_first, is_last;
 };
-constexpr int kStateSize = 6;
+constexpr int kStateSize = 8;
 
 // Stashed logits, fp16 [rows, vocab]: z - base, until the gradient needs them. base, fp32 [rows],
 // is a row's largest logit so far, so that fp16 rounds the largest logits least.

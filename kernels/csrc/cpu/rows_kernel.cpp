@@ -69,6 +69,25 @@ Sums block_sums(const Floats* block, std::int64_t count, float max, float invers
   return {sum(weights), sum(tempered), sum(squared)};
 }
 
+// The sum of a block's first `count` logits.
+double logit_sum(const Floats* block, std::int64_t count) {
+  Floats sums[kParts] = {};
+  const std::int64_t whole = count / kLanes;
+  for (std::int64_t i = 0; i < whole; ++i) sums[i % kParts] += block[i];
+  for (std::int64_t lane = 0; lane < count % kLanes; ++lane) {
+    sums[whole % kParts][lane] += block[whole][lane];
+  }
+  return sum(sums);
+}
+
+// Whether a block's logit at `place` is the first one of this size.
+bool is_first_of(const Floats* block, std::int64_t place, float size) {
+  const auto at = [block](std::int64_t i) { return block[i / kLanes][i % kLanes]; };
+  std::int64_t first = 0;
+  while (first < place && at(first) != size) ++first;
+  return first == place && at(place) == size;
+}
+
 template <typename Value>
 void add_columns(const AepoLogits& logits, const AepoStats& stats, std::int64_t index,
                  bool is_first, RowState& state) {
@@ -91,6 +110,12 @@ void add_columns(const AepoLogits& logits, const AepoStats& stats, std::int64_t 
       }
     }
     const float found = maximum(largest);
+    if (stats.logit_sum != nullptr) {
+      const std::int64_t place = logits.targets[index] - start;
+      const bool is_here = place >= 0 && place < end - start;
+      state.logits += logit_sum(block, end - start);
+      if (found > max) state.is_top1 = is_here && is_first_of(block, place, found);
+    }
     if (found > max) {
       if (first.weights > 0) {
         const double shift = double(max) - double(found);

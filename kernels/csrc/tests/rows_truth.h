@@ -36,7 +36,7 @@ struct Law {
 
 struct RowTruth {
   std::vector<Bounded> z;
-  Bounded max;
+  Bounded max, logit_sum;
   Law first, second;
 };
 
@@ -74,6 +74,18 @@ inline Bounded max_of(const std::vector<Bounded>& z) {
     lowest = std::fmax(lowest, one.value - one.off);
   }
   return {max, std::fmax(highest - max, max - lowest)};
+}
+
+inline Bounded sum_of(const std::vector<Bounded>& z) {
+  Bounded sum;
+  double size = 0;
+  for (const Bounded& one : z) {
+    sum.value += one.value;
+    sum.off += one.off;
+    size += std::fabs(one.value);
+  }
+  sum.off += kAdds * size + kUnit * std::fabs(sum.value);
+  return in_range(sum);
 }
 
 inline Law law_of(const std::vector<Bounded>& z, Bounded max, double inverse, std::int64_t target) {
@@ -123,6 +135,7 @@ inline RowTruth truth_of(const AepoLogits& logits, const std::vector<float>& pro
     row.z.push_back(logit_of(products[index * logits.vocab + column], logits, column));
   }
   row.max = max_of(row.z);
+  row.logit_sum = sum_of(row.z);
   row.first = law_of(row.z, row.max, logits.inv_temperature[index], logits.targets[index]);
   if (logits.second_inv_temperature != nullptr) {
     const double inverse = logits.second_inv_temperature[index];

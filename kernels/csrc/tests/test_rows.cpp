@@ -4,6 +4,7 @@
 // access; rows are an odd number of elements apart and start where no vector would, with NaN
 // between them.
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -46,6 +47,7 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
+// squares: ask for the sum of squared probabilities, and for the logits' own statistics.
 struct Options {
   const char* name;
   bool bias = false, second = false, squares = false, only_logprob = false, bias_grad = false;
@@ -54,6 +56,7 @@ struct Options {
 };
 
 constexpr AepoKept kNowhere{};
+constexpr int kStats = 9;         // of AepoStats
 constexpr std::int64_t kKinds = 6;  // of rows
 constexpr std::int64_t kSizes[] = {1, 7, 15, 16, 17, 31, 2047, 2048, 2049, 5003};
 constexpr float kInverse[kKinds] = {1, 0.5f, 1 / 0.7f, 2, 1, 0.7f};
@@ -81,7 +84,7 @@ std::vector<float> products_of(std::int64_t rows, std::int64_t vocab, std::int32
 
 // What one call of both operations needs and gives, for one number of threads.
 struct Run {
-  std::vector<float> stats[7];
+  std::vector<float> stats[kStats];
   Buffer out, by_rows;
   std::vector<float> bias_grad;
 };
@@ -126,7 +129,8 @@ struct Case {
         products.set(strides.at(row, column), values[row * vocab + column]);
         values[row * vocab + column] = products.get(strides.at(row, column));  // as rounded
       }
-      targets.push_back(row == 3 ? -1 : (row * 7919 + 6) % vocab);
+      const std::int64_t first = first_largest(row), other = (row * 7919 + 6) % vocab;
+      targets.push_back(row == 3 ? -1 : row == 1 || row % kKinds == 5 ? first : other);
       inverse.push_back(kInverse[row % kKinds]);
       second_inverse.push_back(kSecondInverse[row % kKinds]);
       for (auto& coef : coefs) coef.push_back(normal(random));
@@ -143,12 +147,18 @@ struct Case {
     if (options.second) given.second_logprob = coefs[3].data();
   }
 
+  std::int64_t first_largest(std::int64_t row) const {
+    const float* from = values.data() + row * vocab;
+    return std::max_element(from, from + vocab) - from;
+  }
+
   AepoStats stats_into(Run& run) {
     auto* stat = run.stats;
-    for (int number = 0; number < 7; ++number) stat[number].assign(rows, NAN);
+    for (int number = 0; number < kStats; ++number) stat[number].assign(rows, NAN);
     return {stat[0].data(), stat[1].data(), stat[2].data(), stat[3].data(),
             options.second ? stat[4].data() : nullptr, options.second ? stat[5].data() : nullptr,
-            options.squares ? stat[6].data() : nullptr};
+            options.squares ? stat[6].data() : nullptr, options.squares ? stat[7].data() : nullptr,
+            options.squares ? stat[8].data() : nullptr};
   }
 
   // The statistics alone, from the same logits a slice of columns after the other.
@@ -204,7 +214,7 @@ struct Case {
     const AepoState state{};
     const AepoKept kept{halves.at(0), stride, bases.data()};
     expect(aepo_row_stats(&logits, &stats, &state, &kept, isa) == 0, name, isa);
-    for (int i = 0; i < 7; ++i) expect(same(whole.stats[i], run.stats[i]), name + ": stats", i);
+    for (int i = 0; i < kStats; ++i) expect(same(whole.stats[i], run.stats[i]), name + ": stats", i);
     for (std::int64_t row = 0; row < rows; ++row) {
       expect(bases[row] == stats.max_logit[row], name + ": base", bases[row]);
       bool has_largest = false;
@@ -255,7 +265,12 @@ struct Case {
       stat(3, one.log_sum, ", log_sum");
       if (options.second && targets[row] >= 0) stat(4, two.logprob, ", second logprob");
       if (options.second) stat(5, two.log_sum, ", second log_sum");
-      if (options.squares) stat(6, one.squares, ", squares");
+      if (!options.squares) continue;
+      stat(6, one.squares, ", squares");
+      stat(7, truth[row].logit_sum, ", sum of logits");
+      if (options.bias || options.softcap != 0) continue;  // what is largest depends on roundings
+      const bool is_top1 = first_largest(row) == targets[row];
+      expect(run.stats[8][row] == is_top1, name + ", is_top1", double(row));
     }
   }
 
@@ -322,11 +337,11 @@ void numbers(const Options& options, std::int64_t vocab, std::int32_t in, std::i
       Run other = test.run_sliced(isa, slice);
       test.check_stats(other, truth, name + ", slices of " + std::to_string(slice));
       if (slice % 2048 != 0 && slice < vocab) continue;  // sums in another order
-      for (int i = 0; i < 7; ++i) expect(same(one.stats[i], other.stats[i]), name, double(slice));
+      for (int i = 0; i < kStats; ++i) expect(same(one.stats[i], other.stats[i]), name, double(slice));
     }
     for (const std::int32_t threads : {2, 8}) {
       const Run other = test.run(isa, threads);
-      for (int i = 0; i < 7; ++i) expect(same(one.stats[i], other.stats[i]), name, threads);
+      for (int i = 0; i < kStats; ++i) expect(same(one.stats[i], other.stats[i]), name, threads);
       expect(one.out.bytes == other.out.bytes, name + ": threads", threads);
       expect(one.by_rows.bytes == other.by_rows.bytes, name + ": threads", threads);
       expect(same(one.bias_grad, other.bias_grad), name + ": threads", threads);
@@ -345,7 +360,8 @@ void nan_stays(std::int64_t vocab, std::int64_t from, float before) {
     for (std::int32_t isa = 0; aepo_isa_runs(isa); ++isa) {
       const AepoLogits logits{row.data(), kFloat32, 1, 1, vocab, vocab, 1, &target,
                               &one, nullptr, nullptr, 0, 1, nullptr, nullptr};
-      const AepoStats stats{&stat[0], &stat[1], &stat[2], &stat[3], nullptr, nullptr, nullptr};
+      const AepoStats stats{&stat[0], &stat[1], &stat[2], &stat[3], nullptr, nullptr, nullptr,
+                            nullptr, nullptr};
       const AepoState whole{};
       aepo_row_stats(&logits, &stats, &whole, &kNowhere, isa);
       const AepoCoefs coefs{&one, nullptr, nullptr, nullptr};
@@ -365,7 +381,7 @@ void nan_stays(std::int64_t vocab, std::int64_t from, float before) {
 
 int main() {
   const Options all_options[] = {
-      {"plain"},
+      {"plain", false, false, true},
       {"logprob", false, false, false, true},
       {"bias", true, false, true, false, true},
       {"softcap", false, false, true, false, false, 30},

@@ -69,7 +69,7 @@ def gemm_dtype(case: Draw) -> torch.dtype:
 
 
 def truth(case: Draw, noise: int | None = None) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Log-prob, entropy, second log-prob, lse and sum of squares, and the leaves, in float64.
+    """The outputs of `rows` but its normalisers, and the leaves, in float64.
 
     With `noise`, a seed, what the kernels write between their steps is off by its largest rounding.
     """
@@ -100,7 +100,7 @@ def truth(case: Draw, noise: int | None = None) -> tuple[list[Tensor | None], li
         _column(options.get("second_temperature")),
     )
     if noise is None:
-        outputs = rows(logits, row)[:5]
+        outputs = rows(logits, row)[:-2]
     else:
         stats = F64 if dtype == F64 else F32
         outputs = Rows.apply(logits, row, unit_of(case, stats), _UNITS[stats], dtype, generator)
@@ -123,7 +123,10 @@ def _column(temperature: Any) -> Any:
 def rows(
     x: Tensor, row: _RowOptions, kept: Callable[[Tensor], Tensor] = lambda x: x
 ) -> tuple[Tensor | None, ...]:
-    """The five outputs of logits x, [N, V], before their cap; then both normalisers, [N, 1].
+    """The outputs of logits x, [N, V], before their cap; then both normalisers, [N, 1].
+
+    The outputs are log-prob, entropy, second log-prob, lse, sum of squares, mean of logits / T, and
+    the target's logit less the largest other one.
 
     kept: rounds a number that a register of the statistics' dtype holds.
     """
@@ -138,8 +141,10 @@ def rows(
     finite = logp.masked_fill(logp == -torch.inf, 0.0)  # 0 times -inf is not 0
     weights = finite.exp().masked_fill(logp == -torch.inf, 0.0)
     logprob, entropy = logp.gather(1, row.targets)[:, 0], -(weights * finite).sum(-1)
-    squares = weights.square().sum(-1)
-    return logprob, entropy, second, lse[:, 0], squares, lse, second_lse
+    squares, mean = weights.square().sum(-1), first.mean(-1)
+    others = logits.scatter(1, row.targets, -torch.inf).amax(-1)
+    lead = logits.gather(1, row.targets)[:, 0] - others
+    return logprob, entropy, second, lse[:, 0], squares, mean, lead, lse, second_lse
 
 
 class Rows(torch.autograd.Function):
@@ -161,12 +166,12 @@ class Rows(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.more = row, walk, unit, dtype, generator
         ctx.x, ctx.results = x, rows(x, row, lambda x: _off(x, 2 * unit, generator))
-        return ctx.results[:5]
+        return ctx.results[:-2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         row, walk, unit, dtype, generator = ctx.more
-        _, entropy, _, _, _, lse, second_lse = ctx.results
+        entropy, lse, second_lse = ctx.results[1], *ctx.results[-2:]
         by_logprob, by_entropy, by_second, by_lse = (
             torch.zeros_like(lse) if grad is None else grad[:, None] for grad in grads[:4]
         )

@@ -60,9 +60,9 @@ def all_coefs(num_rows: int, second: bool) -> RowCoefs:
 
 
 def check_stats(case: dict[str, Any]) -> None:
-    truth = torch_rows.row_stats(**wide(case), dtype=torch.float64)
-    base = torch_rows.row_stats(**case, dtype=torch.float32)
-    actual = triton_rows.row_stats(**case, dtype=torch.float32)
+    truth = torch_rows.row_stats(**wide(case), dtype=torch.float64, logit_stats=True)
+    base = torch_rows.row_stats(**case, dtype=torch.float32, logit_stats=True)
+    actual = triton_rows.row_stats(**case, dtype=torch.float32, logit_stats=True)
     for name, ours, theirs, exact in zip(RowStats._fields, actual, base, truth, strict=True):
         assert (ours is None) == (exact is None), name
         if ours is not None:

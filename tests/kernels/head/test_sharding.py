@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from aepo_kernels import VocabShard, backends, linear_logprob
+from tests.kernels.head.test_logit_stats import at_largest, check
 from tests.kernels.head.test_lora import SCALE, factors, merged
 from tests.kernels.head.test_token_loss import by_autograd, grpo_like, make_columns, run
 from tests.kernels.oracle import (
@@ -45,13 +46,15 @@ def work(rank: int, world_size: int, folder: str, row_kernels: str) -> None:
         backends.row_operations = lambda hidden: triton_rows
     results: dict[str, Any] = {}
     for option in OPTIONS[row_kernels]:
-        case = make_case(60, 32, 1000, option=option)
+        case = at_largest(make_case(60, 32, 1000, option=option))
         part, shard = shard_of(case, BOUNDS[world_size], rank)
-        output = linear_logprob(
-            part.hidden, part.weight, part.targets, **part.keywords(), shard=shard, chunk_tokens=25
-        )
+        more = {"shard": shard, "chunk_tokens": 25, "mean_logits": True, "is_top1": True}
+        inputs = part.hidden, part.weight, part.targets
+        output = linear_logprob(*inputs, **part.keywords(), **more)
+        check(case, output, atol=1e-4 if option == "shift_down" else 1e-5)
         grads = weighted_gradients(part, output[:4], output_weights(60))
         results[f"logprob {option}"] = [x if x is None else x.detach() for x in output[:4]], grads
+        case = make_case(60, 32, 1000, option=option)
         part, shard = shard_of(case, BOUNDS[world_size], rank)
         output = run(part, grpo_like, *make_columns(case), shard=shard, chunk_tokens=25)
         output.loss.backward()
@@ -61,8 +64,22 @@ def work(rank: int, world_size: int, folder: str, row_kernels: str) -> None:
         output.loss.backward()
         results[f"slices {option}"] = output.loss.detach(), [x.grad for x in part.tensors()]
     results["lora"] = with_lora(rank, world_size)
+    with_equal_logits(rank, world_size)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def with_equal_logits(rank: int, world_size: int) -> None:
+    # The largest logit is there once for each rank, and twice on the first.
+    weight = torch.zeros(1000, 1)
+    largest = torch.tensor([5, 7, *(end - 1 for end in BOUNDS[world_size][2:])])
+    weight[largest] = 2.0
+    case = Case(torch.ones(len(largest), 1), weight, largest)
+    part, shard = shard_of(case, BOUNDS[world_size], rank)
+    inputs = part.hidden, part.weight, part.targets
+    output = linear_logprob(*inputs, shard=shard, is_top1=True)
+    assert output.is_top1 is not None
+    assert output.is_top1.tolist() == [True] + [False] * (len(largest) - 1)
 
 
 def with_lora(rank: int, world_size: int) -> list[torch.Tensor]:
@@ -95,7 +112,7 @@ def test_ranks_together_match_the_whole(world_size: int, row_kernels: str, tmp_p
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for option in OPTIONS[row_kernels]:
         case = make_case(60, 32, 1000, option=option)
-        check_logprob(case, [rank[f"logprob {option}"] for rank in ranks])
+        check_logprob(at_largest(case), [rank[f"logprob {option}"] for rank in ranks])
         check_loss(case, [rank[f"loss {option}"] for rank in ranks])
         check_loss(case, [rank[f"slices {option}"] for rank in ranks])
     check_lora([rank["lora"] for rank in ranks])
