@@ -270,16 +270,13 @@ def logits_materialised(
 
 def trl_chunked(policy: Policy, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy [N] by TRL's function over the completion tokens' hidden states."""
-    head = policy.head
     logprob, entropy = trl.scores(
         policy.hidden(batch),
-        head.weight,
+        policy.weight,
         batch.targets.to(policy.device),
         1.0,
         wants_entropy=True,
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
+        **policy.head,
     )
     assert entropy is not None
     return logprob, entropy.detach()
