@@ -35,7 +35,10 @@ def head_arguments(model: Any) -> tuple[Tensor, dict[str, Any]]:
     if hasattr(linear, "lora_A"):
         linear, lora = _without_lora(linear)
     if not isinstance(linear, nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear head but {type(linear).__name__}")
+        kind = type(linear).__name__
+        if hasattr(linear, "base_layer"):  # peft's names are those of what it wraps
+            kind = f"{type(linear).__module__}.{kind}"
+        raise ValueError(f"{type(model).__name__} has no linear head but {kind}")
     weight = linear.weight
     if not weight.is_floating_point():
         raise ValueError(
