@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from aepo_kernels import VocabShard
-from aepo_kernels.integrations import seams
+from aepo_kernels.integrations import check, seams
 from aepo_kernels.integrations import verl as ours
 from aepo_kernels.integrations.tiny_models import VOCAB, tiny_model
 from tests.kernels.fuzz.ranks import in_ranks
@@ -138,3 +138,11 @@ def test_older_and_unknown_versions_are_refused_by_name(monkeypatch: pytest.Monk
     monkeypatch.setattr(seams.metadata, "version", lambda _: "0.8.0")
     with pytest.raises(ImportError, match="verl 0.8.0 is older than 0.9"):
         ours.install()
+
+
+def test_the_check_shows_what_verl_s_own_head_leaves_out() -> None:
+    found = {name: check.compare(name, torch.float32, 0.7) for name in ("llama", "gemma2")}
+    for errors_of in found.values():
+        assert not check.is_off(errors_of, torch.float32)
+        assert isinstance(errors_of["verl"], check.Errors)
+    assert found["llama"]["verl"].logprob < 1e-5 < 0.1 < found["gemma2"]["verl"].logprob  # type: ignore[union-attr]
