@@ -16,6 +16,9 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _MULTIPLY_BY_DIVISOR = ("hyperclovax",)
 _WITHOUT_LOGIT_SCALE = ("mpt",)
 
+# Where torch.compile, DDP and DeepSpeed, and FSDP1 keep what they wrap.
+_WRAPPED = "_orig_mod", "module", "_fsdp_wrapped_module"
+
 
 def head_arguments(model: Any) -> tuple[Tensor, dict[str, Any]]:
     """The weight of a model's head, [V, H], and the keyword arguments that both functions need.
@@ -66,21 +69,21 @@ def backbone_of(model: Any) -> Any:
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside DDP, torch.compile or a PeftModel.
+    """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile or peft's PeftModel.
 
-    Raises ValueError for what has no output embedding.
+    Raises ValueError for what is no model with an output embedding.
     """
-    model = getattr(model, "_orig_mod", model)
-    while not hasattr(model, "get_output_embeddings") and isinstance(
-        getattr(model, "module", None), nn.Module
-    ):
-        model = model.module
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if not hasattr(model, "get_output_embeddings"):
-        reason = "is no transformers model: it has no get_output_embeddings()"
-        raise ValueError(f"{type(model).__name__} {reason}; pass weight and settings by hand")
+    # Wrappers hand attributes through, so what counts is the class.
+    while not hasattr(type(model), "get_output_embeddings"):
+        parts = getattr(model, "_modules", {})
+        inner = [parts[name] for name in _WRAPPED if isinstance(parts.get(name), nn.Module)]
+        if inner:
+            model = inner[0]
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            reason = "is no transformers model: it has no get_output_embeddings()"
+            raise ValueError(f"{type(model).__name__} {reason}; pass weight and settings by hand")
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
@@ -35,6 +36,14 @@ def check_version(distribution: str, oldest: str) -> str:
     return found
 
 
+def installed_version(distribution: str) -> str:
+    """The version of a peer that is installed from its repository, or "from source"."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "from source"
+
+
 def check_parameters(function: Callable[..., Any], names: Sequence[str], where: str) -> None:
     """Raise ImportError unless a function's parameters are these, in this order."""
     found = list(inspect.signature(function).parameters)
@@ -42,6 +51,22 @@ def check_parameters(function: Callable[..., Any], names: Sequence[str], where: 
         reason = f"takes ({', '.join(found)}) and not ({', '.join(names)})"
         fix = "this version of the peer is not known; use head_arguments and linear_logprob"
         raise ImportError(f"{where} {reason}; {fix}")
+
+
+def check_first_parameters(function: Callable[..., Any], names: Sequence[str], where: str) -> None:
+    """As `check_parameters`, but more parameters with defaults may follow."""
+    parameters = list(inspect.signature(function).parameters.values())
+    more = parameters[len(names) :]
+    if [p.name for p in parameters[: len(names)]] != list(names) or any(
+        p.default is p.empty for p in more
+    ):
+        check_parameters(function, names, where)
+
+
+def modules_with(prefix: str, name: str, value: Any) -> list[Any]:
+    """A peer's modules that hold a function under its name, whoever imported it from where."""
+    found = [module for key, module in list(sys.modules.items()) if key.startswith(prefix)]
+    return [module for module in found if vars(module).get(name) is value]
 
 
 def replace(owner: Any, name: str, value: Any, peer: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from contextvars import ContextVar
 from typing import Any
 
@@ -58,7 +57,7 @@ def install() -> str:
         known = _knowing_the_head(getattr(forwards, name))
         replaced.append(seams.replace(forwards, name, known, _PEER))
     own = megatron.linear_cross_entropy
-    for module in _modules_with("linear_cross_entropy", own):
+    for module in seams.modules_with("verl.", "linear_cross_entropy", own):
         replaced.append(seams.replace(module, "linear_cross_entropy", linear_cross_entropy, _PEER))
     return f"verl {version}: {', '.join(replaced)}"
 
@@ -148,9 +147,3 @@ def _knowing_the_head(forward: Any) -> Any:
             _arguments.reset(token)
 
     return wrapper
-
-
-def _modules_with(name: str, value: Any) -> list[Any]:
-    """verl's modules that hold a function under its name, whoever imported it from where."""
-    found = [module for key, module in list(sys.modules.items()) if key.startswith("verl.")]
-    return [module for module in found if vars(module).get(name) is value]

@@ -59,11 +59,15 @@ def test_settings_are_read_from_the_config(name: str) -> None:
     assert (arguments["logit_scale"], arguments["softcap"]) == SETTINGS[name]
 
 
-def with_config(head: nn.Module | None, **settings: Any) -> Any:
+class Described:
     """As little of a model as `head_arguments` looks at."""
-    config = SimpleNamespace(to_dict=lambda: settings)
-    config.get_text_config = lambda: config
-    return SimpleNamespace(get_output_embeddings=lambda: head, config=config)
+
+    def __init__(self, head: nn.Module | None, **settings: Any) -> None:
+        self.head, self.config = head, SimpleNamespace(to_dict=lambda: settings)
+        self.config.get_text_config = lambda: self.config
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.head
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def with_config(head: nn.Module | None, **settings: Any) -> Any:
     ],
 )
 def test_every_spelling_of_a_scale_and_a_cap(settings: dict, expected: tuple) -> None:
-    _, arguments = head_arguments(with_config(nn.Linear(4, 9), **settings))
+    _, arguments = head_arguments(Described(nn.Linear(4, 9), **settings))
     assert (arguments["logit_scale"], arguments["softcap"]) == expected
 
 
@@ -138,7 +142,7 @@ def partitioned() -> nn.Linear:
 )
 def test_heads_that_are_not_known_are_named(head: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        head_arguments(with_config(head))
+        head_arguments(Described(head))
 
 
 def test_importing_the_integrations_needs_torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
