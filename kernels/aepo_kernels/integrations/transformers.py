@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from aepo_kernels.api import linear_logprob
 from aepo_kernels.integrations.heads import (
@@ -63,7 +63,8 @@ def fuse_head(model: Any, temperature: float = 1.0, check: bool = True) -> Any:
     model = unwrapped(model)
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder; use linear_logprob")
-    head_arguments(model), backbone_of(model)  # what they refuse, they refuse now
+    for known in (head_arguments, backbone_of):  # what they refuse, they refuse now
+        known(model)
     if not is_fused(model):
         if "forward" in vars(model):
             reason = "has a forward of its own on the instance, which would hide the fused one"
@@ -156,12 +157,12 @@ def _balance_loss(model: Any, outputs: Any, mask: Tensor | None) -> tuple[Tensor
     backbone = backbone_of(model)
     function = getattr(sys.modules[type(backbone).__module__], "load_balancing_loss_func", None)
     names = "num_experts", "num_experts_per_tok", "router_aux_loss_coef"
-    experts, chosen, coefficient = (getattr(model, name, None) for name in names)
-    if function is None or None in (experts, chosen, coefficient):
+    settings: list[Any] = [getattr(model, name, None) for name in names]
+    if function is None or None in settings:
         reason = f"the auxiliary loss of {type(model).__name__} is not known"
         raise ValueError(f"output_router_logits = True: {reason}; set it to False")
-    balance = function(outputs.router_logits, experts, chosen, mask)
-    return balance.to(outputs.last_hidden_state.device), coefficient
+    balance = function(outputs.router_logits, settings[0], settings[1], mask)
+    return balance.to(outputs.last_hidden_state.device), settings[2]
 
 
 @functools.cache
@@ -196,7 +197,7 @@ def _fused_class(base: type) -> type:
 
 def _empty_fused(base: type) -> Any:
     """A fused model without its state, for copy and pickle."""
-    cls = _fused_class(base)
+    cls: Any = _fused_class(base)
     return cls.__new__(cls)
 
 
