@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,54 +16,9 @@ from tests.peers.heads import token_ids
 pytestmark = pytest.mark.peers
 
 
-def module(name: str, **members: Any) -> ModuleType:
-    """A module of a few members."""
-    made = ModuleType(name)
-    vars(made).update(members)
-    return made
-
-
-def index_first_axis(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    return values[indices]
-
-
-def unpad_input(values: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ...]:
-    indices = mask.flatten().nonzero()[:, 0]
-    return values.flatten(0, 1)[indices], indices, mask.sum(1).cumsum(0), None, None
-
-
-def pad_input(values: torch.Tensor, indices: torch.Tensor, rows: int, width: int) -> torch.Tensor:
-    whole = values.new_zeros(rows * width, *values.shape[1:]).index_copy(0, indices, values)
-    return whole.unflatten(0, (rows, width))
-
-
-def rearrange(values: torch.Tensor, pattern: str) -> torch.Tensor:
-    return values.flatten(0, 1)
-
-
-@pytest.fixture
-def actor_class(
-    bare_packages: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Any]:
-    padding = {
-        "index_first_axis": index_first_axis,
-        "pad_input": pad_input,
-        "rearrange": rearrange,
-        "unpad_input": unpad_input,
-    }
-    for made in (
-        module("flash_attn"),
-        module("flash_attn.bert_padding", **padding),
-        module("flash_attn.utils"),
-        module("flash_attn.utils.distributed", all_gather=None),
-        module("deepspeed"),
-    ):
-        monkeypatch.setitem(sys.modules, made.__name__, made)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    bare_packages("openrlhf", "openrlhf.models")
-    from openrlhf.models.actor import Actor
-
-    yield Actor
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    yield
     ours.uninstall()
 
 

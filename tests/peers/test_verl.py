@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -20,19 +20,10 @@ from tests.peers.heads import differentiate, errors, token_ids, truth
 
 pytestmark = pytest.mark.peers
 RANKS = ["first", "second"]
-PACKAGES = (
-    "verl",
-    "verl.utils",
-    "verl.utils.experimental",
-    "verl.utils.kernel",
-    "verl.models",
-    "verl.models.transformers",
-)
 
 
 @pytest.fixture(autouse=True)
-def _verl(bare_packages: Callable[..., None]) -> Iterator[None]:
-    bare_packages(*PACKAGES)
+def _verl(verl_packages: None) -> Iterator[None]:
     yield
     ours.uninstall()
 

@@ -62,13 +62,18 @@ class GemmaFusedOutputLinear(FusedOutputLinear):
         return self.scores(logits, labels, temperature)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_prime_rl_s_heads(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def put_prime_rl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """prime-rl's modules of heads, as far as `prime_rl.install` looks at them."""
     base = "prime_rl.trainer.models.layers.lm_head"
     put(monkeypatch, base, FusedOutputLinear=FusedOutputLinear)
     gemma = ModuleType(base + "_gemma")
     vars(gemma).update(GemmaFusedOutputLinear=GemmaFusedOutputLinear)
     monkeypatch.setitem(sys.modules, gemma.__name__, gemma)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_prime_rl_s_heads(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_prime_rl(monkeypatch)
     torch.manual_seed(0)
     head: Any = FusedOutputLinear(8, VOCAB, 512)
     if softcap is not None:
@@ -124,8 +129,14 @@ def forward_for_logprobs(
     return logprob, entropy.detach() if return_entropy else None
 
 
+def put_open_instruct(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """open-instruct's module with the function that `open_instruct.install` replaces."""
+    name = "open_instruct.grpo_utils"
+    return put(monkeypatch, name, forward_for_logprobs=forward_for_logprobs)
+
+
 def test_open_instruct_s_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    utils = put(monkeypatch, "open_instruct.grpo_utils", forward_for_logprobs=forward_for_logprobs)
+    utils = put_open_instruct(monkeypatch)
     user = ModuleType("open_instruct.grpo_fast")
     vars(user).update(forward_for_logprobs=forward_for_logprobs)
     monkeypatch.setitem(sys.modules, user.__name__, user)
