@@ -98,4 +98,5 @@ $(PEERS_STAMP): $(STAMP) Makefile
 	$(BIN)/pip install --quiet --no-deps --target .venv-peers/others $(OTHER_PEERS)
 	$(BIN)/pip install --quiet --no-deps --target .venv-peers/others --only-binary :all: openrlhf==0.11.2 \
 		|| echo "OpenRLHF has no wheel for this Python: its tests are skipped"
+	rm -rf .venv-peers/*/tests  # some wheels bring a package of this name
 	touch $@

@@ -19,6 +19,10 @@ from aepo_kernels.integrations.tiny_models import MODELS, VOCAB, tiny_model
 from tests.peers.heads import differentiate, errors, token_ids, truth
 
 pytestmark = pytest.mark.peers
+NEEDS_TOP1 = pytest.mark.skipif(
+    "mean_logits" not in inspect.signature(linear_logprob).parameters,
+    reason="linear_logprob has no mean_logits and is_top1",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +79,52 @@ def test_grpo_trains_as_with_its_own_head(tiny_model_dir: Path, tmp_path: Path) 
         # The first loss is a sum that cancels, of terms near 1.
         assert step == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert found[-1]["grad_norm"] > 0.1
+
+
+def run_offline(kind: str, model_dir: Path, folder: Path) -> list[dict[str, float]]:
+    """All metrics of each of 3 steps of TRL's SFT or DPO on the CPU."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    config = getattr(trl, f"{kind}Config")(
+        str(folder),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    rows: list[dict[str, str]] = [{"text": f"what is {i} and why {i * i}"} for i in range(8)]
+    if kind == "DPO":
+        rows = [{"prompt": f"is {i}", "chosen": f" {i * i}", "rejected": " no"} for i in range(8)]
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+    )
+    trainer.train()
+    return [
+        {name: value for name, value in entry.items() if isinstance(value, float)}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("SFT", marks=NEEDS_TOP1), "DPO"])
+def test_sft_and_dpo_report_the_same(kind: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    theirs = run_offline(kind, tiny_model_dir, tmp_path)
+    ours.install()
+    found = run_offline(kind, tiny_model_dir, tmp_path)
+    assert len(found) == 3 and len(found[0]) > 4
+    for step, expected in zip(found, theirs, strict=True):
+        assert step == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def scores_in_trl(name: str, temperature: float) -> Any:
@@ -148,10 +198,7 @@ def test_autocast_multiplies_in_its_dtype() -> None:
     assert torch.equal(found[0], expected.logprob) and found[2:] == (None, None, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(
-    "mean_logits" not in inspect.signature(linear_logprob).parameters,
-    reason="linear_logprob has no mean_logits and is_top1",
-)
+@NEEDS_TOP1
 def test_all_outputs_are_those_of_trl() -> None:
     from trl.trainer.utils import _ChunkedLogProbFunction
 
