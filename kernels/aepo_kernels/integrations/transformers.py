@@ -139,7 +139,8 @@ def label_logprobs(
         ignore_index=_IGNORED,
         **arguments,
     )
-    logprobs, entropy = found.logprob.view(targets.shape), found.entropy.view(targets.shape)
+    # FSDP2 hooks what a module returns; an in-place operation on a view would drop the hook.
+    logprobs, entropy = (x.view(targets.shape).clone() for x in (found.logprob, found.entropy))
     count: Any = num_items_in_batch
     if count is None:
         count = (targets != _IGNORED).sum().clamp(min=1)  # 0 and not NaN where nothing is labelled
