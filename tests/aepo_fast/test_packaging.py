@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Imported only where the user asked for it, after saying which extra it takes; or for a GPU, where
 # torch brings its triton.
-BY_CHOICE = {"tensorboard", "liger_kernel", "triton", "vllm"}
+BY_CHOICE = {"tensorboard", "liger_kernel", "triton", "trl", "vllm"}
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -34,7 +34,9 @@ def names(requirements: list[str]) -> set[str]:
 def imported_distributions(package: Path) -> set[str]:
     """Distributions whose modules the package's files import anywhere."""
     modules = set()
-    for path in package.rglob("*.py"):
+    # A module of integrations imports its peer when it is used.
+    paths = [path for path in package.rglob("*.py") if path.parent.name != "integrations"]
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 modules |= {alias.name.split(".")[0] for alias in node.names}
@@ -93,6 +95,27 @@ def test_without_the_train_extra_the_command_names_it(
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert "datasets not installed" in message and "pip install 'aepo-fast[train]'" in message
+
+
+def test_doctor_works_with_torch_alone() -> None:
+    hidden = set(entry._TRAIN_ONLY) | names(EXTRAS["train"]) | {"datasets", "huggingface_hub"}
+    modules = {name.replace("-", "_") for name in hidden - {"numpy", "sympy", "jinja2"}}
+    code = (
+        f"import sys\nfor name in {sorted(modules)}: sys.modules[name] = None\n"
+        "from aepo_fast import __main__ as entry\n"
+        "sys.argv = ['aepo-fast', 'doctor']\nentry.main()"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"aepo-fast {aepo_kernels.__version__}, Python ")
+    assert "  reference: works" in done.stdout and "typer" in done.stdout.splitlines()[-1]
+    assert done.stdout.rstrip().endswith("pip install 'aepo-fast[train]'")
+    command = [sys.executable, "-m", "aepo_kernels.doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stdout.startswith("aepo-kernels ") and "kernel backends" in done.stdout
 
 
 @pytest.mark.parametrize("compiler", [True, False])

@@ -12,7 +12,7 @@ from aepo_fast.model.packages import PACKAGES, converted_folder
 
 def test_backends_are_listed_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     status = {"chunked": None, "fused": "needs a GPU"}
-    monkeypatch.setattr(doctor, "backend_status", lambda: status)
+    monkeypatch.setattr("aepo_kernels.doctor.backend_status", lambda: status)
     report = doctor.report()
     assert "  chunked: works\n  fused: needs a GPU\n" in report
 
