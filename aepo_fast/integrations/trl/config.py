@@ -10,12 +10,10 @@ from trl import GRPOConfig
 
 from aepo_fast.config.errors import ConfigError, require
 from aepo_fast.config.method import AepoConfig, Controller, Form
+from aepo_fast.integrations.terms import FORMS
 from aepo_fast.method.credit import Aggregation
 
 PREFIX = "aepo_"
-
-# The forms that neither sample at T nor need a sample's group, nor change TRL's own policy loss.
-FORMS: tuple[Form, ...] = ("expected", "one_pass")
 
 # How TRL averages tokens with its loss types, where our aggregations have the same.
 AGGREGATIONS: dict[str, Aggregation] = {

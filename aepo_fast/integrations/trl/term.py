@@ -1,4 +1,4 @@
-"""AEPO's term for the tokens of one of TRL's micro-batches, made by the forms of `method`."""
+"""AEPO's part of the loss of one of TRL's micro-batches."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from aepo_fast.config.method import AepoConfig
+from aepo_fast.integrations.terms import token_terms
 from aepo_fast.method.credit import Aggregation
 from aepo_fast.method.forms import AepoForm, Clip
-from aepo_fast.method.tokens import StepContext, Tokens
 
 # Names in TRL's batch, [B] each but for the last, [B, C]: whether a sample is correct, the index of
 # its prompt, and the log-probs at T of the policy that sampled.
@@ -71,26 +71,18 @@ def aepo_term(
     """
     learns = loss_mask(inputs).bool()
     old = inputs.get("old_per_token_logps", logprob.detach())
-    column = {"positive": inputs[POSITIVE].unsqueeze(1).expand_as(logprob)[learns]}
-    if OLD_SECOND_LOGPROB in inputs:
-        column["old_second_logprob"] = inputs[OLD_SECOND_LOGPROB][learns]
-    tokens = Tokens(
-        logprob[learns],
-        old[learns],
-        entropy[learns],
-        None if second_logprob is None else second_logprob[learns],
-        column,
-    )
-    context = StepContext(
+    old_second = inputs.get(OLD_SECOND_LOGPROB)
+    term, rho = token_terms(
+        form,
+        logprob=logprob[learns],
+        old_logprob=old[learns],
+        entropy=entropy[learns],
+        second_logprob=None if second_logprob is None else second_logprob[learns],
+        old_second_logprob=None if old_second is None else old_second[learns],
+        positive=inputs[POSITIVE].unsqueeze(1).expand_as(logprob)[learns],
         temperature=temperature,
-        bonus_coef=0.0,
-        dcpo_mix=0.0,
-        aux_draws=0,
-        aux_positives=0,
-        num_minibatches=1,
+        clip=clip,
     )
-    rho = form.rho(tokens)
-    term = form.token_term(tokens, rho, context, clip)
     if term is None:
         return None, rho
     if "importance_sampling_ratio" in inputs:
