@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,24 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from aepo_fast.integrations.trl import AEPOConfig, AEPOTrainer
+from aepo_fast.integrations.trl.term import loss_mask
+from aepo_fast.samples import Completion, Sample
 
 PROMPTS = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(1, 5) for b in range(1, 5)])
 TARGET = 6.0
+
+# Rollouts of 16 samples: one update, two micro-batches an update, two updates, two passes of each,
+# two rollouts an update.
+WHOLE = dict(per_device_train_batch_size=16)
+HALVES = dict(per_device_train_batch_size=8, gradient_accumulation_steps=2)
+MINIBATCHES = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+MINIBATCHES |= dict(steps_per_generation=4)
+PASSES = HALVES | dict(num_iterations=2)
+TWO_ROLLOUTS = dict(per_device_train_batch_size=16, gradient_accumulation_steps=2)
+TWO_ROLLOUTS |= dict(steps_per_generation=1)
 
 
 def even_start(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -108,3 +122,43 @@ def run(
 def logged(trainer: AEPOTrainer, name: str) -> list[float]:
     """A metric of every step that logged it."""
     return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def sharp_model(tiny: Path, folder: Path) -> Path:
+    """The tiny model with larger logits: its entropies are about 4 nats, of 5.7 at most."""
+    shutil.copytree(tiny, folder)
+    model = LlamaForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(4)
+    model.save_pretrained(folder)
+    return folder
+
+
+class Truth:
+    """The policy of some weights in float64: log-probs of sampled tokens at any temperature."""
+
+    def __init__(self, model: Path, weights: dict[str, Tensor]) -> None:
+        self.model = LlamaForCausalLM.from_pretrained(model).double()
+        self.model.load_state_dict({name: value.double() for name, value in weights.items()})
+
+    def __call__(self, inputs: dict[str, Any], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies, [B, C]."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        length = inputs["completion_ids"].size(1)
+        logits = self.model(input_ids=ids, attention_mask=mask).logits[:, -length - 1 : -1]
+        logprob = torch.log_softmax(logits / temperature, -1)
+        entropy = -(logprob.exp() * logprob).sum(-1)
+        return logprob.gather(2, inputs["completion_ids"].unsqueeze(2)).squeeze(2), entropy
+
+
+def samples_of(batch: MicroBatch) -> list[Sample]:
+    """A micro-batch's samples as our trainer has them."""
+    found = []
+    mask = loss_mask(batch.inputs).bool()
+    rows = zip(batch.inputs["completion_ids"], mask, batch.inputs["aepo_prompt"], strict=True)
+    for ids, learns, prompt in rows:
+        kept = tuple(ids[learns].tolist())
+        completion = Completion((1,), kept, (0.0,) * len(kept), "stop", 1.0, 0)
+        found.append(Sample(completion, int(prompt), False, float(kept[0] % 2 == 0)))
+    return found
