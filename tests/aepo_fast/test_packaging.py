@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Imported only where the user asked for it, after saying which extra it takes; or for a GPU, where
-# torch brings its triton; or by what fits into another trainer, which the user then has.
+# torch brings its triton.
 BY_CHOICE = {"tensorboard", "liger_kernel", "triton", "trl", "vllm"}
 
 

@@ -16,7 +16,7 @@ if importlib.util.find_spec("trl") is None:
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl.trainer import utils
 
-from aepo_fast.integrations.trl.head import ScoringModel, add_second_temperature
+from aepo_fast.integrations.trl.head import ScoringModel, _Head, add_second_temperature
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 
@@ -114,3 +114,11 @@ def test_without_the_argument_the_forward_is_trl_s() -> None:
     assert plain.completions("second_log_probs", LENGTH) is None
     with pytest.raises(RuntimeError, match="TRL did not score"):
         ScoringModel(model, T).completions("log_probs", LENGTH)
+
+
+def test_a_weight_that_zero_3_takes_away_is_refused() -> None:
+    weight = torch.randn(V, 8).requires_grad_()
+    weight.ds_id = 1
+    head = _Head(torch.ones(1, 3, dtype=torch.bool), T)
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        head.apply(torch.randn(3, 8), weight, None, torch.tensor([1, 2, 3]), 1.0, 64)

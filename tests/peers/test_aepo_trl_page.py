@@ -22,7 +22,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "aepo-in-trl.md"
 def test_the_example_trains(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, _ = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S)
+    (text,) = re.findall(
+        r"^```python needs aepo_trl\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S
+    )
     assert len([line for line in text.splitlines() if line]) <= 30
     for old, new in (
         ("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_model_dir)),

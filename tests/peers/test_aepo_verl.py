@@ -146,7 +146,9 @@ def test_loss_and_gradient_are_verl_s_plus_the_term(
 
 
 def test_the_page_s_module_registers_the_loss(core: ModuleType) -> None:
-    _, text = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S)
+    (text,) = re.findall(
+        r"^```python needs aepo_verl\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S
+    )
     exec(compile(text, str(PAGE), "exec"), {})
     batch = Batch()
     with micro_batch(batch.extra):

@@ -77,6 +77,11 @@ class _Head:
         """The five results of TRL's function; those that GRPO does not use are None."""
         if not set(outputs) <= _GIVEN_OUTPUTS:
             raise ValueError(f"outputs = {outputs}: AEPO's head gives {sorted(_GIVEN_OUTPUTS)}")
+        if hasattr(weight, "ds_id"):
+            raise ValueError(
+                "the head's weight is partitioned by DeepSpeed ZeRO-3, and is gone when its "
+                "gradient is computed: use ZeRO-2 or FSDP2"
+            )
         scored = self.scored.to(targets.device)
         # Without Triton, TRL asks for every position and drops what it does not want.
         everywhere = len(targets) == scored.numel()
