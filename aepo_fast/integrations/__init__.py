@@ -1,0 +1,1 @@
+"""AEPO inside other trainers: each module needs its trainer installed, and imports it."""
