@@ -10,14 +10,9 @@ from typing import Any
 
 import torch
 
-ROLLOUT, REWARD, LOGPROBS, LEARNING, OPTIMIZER, OTHER = PHASES = (
-    "rollout",
-    "reward",
-    "log-probs",
-    "loss and backward",
-    "optimizer",
-    "other",
-)
+ROLLOUT, REWARD, LOGPROBS = "rollout", "reward", "log-probs"
+LEARNING, OPTIMIZER, OTHER = "loss and backward", "optimizer", "other"
+PHASES: tuple[str, ...] = (ROLLOUT, REWARD, LOGPROBS, LEARNING, OPTIMIZER, OTHER)
 
 
 class PhaseClock:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -173,6 +174,8 @@ def _run(
     command = [sys.executable, "-u", "-m", "bench.e2e.child", candidate, str(folder)]
     log = folder / "output.log"
     with log.open("wb") as output:
+        # A run ends with the benchmark, however that is ended.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, **child_environment(peers)
         )
@@ -180,6 +183,7 @@ def _run(
             code = process.wait()
         finally:
             process.kill()
+            signal.signal(signal.SIGTERM, before)
     result = folder / "result.json"
     if code or not result.exists():
         said = log.read_text(errors="replace").strip().splitlines()[-1:]

@@ -45,17 +45,23 @@ class PeerProcess:
         release(self.stopwatch.device)  # ends this process where the device no longer answers
         return {"error": message}
 
-    def do_begin(self, device: str, dtype: str, threads: int) -> dict[str, Any]:
-        """Each candidate's version, and why it cannot run here (None where it can)."""
+    def do_begin(self, device: str, dtype: str, threads: int, theirs: str) -> dict[str, Any]:
+        """Each candidate's version, and why it cannot run here (None where it can).
+
+        theirs: the torch of the process that compares. A version names another one.
+        """
         torch.set_num_threads(threads)
         self.stopwatch = Stopwatch(torch.device(device))
         where = self.stopwatch.device, getattr(torch, dtype)
         # First what it takes to import, which also finds versions.
         reasons = {peer.name: peer.unavailable_reason(*where) for peer in self.peers}
-        return {
-            peer.name: {"reason": reasons[peer.name], "version": peer.version()}
-            for peer in self.peers
-        }
+        found = {peer.name: peer.version() for peer in self.peers}
+        if torch.__version__ != theirs:
+            found = {
+                name: version and f"{version}, torch {torch.__version__}"
+                for name, version in found.items()
+            }
+        return {name: {"reason": reasons[name], "version": found[name]} for name in found}
 
     def do_load(self, path: str) -> None:
         """Take a new problem."""

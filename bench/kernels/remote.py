@@ -50,6 +50,7 @@ class Remote:
             "device": str(self.device),
             "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "theirs": str(torch.__version__),
         }
         try:
             return self._ask("begin", **known)
