@@ -48,7 +48,13 @@ def add_command(commands: Any) -> None:
     """Add `e2e` to the benchmark's commands."""
     parser = commands.add_parser("e2e", help=__doc__)
     parser.add_argument("--model", help="folder, hub id or package:NAME (SmolLM2-135M-Instruct)")
-    parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"part of a name of {'; '.join(CANDIDATES)}; repeatable",
+    )
     parser.add_argument(
         "--rollouts", nargs="+", choices=("hf", "vllm"), help="hf, and vllm where it is installed"
     )
@@ -109,7 +115,9 @@ def main(arguments: argparse.Namespace) -> None:
     peers = arguments.peers and arguments.peers.resolve() / "trl"
     with tempfile.TemporaryDirectory(prefix="bench-e2e-") as work:
         for rollout in rollouts:
-            for candidate in arguments.candidates:
+            for candidate in CANDIDATES:
+                if any(part.lower() in candidate.lower() for part in arguments.skip):
+                    continue
                 name = candidate if rollout == "hf" else f"{candidate}, {rollout}"
                 folder = Path(work) / name.replace(", ", "-").replace(" ", "-")
                 changes = [*overrides(arguments), f"rollout.backend={rollout}"]

@@ -205,7 +205,7 @@ def test_command_runs_ours(
     here = SimpleNamespace(Popen=InThisProcess, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr(e2e, "subprocess", here)
     monkeypatch.setattr(ours, "keep_freed_memory", lambda: None)
-    record = run_tiny(tiny_model_dir, tmp_path, monkeypatch, "--candidates", OURS)
+    record = run_tiny(tiny_model_dir, tmp_path, monkeypatch, "--skip", "TRL")
     check_run(record["candidates"][OURS], [3])
     assert record["settings"]["steps"] == 3 and record["base"]["prompts"] == 2
     assert str(tiny_model_dir) not in record["config"]
@@ -228,7 +228,7 @@ def test_a_missing_trainer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_run_that_fails_is_listed(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--candidates", OURS, "--set", "trainer.max_grad_norm=1e-9"]
+    words = ["--skip", "TRL", "--set", "trainer.max_grad_norm=1e-9"]
     monkeypatch.setattr(e2e, "child_environment", lambda first: {"env": {}, "cwd": tmp_path})
     record = run_tiny(tiny_model_dir, tmp_path, monkeypatch, *words)
     found = record["candidates"][OURS]
