@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.environment import RESULTS, ROOT
+from bench.e2e.table import table as e2e_table
 from bench.entropy import report
 from bench.entropy.settings import SIZES
 from bench.kernels import table as kernel_table
@@ -48,6 +49,8 @@ def render(page: str, to_root: str = "") -> str:
         "tokens-cpu": tokens_on_cpu,
         "step-gpu": lambda: step(on_cpu=False),
         "step-cpu": lambda: step(on_cpu=True),
+        "e2e-gpu": lambda: e2e(on_cpu=False),
+        "e2e-cpu": lambda: e2e(on_cpu=True),
     }
     return re.sub(
         r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)",
@@ -218,6 +221,27 @@ def step(*, on_cpu: bool) -> str:
             f"([raw]({_link(path)})).\n"
         )
         parts.append(step_table(record["candidates"]) + "\n")
+    return "\n".join(parts)
+
+
+def e2e(*, on_cpu: bool) -> str:
+    """The newest comparison of whole runs on each device."""
+    parts = []
+    for path, record, device in _newest_by_device("*/e2e-*.json", on_cpu=on_cpu):
+        where, settings = record["environment"], record["settings"]
+        runs = record["candidates"].values()
+        version = next(
+            (one["with"]["version"] for one in runs if "version" in one.get("with", {})), "none"
+        )
+        accuracy = record["base"].get("accuracy")
+        before = "" if accuracy is None else f", accuracy {accuracy:.2f} before"
+        parts.append(
+            f"{device}, torch {where['torch']}, TRL {version}, {settings['model']} on "
+            f"{settings['task']}: {settings['steps']} steps of {settings['prompts']} prompts, "
+            f"{settings['samples']} samples each of at most {settings['tokens']} tokens, medians "
+            f"of all steps but the first{before} ([raw]({_link(path)})).\n"
+        )
+        parts.append(e2e_table(record["candidates"]) + "\n")
     return "\n".join(parts)
 
 

@@ -54,14 +54,25 @@ def write_result(path: Path, record: dict[str, Any]) -> None:
 
 
 def command_line() -> str:
-    """The benchmark's command, as a shell takes it, but for where it writes to."""
+    """The benchmark's command, as a shell takes it, but for where it reads and writes."""
+    places = "--results", "--runs", "--peers"
     words, kept = iter(sys.argv[1:]), ["python", "-m", "bench"]
     for word in words:
-        if word in ("--results", "--runs"):
+        if word in places:
             next(words, None)
-        elif not word.startswith(("--results=", "--runs=")):
+        elif word.split("=")[0] not in places:
             kept.append(word)
     return shlex.join(kept)
+
+
+def child_environment(first: Path | None = None) -> dict[str, Any]:
+    """Folder and variables for a process that runs a module of this repository.
+
+    first: a folder of packages that it sees before those that are installed.
+    """
+    paths = [first, ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(str(one) for one in paths if one)
+    return {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": path}}
 
 
 def describe() -> dict[str, str | int]:

@@ -25,9 +25,15 @@ class Stopwatch:
         self.device = device
         self.flush_bytes = CUDA_FLUSH_BYTES if device.type == "cuda" else CPU_FLUSH_BYTES
         self.buffer = torch.empty(self.flush_bytes, dtype=torch.int8, device=device)
+        self.gave_back = False
 
-    def time_ms(self, call: Callable[[], None]) -> float:
-        """Milliseconds that one call takes."""
+    def time_ms(self, call: Callable[[], None], before: Callable[[], None]) -> float:
+        """Milliseconds that one call takes; `before` runs ahead of it, untimed."""
+        before()
+        if self.gave_back:  # to ask the driver for memory takes longer than a call
+            call()
+            before()
+            self.gave_back = False
         self.buffer.zero_()
         if self.device.type != "cuda":
             start = time.perf_counter()
@@ -41,37 +47,48 @@ class Stopwatch:
         last.synchronize()
         return first.elapsed_time(last)
 
+    def give_back(self) -> None:
+        """Free cached memory of a GPU for other processes; the next call is made twice."""
+        if self.device.type == "cuda":
+            release(self.device)
+            self.gave_back = True
+
+    def give_back_if_scarce(self) -> None:
+        """The same where less than half of the GPU's memory is free."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            if free < total / 2:
+                self.give_back()
+
 
 def interleave(
-    calls: dict[str, Callable[[], None]],
-    before: Callable[[], None],
-    stopwatch: Stopwatch,
+    timers: dict[str, Callable[[], float]],
+    device: torch.device,
     *,
     rounds: int,
     seed: int,
     deadline: float,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Time every call once a round, in an order drawn anew; `before` runs ahead of each.
+    """Call every timer, which returns milliseconds, once a round, in an order drawn anew.
 
-    Returns milliseconds by name, and messages of calls that raised, which then drop out. After the
+    Returns milliseconds by name, and messages of timers that raised, which then drop out. After the
     deadline (of time.monotonic) no new round starts, save the first.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in timers}
     failures: dict[str, str] = {}
     order = random.Random(seed)
     for index in range(rounds):
         if index and time.monotonic() > deadline:
             break
-        names = [name for name in calls if name not in failures]
+        names = [name for name in timers if name not in failures]
         order.shuffle(names)
         for name in names:
-            before()
             try:
-                times[name].append(stopwatch.time_ms(calls[name]))
+                times[name].append(timers[name]())
             # Whatever another project's kernel raises is that candidate's result.
             except Exception as error:
                 failures[name] = describe_error(error)
-                release(stopwatch.device)
+                release(device)
     return times, failures
 
 
@@ -123,8 +140,14 @@ def _kib(status: Path, name: str) -> int:
     return int(line.split()[1])
 
 
+class ReportedError(RuntimeError):
+    """What another process said of an error, or how that process ended."""
+
+
 def describe_error(error: BaseException) -> str:
     """One line about an exception."""
+    if isinstance(error, ReportedError):
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 

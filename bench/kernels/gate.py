@@ -170,10 +170,13 @@ def judge(
     return ratios, wrong
 
 
-def check(peer: Peer, inputs: Inputs, mode: Mode, exact: Values, reference: Any) -> dict[str, Any]:
-    """The gate's part of a candidate's record: status, errors and their ratios."""
-    errors = errors_of(compute(peer, inputs, mode), exact)
-    ratios, wrong = judge(errors, reference, torch.finfo(inputs.hidden.dtype).eps)
+def check(values: Values, exact: Values, reference: Any, epsilon: float) -> dict[str, Any]:
+    """The gate's part of a candidate's record: status, errors and their ratios.
+
+    epsilon: of the dtype of the inputs.
+    """
+    errors = errors_of(values, exact)
+    ratios, wrong = judge(errors, reference, epsilon)
     return {
         "status": "incorrect" if wrong else "ok",
         "message": "; ".join(wrong),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -77,6 +78,24 @@ def inputs_for(inputs: Inputs, mode: Mode) -> Inputs:
         aux_weight=inputs.aux_weight * kept,
         active=kept.nonzero().squeeze(1),
     )
+
+
+def save_inputs(inputs: Inputs, path: Path) -> None:
+    """Write a problem to a file, for `load_inputs`."""
+    known = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    detached = {
+        name: value.detach() if isinstance(value, Tensor) else value
+        for name, value in known.items()
+    }
+    torch.save(detached, path)
+
+
+def load_inputs(path: str, device: torch.device) -> Inputs:
+    """A problem that `save_inputs` wrote, in memory of its own on `device`."""
+    inputs = Inputs(**torch.load(path, map_location=device))
+    inputs.hidden.requires_grad_()
+    inputs.weight.requires_grad_()
+    return inputs
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from bench.common.timing import (
     clocks,
     describe_error,
     interleave,
-    peak_extra_bytes,
     release,
     summary,
 )
 from bench.kernels import gate
+from bench.kernels.candidates import Candidates
 from bench.kernels.inputs import (
     SECOND_TEMPERATURE,
     TEMPERATURE,
@@ -40,8 +40,9 @@ from bench.kernels.inputs import (
     inputs_for,
     make_inputs,
 )
+from bench.kernels.remote import Remote, hand_over, started
 from bench.kernels.table import case_table, unavailable_list
-from bench.peers import all_peers
+from bench.peers import PACKAGES, all_peers, own_peers
 from bench.peers.peer import MODES, Inputs, LeftOut, Mode, Peer
 
 # (H, V) of Qwen 0.5B, Gemma 2B, Qwen 1.5-3B, Llama 8B, Qwen 8B and Qwen 14B heads.
@@ -61,7 +62,10 @@ QUICK = {"cuda": ([(896, 151936)], [4096]), "cpu": ([(256, 8192)], [256])}
 
 @dataclass(frozen=True)
 class Setup:
-    """What stays the same over the cases of a run; `deadline` is a time of time.monotonic."""
+    """What stays the same over the cases of a run.
+
+    deadline: a time of time.monotonic. remotes: the process of each peer that does not run here.
+    """
 
     peers: list[Peer]
     modes: list[Mode]
@@ -70,6 +74,7 @@ class Setup:
     rounds: int
     seed: int
     deadline: float
+    remotes: dict[str, Remote] = field(default_factory=dict)
 
 
 def add_command(commands: Any) -> None:
@@ -90,6 +95,13 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--limit-minutes", type=float, help="start no new case after this long")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        metavar="FOLDER",
+        help=f"has folders {', '.join(PACKAGES)} with the packages that each needs; one that is "
+        "missing or lacks a package sees the installed ones",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.set_defaults(run=main)
 
@@ -98,9 +110,28 @@ def main(arguments: argparse.Namespace) -> None:
     """Run every case, writing the record after each, then the figure."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.dtype)
-    shapes, tokens = _sizes(arguments, device)
     chosen = [peer for peer in all_peers() if _is_chosen(peer.name, arguments)]
-    reasons = {peer.name: peer.unavailable_reason(device, dtype) for peer in chosen}
+    own = {peer.name for peer in own_peers()}
+    others = [peer.name for peer in chosen if peer.name not in own]
+    folder = arguments.peers and arguments.peers.resolve()
+    with started(others, folder, device, dtype) as (remotes, found):
+        for peer in chosen:
+            if peer.name in own:
+                reason = peer.unavailable_reason(device, dtype)
+                found[peer.name] = {"reason": reason, "version": peer.version()}
+        _run(arguments, chosen, remotes, found)
+
+
+def _run(
+    arguments: argparse.Namespace,
+    chosen: list[Peer],
+    remotes: dict[str, Remote],
+    found: dict[str, dict[str, str | None]],
+) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, arguments.dtype)
+    shapes, tokens = _sizes(arguments, device)
+    reasons = {peer.name: found[peer.name]["reason"] for peer in chosen}
     minutes = arguments.limit_minutes
     setup = Setup(
         [peer for peer in chosen if reasons[peer.name] is None],
@@ -110,6 +141,7 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.rounds or (3 if arguments.quick else 20),
         arguments.seed,
         time.monotonic() + 60 * minutes if minutes is not None else float("inf"),
+        remotes,
     )
     record: dict[str, Any] = {
         "benchmark": "kernels",
@@ -121,7 +153,7 @@ def main(arguments: argparse.Namespace) -> None:
         "clocks": clocks(device),
         "command": command_line(),
         "settings": _settings(setup),
-        "versions": {peer.name: peer.version() for peer in chosen},
+        "versions": {peer.name: found[peer.name]["version"] for peer in chosen},
         "unavailable": {name: reason for name, reason in reasons.items() if reason is not None},
         "cases": [],
     }
@@ -156,6 +188,8 @@ def run_case(case: dict[str, Any], setup: Setup) -> Iterator[None]:
         case["message"] = describe_error(error)
         yield
         return
+    setup.stopwatch.give_back()
+    hand_over(list(dict.fromkeys(setup.remotes.values())), inputs)
     case["clocks_before"] = clocks(device)
     for mode in setup.modes:
         if case["modes"] and time.monotonic() > setup.deadline:
@@ -172,38 +206,34 @@ def run_case(case: dict[str, Any], setup: Setup) -> Iterator[None]:
 
 def run_mode(inputs: Inputs, mode: Mode, setup: Setup) -> dict[str, Any]:
     """Gate, memory and times of every candidate in one mode; the bare GEMMs are of all tokens."""
-    candidates = gated(inputs, mode, setup)
-    device = setup.stopwatch.device
-    kept = inputs.hidden.nbytes + inputs.weight.nbytes if mode.training else 0
-    before = functools.partial(gate.clear_gradients, inputs)
-    calls: dict[str, Callable[[], None]] = {
-        peer.name: functools.partial(_step, peer, inputs, mode)
-        for peer in setup.peers
-        if candidates[peer.name]["status"] == "ok"
-    }
-    for name in list(calls):
+    everyone = Candidates(setup.peers, setup.remotes, inputs, mode, setup.stopwatch)
+    candidates = gated(everyone, inputs, mode, setup)
+    stopwatch, clear = setup.stopwatch, everyone.local.clear
+    timers: dict[str, Callable[[], float]] = {}
+    for peer in setup.peers:
+        found = candidates[peer.name]
+        if found["status"] != "ok":
+            continue
         try:
-            calls[name]()  # warm-up beyond the gate's call, which may have compiled
-            peak = peak_extra_bytes(calls[name], before, kept, device)
-            candidates[name]["peak_extra_bytes"] = peak
+            found["peak_extra_bytes"] = everyone.peak(peer.name)
         # Whatever another project's kernel raises is that candidate's result.
         except Exception as error:
-            candidates[name] |= {"status": "failed", "message": describe_error(error)}
-            del calls[name]
-            before()
-            release(device)
+            found |= {"status": "failed", "message": describe_error(error)}
+            clear()
+            release(stopwatch.device)
+        else:
+            timers[peer.name] = functools.partial(everyone.time_ms, peer.name)
     floor, gemms = bare_gemms(inputs, mode)
-    calls[floor] = gemms
+    timers[floor] = functools.partial(stopwatch.time_ms, gemms, clear)
     gemms()
     times, failures = interleave(
-        calls,
-        before,
-        setup.stopwatch,
+        timers,
+        stopwatch.device,
         rounds=setup.rounds,
         seed=setup.seed,
         deadline=setup.deadline,
     )
-    before()
+    clear()
     if floor in failures:
         raise torch.OutOfMemoryError(failures[floor])
     for name, message in failures.items():
@@ -216,8 +246,11 @@ def run_mode(inputs: Inputs, mode: Mode, setup: Setup) -> dict[str, Any]:
     return {"title": mode.title, "floor": {"name": floor, **floor_times}, "candidates": candidates}
 
 
-def gated(inputs: Inputs, mode: Mode, setup: Setup) -> dict[str, dict[str, Any]]:
+def gated(
+    everyone: Candidates, inputs: Inputs, mode: Mode, setup: Setup
+) -> dict[str, dict[str, Any]]:
     """Each candidate's record after the gate; the truth is gone before anything is timed."""
+    epsilon = torch.finfo(inputs.hidden.dtype).eps
     candidates: dict[str, dict[str, Any]] = {}
     waiting: dict[str | None, list[Peer]] = {}
     for peer in setup.peers:
@@ -230,7 +263,7 @@ def gated(inputs: Inputs, mode: Mode, setup: Setup) -> dict[str, dict[str, Any]]
         reference = gate.errors_of(gate.baseline(inputs, mode, loss), exact)
         for peer in peers:
             try:
-                found = gate.check(peer, inputs, mode, exact, reference)
+                found = gate.check(everyone.values(peer.name), exact, reference, epsilon)
             except LeftOut as reason:
                 found = {"status": "excluded", "message": str(reason)}
             # Whatever another project's kernel raises is that candidate's result.
@@ -252,13 +285,6 @@ def add_ratios(candidates: dict[str, dict[str, Any]], floor_ms: float, ours: lis
         found["ratio_to_ours"] = {
             name: found["median_ms"] / timed[name]["median_ms"] for name in ours if name in timed
         }
-
-
-def _step(peer: Peer, inputs: Inputs, mode: Mode) -> None:
-    with torch.set_grad_enabled(mode.training):
-        loss = peer.run(inputs, mode).loss
-    if loss is not None:
-        loss.backward()
 
 
 def bare_gemms(inputs: Inputs, mode: Mode) -> tuple[str, Callable[[], None]]:

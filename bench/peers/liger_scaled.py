@@ -23,14 +23,23 @@ SM90_MODULE = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"
 def peers() -> list[Peer]:
     """Liger's function, whichever implementation it dispatches to."""
     return [
-        Peer("Liger scaled CE", run, unavailable_reason, lambda: installed_version(PACKAGE)),
+        Peer("Liger scaled CE", run, unavailable_reason, version),
     ]
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why it cannot run here, or None."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return import_problem(PACKAGE, MODULE, *((SM90_MODULE,) if hopper else ()))
+    return import_problem(PACKAGE, MODULE, *((SM90_MODULE,) if _is_hopper() else ()))
+
+
+def version() -> str | None:
+    """The installed version and which implementation the device gets; None without one."""
+    found = installed_version(PACKAGE)
+    return found and f"{found} ({'sm_90' if _is_hopper() else 'chunked torch'})"
+
+
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def run(inputs: Inputs, mode: Mode) -> Outputs:

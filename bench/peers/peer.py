@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -178,3 +181,23 @@ def import_problem(package: str, *modules: str) -> str | None:
                 return f"{package} is not installed"
             return f"import of {module} failed: {type(error).__name__}: {error}"
     return None
+
+
+def skip_package_imports(package: str, *subpackages: str) -> None:
+    """Put bare packages in place of a package and some below it, whose __init__ would import more.
+
+    Nothing where the package is not installed.
+    """
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # it is a bare one already
+        return
+    if spec is None or not spec.submodule_search_locations:
+        return
+    (root, *_) = spec.submodule_search_locations
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        del sys.modules[name]
+    for name in (package, *subpackages):
+        module = types.ModuleType(name)
+        module.__path__ = ["/".join([root, *name.split(".")[1:]])]
+        sys.modules[name] = module

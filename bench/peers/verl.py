@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-import types
 
 import torch
 
@@ -17,6 +14,7 @@ from bench.peers.peer import (
     Peer,
     import_problem,
     shared_loss,
+    skip_package_imports,
 )
 
 PACKAGE, MODULE = "verl", "verl.utils.kernel.linear_cross_entropy"
@@ -32,7 +30,8 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why it cannot run here, or None."""
     problem = import_problem(PACKAGE, MODULE, KERNELS)
     if problem is not None and installed_version(PACKAGE) is not None:
-        _skip_package_imports()
+        # Their __init__ files import the whole trainer (ray, tensordict), unused by the kernel.
+        skip_package_imports("verl", "verl.utils")
         problem = import_problem(PACKAGE, MODULE, KERNELS)
     return problem or (None if device.type == "cuda" else "needs CUDA")
 
@@ -46,21 +45,3 @@ def run(inputs: Inputs, mode: Mode) -> Outputs:
     if mode.second:
         second, _ = function(*problem, inputs.second_temperature, "none", None)
     return Outputs(logprob, entropy, second, shared_loss(inputs, mode, logprob))
-
-
-def _skip_package_imports() -> None:
-    """Put bare packages in the place of `verl` and `verl.utils`.
-
-    Their own __init__ files import the whole trainer (ray, tensordict), none of which the kernel
-    uses.
-    """
-    spec = importlib.util.find_spec("verl")
-    if spec is None or not spec.submodule_search_locations:
-        return
-    root = spec.submodule_search_locations[0]
-    for name in [name for name in sys.modules if name == "verl" or name.startswith("verl.")]:
-        del sys.modules[name]
-    for name, path in (("verl", root), ("verl.utils", f"{root}/utils")):
-        module = types.ModuleType(name)
-        module.__path__ = [path]
-        sys.modules[name] = module

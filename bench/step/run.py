@@ -127,9 +127,11 @@ def time_candidates(
             release(device)
             continue
         calls[name] = call
-    times, failures = interleave(
-        calls, before, Stopwatch(device), rounds=rounds, seed=seed, deadline=float("inf")
-    )
+    stopwatch = Stopwatch(device)
+    timers = {
+        name: functools.partial(stopwatch.time_ms, call, before) for name, call in calls.items()
+    }
+    times, failures = interleave(timers, device, rounds=rounds, seed=seed, deadline=float("inf"))
     before()
     for name, values in times.items():
         if name in failures:

@@ -9,7 +9,8 @@ import pytest
 
 from bench import tables
 
-BLOCKS = "headline first-light entropy kernels-gpu kernels-cpu tokens-cpu step-gpu step-cpu"
+BLOCKS = "headline first-light entropy kernels-gpu kernels-cpu tokens-cpu step-gpu step-cpu "
+BLOCKS += "e2e-gpu e2e-cpu"
 
 
 def test_table_by_tokens_prefers_runs_beside_others(

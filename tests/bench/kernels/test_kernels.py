@@ -18,6 +18,7 @@ from bench.__main__ import main
 from bench.common.timing import Stopwatch, interleave
 from bench.kernels import gate
 from bench.kernels import run as kernels
+from bench.kernels.candidates import Candidates
 from bench.kernels.figure import draw
 from bench.kernels.inputs import inputs_for, make_inputs
 from bench.kernels.table import case_table, mode_table, shown_cases, summary
@@ -103,7 +104,10 @@ def test_truth_is_what_autograd_finds_in_float64(inputs: Inputs) -> None:
 @pytest.mark.parametrize("name", [mode.name for mode in MODES])
 def test_gate_passes_the_right_and_flags_the_wrong(inputs: Inputs, name: str) -> None:
     peers = [peer_named("ours (chunked)"), peer_named("torch eager"), wrong_peer("wrong", 0.1)]
-    found = kernels.gated(inputs_for(inputs, BY_NAME[name]), BY_NAME[name], setup_of(*peers))
+    mode, setup = BY_NAME[name], setup_of(*peers)
+    given = inputs_for(inputs, mode)
+    everyone = Candidates(peers, {}, given, mode, setup.stopwatch)
+    found = kernels.gated(everyone, given, mode, setup)
     assert found["ours (chunked)"]["status"] == found["torch eager"]["status"] == "ok"
     assert found["wrong"]["status"] == "incorrect" and "logprob" in found["wrong"]["message"]
     assert found["wrong"]["error_ratios"]["logprob"]["max"] > gate.LIMIT
@@ -176,12 +180,10 @@ def test_the_bare_gemms_are_the_fastest_that_the_processor_has(
 
 
 def test_a_call_that_fails_while_timed_drops_out() -> None:
-    calls = {"good": lambda: None, "bad": lambda: [][0]}
-    times, failures = interleave(
-        calls, lambda: None, Stopwatch(CPU), rounds=3, seed=0, deadline=float("inf")
-    )
+    timers = {"good": lambda: 1.0, "bad": lambda: [][0]}
+    times, failures = interleave(timers, CPU, rounds=3, seed=0, deadline=float("inf"))
     assert len(times["good"]) == 3 and failures == {"bad": "IndexError: list index out of range"}
-    times, _ = interleave(calls, lambda: None, Stopwatch(CPU), rounds=3, seed=0, deadline=0.0)
+    times, _ = interleave(timers, CPU, rounds=3, seed=0, deadline=0.0)
     assert len(times["good"]) == 1
 
 
