@@ -24,7 +24,7 @@ test: $(STAMP)
 	$(BIN)/cmake -S . -B build/tests -DAEPO_TESTS=ON
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not vllm and not alone" -n 2 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not vllm and not peers and not alone" -n 2 \
 		--dist worksteal $(ARGS) || [ $$? -eq 5 ]
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu" -n 2 --dist worksteal \
 		$(ARGS) || [ $$? -eq 5 ]

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +34,12 @@ from aepo_fast.model.cpu_layers import fuse_layers
 from aepo_fast.model.folder import check_folder
 from aepo_fast.model.packages import PREFIX, find_package, resolve_package
 from aepo_fast.report.unexpected import first_line
+from aepo_kernels.integrations.heads import compare_logits, relative_error
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Architectures whose attention is no more than what "grouped" does, as tests say.
 _GROUPED = ("llama", "qwen2", "qwen3")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-
-
-@dataclass(frozen=True)
-class Head:
-    """The LM head: logits = softcap * tanh(logit_scale * (h W^T + bias) / softcap).
-
-    weight: [V, H], the live parameter. bias: [V] or None. softcap: None is no cap.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    softcap: float | None
-    logit_scale: float
 
 
 def check_model(path: str) -> Path | str:
@@ -173,7 +160,7 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
     Where the machine runs our C++ operations, its layers use them, see `fuse_layers`.
 
     Raises ConfigError where cfg.attention or cfg.liger cannot be had, or the folder's head is not
-    one that `head_of` describes.
+    one that `head_arguments` describes.
     """
     check_folder(Path(folder), str(folder))
     config = _without_dropout(read_config(folder))
@@ -289,57 +276,23 @@ def _apply_liger(model: PreTrainedModel) -> None:
     _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
-def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head: returns last_hidden_state, [B, L, H]."""
-    backbone = model.base_model
-    if backbone is model:  # one whose prefix is that of a larger model, as Llama 4's
-        backbone = getattr(model, "model", model)
-    if backbone is model:
-        raise ValueError(f"{type(model).__name__} has no backbone apart from its head")
-    return backbone  # type: ignore[return-value]
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """The head of a model, from its output embedding and the logit settings of its config."""
-    linear = model.get_output_embeddings()
-    if not isinstance(linear, torch.nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear head but {type(linear).__name__}")
-    settings = model.config.get_text_config().to_dict()
-    scale = float(settings.get("logit_scale") or 1.0)
-    if settings.get("logits_scaling"):  # Granite divides
-        scale /= settings["logits_scaling"]
-    return Head(linear.weight, linear.bias, settings.get("final_logit_softcapping"), scale)
-
-
-@torch.no_grad()
 def _check_head(model: PreTrainedModel, folder: str, machine: Machine) -> None:
-    # Configs spell logit scales in many ways; one that head_of does not know would train wrongly
-    # without a word. So the head is applied by hand once and compared.
-    ids = torch.arange(4, device=model.device)[None]
+    # Configs spell logit scales in many ways; one that head_arguments does not know would train
+    # wrongly without a word. So the head is applied by hand once and compared.
     try:
-        head = head_of(model)
-        with machine.autocast():
-            expected = model(input_ids=ids, use_cache=False).logits.float()
-            hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-        weight = head.weight.to(hidden.dtype).float()
-        logits = hidden.float() @ weight.T
-        if head.bias is not None:
-            logits += head.bias.float()
-        logits *= head.logit_scale
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
+        logits, expected = compare_logits(model, machine.autocast())
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the model's own code
         reason = f"it cannot be taken apart into layers and a linear head: {_one_line(error)}"
         fix = f"Train another architecture than {type(model).__name__}"
         raise ConfigError("model.path", folder, reason, fix) from error
-    error = (logits - expected).norm() / expected.norm()
     if not expected.isfinite().all():
         reason = "its logits are not finite: the weights are damaged or overflow in this dtype"
         raise ConfigError(
             "model.path", folder, reason, 'Set model.dtype = "float32", or fetch it again'
         )
+    error = relative_error(logits, expected)
     if not error < 0.05:
         reason = f"its logits are not those of a plain linear head (relative error {error:.2g})"
         fix = f"Train another architecture than {type(model).__name__}"

@@ -19,7 +19,7 @@ from aepo_fast.model.batch import (
     MicroBatch,
     make_microbatches,
 )
-from aepo_fast.model.load import backbone_of, head_of, recurrent_layers, takes_positions
+from aepo_fast.model.load import recurrent_layers, takes_positions
 from aepo_fast.samples import Sample, TokenValues, token_index, token_offsets
 from aepo_kernels import (
     LogprobOutput,
@@ -28,6 +28,7 @@ from aepo_kernels import (
     linear_token_loss,
     row_kernels,
 )
+from aepo_kernels.integrations import backbone_of, head_arguments
 
 
 def choose_layout(model: PreTrainedModel, requested: Layout | Literal["auto"]) -> Layout:
@@ -75,10 +76,10 @@ class Policy:
     def __init__(self, model: PreTrainedModel, machine: Machine, trainer: TrainerConfig) -> None:
         self.model, self.machine = model, machine
         self.backbone = backbone_of(model)
-        self.head = head_of(model)
+        self.weight, self.head = head_arguments(model)
         self.device = machine.device
         embedding = model.get_input_embeddings()
-        tied = isinstance(embedding, torch.nn.Embedding) and embedding.weight is self.head.weight
+        tied = isinstance(embedding, torch.nn.Embedding) and embedding.weight is self.weight
         if tied and not machine.is_gpu:
             # The rows of the batch's tokens are added to the head's gradient, instead of V x H
             # numbers that are mostly zero.
@@ -128,7 +129,7 @@ class Policy:
         self, batch: MicroBatch, *, second_temperature: float | None = None
     ) -> LogprobOutput:
         """Log-probs and entropies at temperature 1 of a micro-batch's completion tokens."""
-        inputs = self.hidden(batch), self.head.weight, batch.targets.to(self.device)
+        inputs = self.hidden(batch), self.weight, batch.targets.to(self.device)
         return linear_logprob(
             *inputs, second_temperature=second_temperature, **self._head_settings()
         )
@@ -144,7 +145,7 @@ class Policy:
 
         loss, columns: as `linear_token_loss` takes them; each column is [N], on the device.
         """
-        inputs = self.hidden(batch), self.head.weight, batch.targets.to(self.device)
+        inputs = self.hidden(batch), self.weight, batch.targets.to(self.device)
         return linear_token_loss(
             *inputs,
             loss,
@@ -156,9 +157,7 @@ class Policy:
     def _head_settings(self) -> dict[str, Any]:
         """What the kernels must know of the head besides its weight."""
         return {
-            "bias": self.head.bias,
-            "softcap": self.head.softcap,
-            "logit_scale": self.head.logit_scale,
+            **self.head,
             "ignore_index": None,  # a micro-batch selects its completion tokens itself
             "backend": self.machine.head_backend,
         }

@@ -23,11 +23,12 @@ from aepo_fast.method.metric_sums import MetricSum
 from aepo_fast.method.objective import Objective, build_objective
 from aepo_fast.method.tokens import StepContext
 from aepo_fast.model.batch import MicroBatch
-from aepo_fast.model.load import head_of, load_model
+from aepo_fast.model.load import load_model
 from aepo_fast.model.policy import Policy
 from aepo_fast.samples import Completion, Sample, token_index, token_offsets
 from aepo_fast.training.optim import build_optimizer, guarded_step
 from aepo_fast.training.update import UpdateResult, update
+from aepo_kernels.integrations import head_arguments
 from bench.peers import materialised, trl
 from bench.step.run import OURS
 
@@ -124,7 +125,7 @@ def load_problem(
     twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     twin.set_attn_implementation("sdpa" if machine.is_gpu else "eager")
     in_lines = dataclasses.replace(cfg.trainer, layout="padded")
-    vocab = len(head_of(model).weight)
+    vocab = len(head_arguments(model)[0])
     rows, advantages = make_rows(prompts, samples, prompt_tokens, tokens, vocab, seed)
     context = StepContext(
         temperature=1.0,
@@ -269,16 +270,13 @@ def logits_materialised(
 
 def trl_chunked(policy: Policy, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy [N] by TRL's function over the completion tokens' hidden states."""
-    head = policy.head
     logprob, entropy = trl.scores(
         policy.hidden(batch),
-        head.weight,
+        policy.weight,
         batch.targets.to(policy.device),
         1.0,
         wants_entropy=True,
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
+        **policy.head,
     )
     assert entropy is not None
     return logprob, entropy.detach()

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import ModelConfig
 from aepo_fast.model import attention, load
+from aepo_kernels.integrations import backbone_of, head_arguments, heads
 from tests.tiny_model import build_tiny_model, build_tiny_tokenizer
 from tests.tiny_run import a_machine
 
@@ -190,33 +191,34 @@ def test_head_and_backbone_reproduce_the_logits(name):
     model = small_models()[name].eval()
     for parameter in model.get_output_embeddings().parameters():
         torch.nn.init.normal_(parameter)
-    head = load.head_of(model)
+    weight, settings = head_arguments(model)
     ids = torch.randint(3, 50, (2, 7))
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        hidden = load.backbone_of(model)(input_ids=ids).last_hidden_state
-        logits = hidden @ head.weight.T
-        if head.bias is not None:
-            logits = logits + head.bias
-        logits = logits * head.logit_scale
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
+        hidden = backbone_of(model)(input_ids=ids).last_hidden_state
+        logits = hidden @ weight.T
+        if settings["bias"] is not None:
+            logits = logits + settings["bias"]
+        logits = logits * settings["logit_scale"]
+        if (cap := settings["softcap"]) is not None:
+            logits = cap * torch.tanh(logits / cap)
     torch.testing.assert_close(logits, expected)
-    special = {"granite": head.logit_scale == 1 / 8, "cohere": head.logit_scale == 0.0625}
-    assert special.get(name, head.softcap == 0.5 if name == "gemma2" else head.bias is not None)
+    scale, cap, bias = settings["logit_scale"], settings["softcap"], settings["bias"]
+    special = {"granite": scale == 1 / 8, "cohere": scale == 0.0625}
+    assert special.get(name, cap == 0.5 if name == "gemma2" else bias is not None)
 
 
 def test_head_that_the_config_does_not_describe_is_refused(tmp_path, monkeypatch):
     granite = {key: value for key, value in SMALL.items() if key != "head_dim"}
     GraniteForCausalLM(GraniteConfig(**granite, logits_scaling=8.0)).save_pretrained(tmp_path)
     load.load_model(model_config(), tmp_path, CPU)
-    plain = load.head_of
+    plain = heads.head_arguments
 
     def blind(model):
-        head = plain(model)
-        return load.Head(head.weight, head.bias, head.softcap, 1.0)
+        weight, settings = plain(model)
+        return weight, {**settings, "logit_scale": 1.0}
 
-    monkeypatch.setattr(load, "head_of", blind)
+    monkeypatch.setattr(heads, "head_arguments", blind)
     with pytest.raises(ConfigError, match="not those of a plain linear head"):
         load.load_model(model_config(), tmp_path, CPU)
 

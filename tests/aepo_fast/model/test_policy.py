@@ -206,7 +206,7 @@ def test_casting_weights_once_and_sparse_embeddings_change_no_gradient(
     policy = Policy(model, machine, TrainerConfig(tokens_per_microbatch=20))
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
-    assert embedding.sparse == (embedding.weight is policy.head.weight)
+    assert embedding.sparse == (embedding.weight is policy.weight)
     samples = make_samples([4, 1, 9, 3])
     batches = policy.microbatches(samples, range(4))
     assert len(batches) > 1

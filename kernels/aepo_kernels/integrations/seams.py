@@ -1,0 +1,84 @@
+"""Puts a function of ours in the place of a peer's, after a look at its version and signature."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_originals: dict[tuple[str, str], tuple[Any, str, Any]] = {}
+
+
+def import_peer(module: str, how: str) -> Any:
+    """A module of a peer; raises ImportError that names it and says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} cannot be imported ({error}); {how}") from error
+
+
+def check_version(distribution: str, oldest: str) -> str:
+    """The installed version of a peer; raises ImportError where it is older than `oldest`."""
+    try:
+        found = metadata.version(distribution)
+    except metadata.PackageNotFoundError as error:
+        how = f"pip install '{distribution}>={oldest}'"
+        raise ImportError(f"{distribution} is not installed; {how}") from error
+    if _numbers(found) < _numbers(oldest):
+        reason = f"is older than {oldest}, the first with the function that is replaced"
+        raise ImportError(f"{distribution} {found} {reason}; pip install -U {distribution}")
+    return found
+
+
+def check_parameters(function: Callable[..., Any], names: Sequence[str], where: str) -> None:
+    """Raise ImportError unless a function's parameters are these, in this order."""
+    found = list(inspect.signature(function).parameters)
+    if found != list(names):
+        reason = f"takes ({', '.join(found)}) and not ({', '.join(names)})"
+        fix = "this version of the peer is not known; use head_arguments and linear_logprob"
+        raise ImportError(f"{where} {reason}; {fix}")
+
+
+def replace(owner: Any, name: str, value: Any, peer: str) -> str:
+    """Set an attribute of a peer's module or class, and remember the one before for `restore`.
+
+    Returns "where -> aepo_kernels". A second call changes nothing.
+    """
+    path = owner.__name__
+    if not inspect.ismodule(owner):
+        path = f"{owner.__module__}.{owner.__qualname__}"
+    where = f"{path}.{name}"
+    if (peer, where) not in _originals:
+        _originals[peer, where] = owner, name, getattr(owner, name)
+        setattr(owner, name, value)
+    return f"{where} -> aepo_kernels"
+
+
+def restore(peer: str) -> None:
+    """Put everything of a peer that `replace` changed back; nothing where nothing was changed."""
+    for key in [key for key in _originals if key[0] == peer]:
+        owner, name, original = _originals.pop(key)
+        setattr(owner, name, original)
+
+
+def in_autocast_dtype(hidden: Tensor) -> Tensor:
+    """Hidden states in the dtype that a linear layer would multiply them in at this place."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
+
+
+def _numbers(version: str) -> list[int]:
+    """The leading numbers of a version: [1, 15, 0] of "1.15.0.dev1"."""
+    parts = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        parts.append(int(part))
+    return parts
