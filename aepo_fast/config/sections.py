@@ -38,6 +38,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "LoggingConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "RewardConfig",
@@ -49,6 +50,45 @@ __all__ = [
 # "auto" is bfloat16 where the device has instructions for its GEMMs, else float32.
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "eager"]
+
+
+_WITH_LORA = above_zero("rank")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train low-rank adapters in place of the weights (peft): W + alpha / rank * B A.
+
+    There is no dropout: it would make the ratio of new and old probabilities differ from 1 for the
+    very same weights.
+    """
+
+    rank: int = 0  # rank of the adapters; 0: no adapters, all weights are trained
+    # The adapters are scaled by alpha / rank.
+    alpha: float = setting(32.0, needs=_WITH_LORA)
+    # Names of the linear layers that get an adapter, e.g. "q_proj" or "lm_head". "all-linear" is
+    # all of them but the head.
+    targets: tuple[str, ...] = setting(("all-linear",), needs=_WITH_LORA)
+    rslora: bool = setting(False, needs=_WITH_LORA)  # scale by alpha / sqrt(rank) instead
+
+    def __post_init__(self) -> None:
+        require_not_negative("model.lora", self, "rank")
+        require_positive("model.lora", self, "alpha")
+        require(
+            bool(self.targets) and all(self.targets),
+            "model.lora.targets",
+            list(self.targets),
+            "names no layer",
+            'Use ["all-linear"], or names such as ["q_proj", "v_proj"]',
+        )
+        require(
+            len(self.targets) == 1 or "all-linear" not in self.targets,
+            "model.lora.targets",
+            list(self.targets),
+            '"all-linear" stands for all names but the head\'s',
+            "Use it alone, or name each layer",
+        )
+        refuse_what_does_nothing("model.lora", self)
 
 
 @dataclass(frozen=True)
@@ -69,6 +109,7 @@ class ModelConfig:
     liger: bool = False  # Liger-Kernel for the layers other than the head
     # Backend of the head's kernels; `aepo-fast doctor` says which run here.
     head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         require(

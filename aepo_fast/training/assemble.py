@@ -28,6 +28,7 @@ from aepo_fast.model.load import (
     read_config,
     resolve,
 )
+from aepo_fast.model.lora import check_lora, check_same_adapter
 from aepo_fast.model.policy import Policy
 from aepo_fast.report.json_lines import is_step, lines_of
 from aepo_fast.report.logger import check_tensorboard
@@ -104,6 +105,7 @@ def load_inputs(
         raise ConfigError("--overwrite", True, reason, "Give one of the two")
     if cfg.logging.tensorboard:
         check_tensorboard()
+    check_lora(cfg.model.lora)
     folder = Path(cfg.output_dir)
     check_rollout_backend(cfg)
     _check_samples_ahead(cfg)
@@ -123,6 +125,7 @@ def load_inputs(
     if checkpoint is not None:
         state = load_state(checkpoint)
         check_same_model(state, cfg.model.path, checkpoint)
+        check_same_adapter(checkpoint, cfg.model.lora)
     rendered_at = rendering_time(state)
     with doing("reading the tokenizer and the data"):
         inputs = read_inputs(cfg, cfg.model.path, rendered_at=rendered_at)
@@ -289,11 +292,15 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     """Load the policy (from the checkpoint where there is one) and what goes with it."""
-    source = inputs.model_folder if inputs.checkpoint is None else str(inputs.checkpoint)
-    model = load_model(cfg.model, source, machine)
+    source, seed = inputs.model_folder, cfg.trainer.seed
+    if inputs.checkpoint is not None and not cfg.model.lora.rank:
+        source = str(inputs.checkpoint)
+    model = load_model(cfg.model, source, machine, adapter=inputs.checkpoint, seed=seed)
     policy = Policy(model, machine, cfg.trainer)
     reference = None
-    if cfg.loss.kl_coef > 0:
+    if cfg.loss.kl_coef > 0 and cfg.model.lora.rank:
+        reference = Policy(model, machine, cfg.trainer, adapter=False)
+    elif cfg.loss.kl_coef > 0:
         if inputs.checkpoint is None:
             frozen = copy.deepcopy(model)
         else:
