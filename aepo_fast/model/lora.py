@@ -144,8 +144,8 @@ def merge_adapter(model: PreTrainedModel) -> None:
     """Add the adapter to the weights that it stands beside, and take it out of the model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, BaseTunerLayer) and head.weight is embedding.weight:
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer) and head.weight is model.get_input_embeddings().weight:
         base: Any = head.get_base_layer()
         base.weight = nn.Parameter(base.weight.clone())  # its adapter is not the embedding's
         model.config.tie_word_embeddings = False
