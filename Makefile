@@ -32,7 +32,8 @@ test: $(STAMP)
 # vLLM with real weights, in a process of its own: installing it takes a minute or two.
 test-vllm: $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/aepo_fast/rollout/test_rollout_vllm.py \
-		tests/aepo_fast/rollout/test_rollout_vllm_shared.py $(ARGS)
+		tests/aepo_fast/rollout/test_rollout_vllm_shared.py \
+		tests/aepo_fast/rollout/test_rollout_vllm_lora.py $(ARGS)
 
 # 50 kills and two hours of watching; less: make soak ARGS='--kills 5 --seconds 60'
 soak: $(STAMP)

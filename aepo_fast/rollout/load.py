@@ -79,13 +79,17 @@ def load_engine(
 
         generation = generation_config(folder) if model is None else model.generation_config
         ids = eos_ids(generation, tokenizer)
-        return VllmRollout(
+        engine = VllmRollout(
             str(folder),
             cfg.rollout,
             eos_ids=ids,
             seed=cfg.trainer.seed,
             on_gpu=machine.vllm_on_gpu,
+            lora_rank=cfg.model.lora.rank,
         )
+        if adapter is not None:
+            engine.load_adapter(adapter, engine.weights_version)
+        return engine
     if model is None:
         config = read_config(folder)
     else:

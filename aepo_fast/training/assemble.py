@@ -292,13 +292,13 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     """Load the policy (from the checkpoint where there is one) and what goes with it."""
-    source, seed = inputs.model_folder, cfg.trainer.seed
-    if inputs.checkpoint is not None and not cfg.model.lora.rank:
-        source = str(inputs.checkpoint)
-    model = load_model(cfg.model, source, machine, adapter=inputs.checkpoint, seed=seed)
+    source, adapter, lora = inputs.model_folder, inputs.checkpoint, cfg.model.lora.rank > 0
+    if inputs.checkpoint is not None and not lora:
+        source, adapter = str(inputs.checkpoint), None
+    model = load_model(cfg.model, source, machine, adapter=adapter, seed=cfg.trainer.seed)
     policy = Policy(model, machine, cfg.trainer)
     reference = None
-    if cfg.loss.kl_coef > 0 and cfg.model.lora.rank:
+    if cfg.loss.kl_coef > 0 and lora:
         reference = Policy(model, machine, cfg.trainer, adapter=False)
     elif cfg.loss.kl_coef > 0:
         if inputs.checkpoint is None:
@@ -306,7 +306,7 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
         else:
             frozen = load_model(cfg.model, inputs.model_folder, machine)
         reference = Policy(frozen.requires_grad_(False).eval(), machine, cfg.trainer)
-    engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model)
+    engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model, adapter=adapter)
     if not engine.verify:  # a canary compares others
         some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
         check_agreement(cfg, machine, model, some)
