@@ -237,11 +237,16 @@ class TrainerConfig:
     # How samples are laid out for the model: "packed" end to end (varlen attention), "shared" with
     # one copy of the prompt for all its samples (sdpa), "padded" with one line per sample.
     layout: Literal["auto", "packed", "shared", "padded"] = "auto"
+    # "adamw" holds 8 bytes a parameter, 12 of bfloat16 weights, and "adamw_8bit" 2 (torchao).
+    # "adamw_bf16" holds 4, of bfloat16 weights alone (torchao); it rounds them by chance, so that
+    # small steps count on average, and "adamw_8bit" does so with theirs. "muon" takes
+    # orthogonalised steps for the matrices of layers and AdamW's for all else.
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16", "muon"] = "adamw"
     lr: float = 1e-6  # learning rate after the warm-up
     # Course of the rate after the warm-up: it stays, or falls towards 0 at the end of the run.
     lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", needs=_LATER_STEPS)
     warmup_steps: int = 0  # steps in which the rate rises linearly to lr
-    weight_decay: float = 0.01  # weight decay of AdamW, on matrices only
+    weight_decay: float = 0.01  # weight decay, on matrices only
     # AdamW's momentum: the share that its mean of gradients keeps at an update. A long memory makes
     # the entropy follow its controller late.
     beta1: float = 0.9
@@ -367,6 +372,7 @@ class Config:
             f"needs the second temperature that aepo.form = {self.aepo.form!r} takes",
             'Set aepo.enabled = false, or form = "split" or "resample"',
         )
+        self._check_optimizer()
         require(
             self.reward.soft_overlong_tokens < self.rollout.max_new_tokens,
             "reward.soft_overlong_tokens",
@@ -375,3 +381,16 @@ class Config:
             "Lower it",
         )
         refuse_across_sections(self)
+
+    def _check_optimizer(self) -> None:
+        optimizer, trained = self.trainer.optimizer, self.model.dtype
+        if self.model.lora.rank:
+            trained = "float32"  # adapters
+        reason = fix = ""
+        if optimizer == "adamw_bf16" and trained != "bfloat16":
+            reason = "is for weights in bfloat16, and what is trained is in float32"
+            fix = 'Set model.dtype = "bfloat16" without model.lora, or use "adamw_8bit"'
+        elif optimizer == "muon" and trained != "float32":
+            reason = "holds no float32 copies of bfloat16 weights, and small steps would be lost"
+            fix = 'Set model.dtype = "float32", or use "adamw_bf16"'
+        require(not reason, "trainer.optimizer", optimizer, reason, fix)

@@ -46,10 +46,12 @@ from aepo_fast.rollout.load import (
 from aepo_fast.training.checkpoint import (
     CheckpointError,
     check_same_model,
+    check_same_optimizer,
     complete_checkpoints,
     load_state,
 )
 from aepo_fast.training.checkpoint_damage import damage, newest_whole
+from aepo_fast.training.optim import check_optimizer
 from aepo_fast.training.run_lock import RunLock
 
 _OF_A_RUN = (
@@ -106,6 +108,7 @@ def load_inputs(
     if cfg.logging.tensorboard:
         check_tensorboard()
     check_lora(cfg.model.lora)
+    check_optimizer(cfg.trainer)
     folder = Path(cfg.output_dir)
     check_rollout_backend(cfg)
     _check_samples_ahead(cfg)
@@ -126,6 +129,7 @@ def load_inputs(
         state = load_state(checkpoint)
         check_same_model(state, cfg.model.path, checkpoint)
         check_same_adapter(checkpoint, cfg.model.lora)
+        check_same_optimizer(state, cfg.trainer.optimizer, checkpoint)
     rendered_at = rendering_time(state)
     with doing("reading the tokenizer and the data"):
         inputs = read_inputs(cfg, cfg.model.path, rendered_at=rendered_at)

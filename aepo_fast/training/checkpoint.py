@@ -172,9 +172,20 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
             "Resume with that dtype, or choose another output_dir",
         )
     # Left to torch, weight decay, betas and eps would be those of the run that saved.
-    for group, own in zip(saved["param_groups"], built["param_groups"], strict=True):
-        group |= {**own, "params": group["params"]}
+    parts = [(saved, built)] if "param_groups" in saved else [(saved[k], built[k]) for k in built]
+    for part, own_part in parts:
+        for group, own in zip(part["param_groups"], own_part["param_groups"], strict=True):
+            group |= {**own, "params": group["params"]}
     optimizer.load_state_dict(saved)
+
+
+def check_same_optimizer(state: dict[str, Any], name: str, checkpoint: Path) -> None:
+    """Refuse a checkpoint that has the state of another optimizer than `trainer.optimizer`."""
+    saved = state.get("optimizer", "adamw")  # of older ones, which had no other
+    if saved != name:
+        reason = f"the checkpoint {checkpoint} has the state of {saved!r}"
+        fix = "Resume with that optimizer, or choose another output_dir"
+        raise ConfigError("trainer.optimizer", name, reason, fix)
 
 
 def check_same_model(state: dict[str, Any], model_path: str, checkpoint: Path) -> None:
