@@ -137,6 +137,8 @@ def _values(hint: Any) -> str:
         return _values(members[0])
     if get_origin(hint) is dict:
         return "table"
+    if get_origin(hint) is tuple:
+        return "list of texts"
     return {str: "text", bool: "`true`, `false`", int: "integer", float: "number"}[hint]
 
 
@@ -186,6 +188,8 @@ def _read_by(chosen: Any) -> str:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"`[{', '.join(_toml(one).strip('`') for one in value)}]`"
     return (
         f"`{tomli_w.dumps({'x': value}).removeprefix('x = ').strip()}`" if value != {} else "`{}`"
     )

@@ -1,4 +1,4 @@
-"""The command line: train, eval, plot, configs, doctor, bench."""
+"""The command line: train, eval, export, plot, configs, doctor, bench."""
 
 from __future__ import annotations
 
@@ -114,6 +114,20 @@ def evaluate(
             model, config=config, task=task, samples=samples, prompts=prompts, overrides=set_ or []
         )
     )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a run.")],
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the run's adapter to the model's weights.")
+    ] = False,
+) -> None:
+    """Write a run's last checkpoint as a model or adapter that other programs load."""
+    from aepo_fast.cli.export import export_run
+
+    print(export_run(run, folder, merge=merge))
 
 
 @app.command()

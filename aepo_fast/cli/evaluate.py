@@ -15,10 +15,11 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config, EvalConfig, ModelConfig
 from aepo_fast.config.toml import load_config, with_overrides
+from aepo_fast.model.lora import check_same_adapter, holds_adapter
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
 from aepo_fast.training.assemble import read_inputs, rendering_time
-from aepo_fast.training.checkpoint import STATE_NAME, complete_checkpoints, load_state
-from aepo_fast.training.checkpoint_damage import damage, newest_whole
+from aepo_fast.training.checkpoint import STATE_NAME, load_state
+from aepo_fast.training.checkpoint_damage import last_checkpoint
 from aepo_fast.training.evaluate import EvalResult, evaluate
 
 
@@ -46,6 +47,10 @@ def evaluate_model(
     check_rollout_backend(cfg)
     # A run's checkpoint: the prompts that the run evaluates on, on any day.
     state = load_state(Path(path)) if (Path(path) / STATE_NAME).is_file() else None
+    adapter = Path(path) if state is not None and holds_adapter(Path(path)) else None
+    if adapter is not None:
+        check_same_adapter(adapter, cfg.model.lora)
+        path = cfg.model.path
     inputs = read_inputs(cfg, path, rendered_at=rendering_time(state))
     for note in inputs.prompts.notes:
         print(note, file=sys.stderr)
@@ -53,7 +58,8 @@ def evaluate_model(
     if not chosen:
         reason = "holds out no prompt to evaluate on"
         raise ConfigError("data.holdout_fraction", cfg.data.holdout_fraction, reason, "Raise it")
-    with closing(load_engine(cfg, machine, inputs.model_folder, inputs.tokenizer)) as engine:
+    folder, tokenizer = inputs.model_folder, inputs.tokenizer
+    with closing(load_engine(cfg, machine, folder, tokenizer, adapter=adapter)) as engine:
         return evaluate(
             engine,
             inputs.reward,
@@ -73,17 +79,8 @@ def _configuration(
     run = Path(model).expanduser()
     path = model
     if (run / "checkpoints").is_dir():
-        found = complete_checkpoints(run / "checkpoints")
-        if not found:
-            reason = "has no complete checkpoint"
-            raise ConfigError("MODEL", model, reason, "Train it first, or name a model")
-        path = str(found[-1])
-        if reason := damage(found[-1]):
-            older = newest_whole(found[:-1])
-            fix = "No older one is whole"
-            if older is not None:
-                fix = f"Evaluate {older} with --config {config or run / 'config.toml'}"
-            raise ConfigError("MODEL", model, f"{path} is damaged: {reason}", fix)
+        again = f"Evaluate {{}} with --config {config or run / 'config.toml'}"
+        path = str(last_checkpoint(run, "MODEL", again))
         config = config or str(run / "config.toml")
     if config is not None:
         cfg = load_config(config, overrides)

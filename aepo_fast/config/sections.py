@@ -38,6 +38,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "LoggingConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "RewardConfig",
@@ -49,6 +50,45 @@ __all__ = [
 # "auto" is bfloat16 where the device has instructions for its GEMMs, else float32.
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "eager"]
+
+
+_WITH_LORA = above_zero("rank")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train low-rank adapters in place of the weights (peft): W + alpha / rank * B A.
+
+    There is no dropout: it would make the ratio of new and old probabilities differ from 1 for the
+    very same weights.
+    """
+
+    rank: int = 0  # rank of the adapters; 0: no adapters, all weights are trained
+    # The adapters are scaled by alpha / rank.
+    alpha: float = setting(32.0, needs=_WITH_LORA)
+    # Names of the linear layers that get an adapter, e.g. "q_proj" or "lm_head". "all-linear" is
+    # all of them but the head.
+    targets: tuple[str, ...] = setting(("all-linear",), needs=_WITH_LORA)
+    rslora: bool = setting(False, needs=_WITH_LORA)  # scale by alpha / sqrt(rank) instead
+
+    def __post_init__(self) -> None:
+        require_not_negative("model.lora", self, "rank")
+        require_positive("model.lora", self, "alpha")
+        require(
+            bool(self.targets) and all(self.targets),
+            "model.lora.targets",
+            list(self.targets),
+            "names no layer",
+            'Use ["all-linear"], or names such as ["q_proj", "v_proj"]',
+        )
+        require(
+            len(self.targets) == 1 or "all-linear" not in self.targets,
+            "model.lora.targets",
+            list(self.targets),
+            '"all-linear" stands for all names but the head\'s',
+            "Use it alone, or name each layer",
+        )
+        refuse_what_does_nothing("model.lora", self)
 
 
 @dataclass(frozen=True)
@@ -69,6 +109,7 @@ class ModelConfig:
     liger: bool = False  # Liger-Kernel for the layers other than the head
     # Backend of the head's kernels; `aepo-fast doctor` says which run here.
     head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -196,11 +237,16 @@ class TrainerConfig:
     # How samples are laid out for the model: "packed" end to end (varlen attention), "shared" with
     # one copy of the prompt for all its samples (sdpa), "padded" with one line per sample.
     layout: Literal["auto", "packed", "shared", "padded"] = "auto"
+    # "adamw" holds 8 bytes a parameter, 12 of bfloat16 weights, and "adamw_8bit" 2 (torchao).
+    # "adamw_bf16" holds 4, of bfloat16 weights alone (torchao); it rounds them by chance, so that
+    # small steps count on average, and "adamw_8bit" does so with theirs. "muon" takes
+    # orthogonalised steps for the matrices of layers and AdamW's for all else.
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16", "muon"] = "adamw"
     lr: float = 1e-6  # learning rate after the warm-up
     # Course of the rate after the warm-up: it stays, or falls towards 0 at the end of the run.
     lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", needs=_LATER_STEPS)
     warmup_steps: int = 0  # steps in which the rate rises linearly to lr
-    weight_decay: float = 0.01  # weight decay of AdamW, on matrices only
+    weight_decay: float = 0.01  # weight decay, on matrices only
     # AdamW's momentum: the share that its mean of gradients keeps at an update. A long memory makes
     # the entropy follow its controller late.
     beta1: float = 0.9
@@ -326,6 +372,7 @@ class Config:
             f"needs the second temperature that aepo.form = {self.aepo.form!r} takes",
             'Set aepo.enabled = false, or form = "split" or "resample"',
         )
+        self._check_optimizer()
         require(
             self.reward.soft_overlong_tokens < self.rollout.max_new_tokens,
             "reward.soft_overlong_tokens",
@@ -334,3 +381,16 @@ class Config:
             "Lower it",
         )
         refuse_across_sections(self)
+
+    def _check_optimizer(self) -> None:
+        optimizer, trained = self.trainer.optimizer, self.model.dtype
+        if self.model.lora.rank:
+            trained = "float32"  # adapters
+        reason = fix = ""
+        if optimizer == "adamw_bf16" and trained != "bfloat16":
+            reason = "is for weights in bfloat16, and what is trained is in float32"
+            fix = 'Set model.dtype = "bfloat16" without model.lora, or use "adamw_8bit"'
+        elif optimizer == "muon" and trained != "float32":
+            reason = "holds no float32 copies of bfloat16 weights, and small steps would be lost"
+            fix = 'Set model.dtype = "float32", or use "adamw_bf16"'
+        require(not reason, "trainer.optimizer", optimizer, reason, fix)

@@ -126,7 +126,13 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return _build(typing.cast(type[Any], hint), value, key + ".")
     if origin is tuple:
         if not isinstance(value, list):
-            raise ConfigError(key, value, "must be a list of tables", f"Write [[{key}]]")
+            tables = dataclasses.is_dataclass(arguments[0])
+            kind, fix = (
+                ("a list of tables", f"Write [[{key}]]")
+                if tables
+                else ("a list", f"Write [{value!r}]")
+            )
+            raise ConfigError(key, value, f"must be {kind}", fix)
         return tuple(
             _convert(item, arguments[0], f"{key}.{index}") for index, item in enumerate(value)
         )

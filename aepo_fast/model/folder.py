@@ -12,6 +12,7 @@ from aepo_fast.config.errors import ConfigError
 
 _POINTER = b"version https://git-lfs"  # what Git LFS leaves in the place of a large file
 _INDEX = ".index.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
 _AGAIN = "Fetch the file again"
 
 
@@ -34,6 +35,9 @@ def check_folder(folder: Path, path: str) -> None:
     refuse = _Refusal(path)
     files = sorted(one for one in folder.iterdir() if one.is_file())
     names = {one.name for one in files}
+    if ADAPTER_CONFIG in names:
+        reason = "the folder holds an adapter without the model that it was trained for"
+        refuse(reason, "Name that model, or merge both: aepo-fast export RUN FOLDER --merge")
     weights = [name for name in names if name.endswith(".safetensors") or _is_bin(name)]
     if "config.json" not in names or not weights:
         reason = "the folder has no config.json with weights beside it"

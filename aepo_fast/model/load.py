@@ -32,6 +32,7 @@ from aepo_fast.config.sections import Attention, ModelConfig
 from aepo_fast.model.attention import register, varlen_groups_heads
 from aepo_fast.model.cpu_layers import fuse_layers
 from aepo_fast.model.folder import check_folder
+from aepo_fast.model.lora import add_adapter, load_adapter
 from aepo_fast.model.packages import PREFIX, find_package, resolve_package
 from aepo_fast.report.unexpected import first_line
 from aepo_kernels.integrations.heads import compare_logits, relative_error
@@ -154,10 +155,18 @@ def check_vocabulary(
         raise ConfigError("model.path", str(folder), reason, fix)
 
 
-def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTrainedModel:
+def load_model(
+    cfg: ModelConfig,
+    folder: Path | str,
+    machine: Machine,
+    *,
+    adapter: Path | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
     """Load a model onto the machine's device in its weights_dtype, in train mode, without dropout.
 
-    Where the machine runs our C++ operations, its layers use them, see `fuse_layers`.
+    Where the machine runs our C++ operations, its layers use them, see `fuse_layers`. With
+    cfg.lora, it has an adapter: that of the folder `adapter`, or a new one drawn by `seed`.
 
     Raises ConfigError where cfg.attention or cfg.liger cannot be had, or the folder's head is not
     one that `head_arguments` describes.
@@ -194,6 +203,10 @@ def load_model(cfg: ModelConfig, folder: Path | str, machine: Machine) -> PreTra
         fix = "Check that config.json and weights are of one causal language model"
         raise ConfigError("model.path", str(folder), reason, fix) from error
     _check_complete(loaded[1]["missing_keys"], str(folder))
+    if cfg.lora.rank:
+        add_adapter(model, cfg.lora, seed=seed)
+        if adapter is not None:
+            load_adapter(model, adapter)
     model.to(machine.device)  # type: ignore[arg-type]
     if cfg.liger:
         _apply_liger(model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from aepo_fast.model.batch import (
     make_microbatches,
 )
 from aepo_fast.model.load import recurrent_layers, takes_positions
+from aepo_fast.model.lora import without_adapter
 from aepo_fast.samples import Sample, TokenValues, token_index, token_offsets
 from aepo_kernels import (
     LogprobOutput,
@@ -73,10 +75,20 @@ class Policy:
     statistics in fp32.
     """
 
-    def __init__(self, model: PreTrainedModel, machine: Machine, trainer: TrainerConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        machine: Machine,
+        trainer: TrainerConfig,
+        *,
+        adapter: bool = True,
+    ) -> None:
+        """adapter: False leaves out the model's adapter: the policy before any training."""
         self.model, self.machine = model, machine
         self.backbone = backbone_of(model)
-        self.weight, self.head = head_arguments(model)
+        self._adapted = nullcontext if adapter else partial(without_adapter, model)
+        with self._adapted():
+            self.weight, self.head = head_arguments(model)
         self.device = machine.device
         embedding = model.get_input_embeddings()
         tied = isinstance(embedding, torch.nn.Embedding) and embedding.weight is self.weight
@@ -114,7 +126,7 @@ class Policy:
             # Eager attention adds its mask to the scores.
             low = torch.finfo(self.machine.compute_dtype).min
             mask = torch.zeros(mask.shape, dtype=self.machine.compute_dtype).masked_fill(~mask, low)
-        with self.machine.autocast():
+        with self.machine.autocast(), self._adapted():
             output = self.backbone(
                 input_ids=batch.input_ids.to(self.device),
                 position_ids=batch.position_ids.to(self.device),

@@ -88,13 +88,15 @@ class HfRollout:
 
     @torch.no_grad()
     def sync_weights(self, model: nn.Module, version: int) -> None:
-        """Copy the trainer's weights into the rollout copy, casting to its dtype."""
+        """Copy what is trained into the rollout copy, casting to its dtype."""
         if not self.shared:
             ours = dict(self.model.named_parameters())
             for name, parameter in model.named_parameters():
-                ours[name].copy_(parameter)
+                if parameter.requires_grad:
+                    ours[name].copy_(parameter)
         for linear in self._linears:
-            linear.pack()
+            if linear.weight.requires_grad:
+                linear.pack()
         self.weights_version = version
 
     def sleep(self) -> None:

@@ -61,8 +61,11 @@ def load_engine(
     tokenizer: PreTrainedTokenizerBase,
     *,
     model: PreTrainedModel | None = None,
+    adapter: Path | None = None,
 ) -> RolloutEngine:
     """The engine of `cfg.rollout.backend`, with the weights of a local folder.
+
+    adapter: a folder with the adapter that goes with them, where nothing is trained.
 
     model: these weights as they are trained; None where nothing is, and hf loads them in
     the machine's rollout_dtype. cfg has been through `Machine.settled` and
@@ -76,13 +79,17 @@ def load_engine(
 
         generation = generation_config(folder) if model is None else model.generation_config
         ids = eos_ids(generation, tokenizer)
-        return VllmRollout(
+        engine = VllmRollout(
             str(folder),
             cfg.rollout,
             eos_ids=ids,
             seed=cfg.trainer.seed,
             on_gpu=machine.vllm_on_gpu,
+            lora_rank=cfg.model.lora.rank,
         )
+        if adapter is not None:
+            engine.load_adapter(adapter, engine.weights_version)
+        return engine
     if model is None:
         config = read_config(folder)
     else:
@@ -92,7 +99,7 @@ def load_engine(
         reason = f"cannot take rows out of the state of {', '.join(kinds)} layers"
         raise ConfigError("rollout.backend", "hf", reason, 'Use "vllm"')
     if model is None:
-        model = load_model(cfg.model, folder, machine.only_sampling())
+        model = load_model(cfg.model, folder, machine.only_sampling(), adapter=adapter)
     ids = eos_ids(model.generation_config, tokenizer)
     return HfRollout(model, machine, eos_ids=ids, batch_rows=cfg.rollout.batch_rows)
 

@@ -2,7 +2,8 @@
 # pyright: reportMissingImports=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """Rollouts with vLLM in the trainer's own process, weights through its weight-transfer interface.
 
-The only module that imports vLLM. `load` imports it when a configuration asks for it, not before.
+The only module but `vllm_weights` that imports vLLM. `load` imports it when a configuration asks
+for it, not before.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,123 +22,49 @@ import vllm
 from torch import nn
 from vllm import LLM
 from vllm.config import WeightTransferConfig
+from vllm.config.lora import MaxLoRARanks
 from vllm.device_allocator import get_mem_allocator_instance
 from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
     WeightTransferInitRequest,
-    WeightTransferUpdateInfo,
     WeightTransferUpdateRequest,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import RolloutConfig
-from aepo_fast.rollout import weight_sharing
+from aepo_fast.model.lora import ADAPTER_WEIGHTS, save_adapter
 from aepo_fast.rollout.engine import RolloutError
+from aepo_fast.rollout.vllm_weights import BACKEND, register
 from aepo_fast.samples import Completion, Request
 
-_BACKEND = "aepo_fast"
-
-
-@dataclass
-class _InitInfo(WeightTransferInitInfo):
-    """The trainer's parameters, by the names of the checkpoint format; on_gpu: where vLLM runs."""
-
-    weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
-    share: bool = False
-    on_gpu: bool = False
-
-
-@dataclass
-class _UpdateInfo(WeightTransferUpdateInfo):
-    """The same parameters as they are now; `report` is told the bytes written."""
-
-    weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
-    report: dict[str, int] = field(default_factory=dict)
-
-
-class _SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
-    """Brings vLLM's weights up to date with parameters of the same process.
-
-    Where vLLM holds them as its loader wrote them, by one batched copy, of nothing at all where
-    they are shared; where it has packed them, by loading them anew as a checkpoint.
-    """
-
-    init_info_cls = _InitInfo
-    update_info_cls = _UpdateInfo
-    copies: list[weight_sharing.Placement] | None = None  # None: load anew
-    on_gpu = False
-
-    def init_transfer_engine(self, init_info: _InitInfo) -> None:
-        """Find out which of the ways it is; shares what can be shared where `share` says so."""
-        self.copies, self.on_gpu = None, init_info.on_gpu
-        if any(parameter.numel() == 0 for parameter in self.model.parameters()):
-            return  # packed for a CPU, where loading without a reload raises
-        model: Any = self.model
-        places = weight_sharing.find_placements(model.load_weights, init_info.weights)
-        if places is None:
-            return
-        if init_info.share:
-            self.copies = weight_sharing.share(init_info.weights, places)
-        else:
-            self.copies = [place for found in places.values() for place in found]
-
-    def start_weight_update(self) -> None:
-        """Make the layers ready to be loaded again, packed ones included."""
-        if self.copies is None:
-            initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: _UpdateInfo) -> None:
-        """Take the weights over, cast to vLLM's dtypes and fused as its layers are."""
-        if self.copies is None:
-            self.model.load_weights((name, w.detach()) for name, w in update_info.weights)
-            size = self.model_config.dtype.itemsize
-            update_info.report["bytes"] = sum(size * w.numel() for _, w in update_info.weights)
-        else:
-            weight_sharing.copy(self.copies)
-            update_info.report["bytes"] = sum(place.num_bytes for place in self.copies)
-
-    def finish_weight_update(self) -> None:
-        """Pack what was loaded."""
-        if self.copies is not None:
-            return
-        finalize_layerwise_reload(self.model, self.model_config)
-        head = getattr(self.model, "lm_head", None)
-        tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
-        if tied and head is not None and not self.on_gpu:
-            # The head shares the embedding's weight, but holds a packed copy of its own, which
-            # reloading the embedding leaves as it was.
-            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
-
-    def shutdown(self) -> None:
-        """Do nothing: there is no connection to close."""
-
-    @staticmethod
-    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """Refuse: abstract in vLLM 0.26, gone in 0.28, and of no use in one process."""
-        raise NotImplementedError
+_ADAPTER = "policy"
+_LORA_RANKS = get_args(MaxLoRARanks)
 
 
 class VllmRollout:
     """Samples with a vLLM engine in this process.
 
     folder: the model's, with its tokenizer. eos_ids: ids that end a completion. on_gpu: whether
-    this vLLM runs on a GPU. The completions' log-probs are those after temperature, of the very ids
-    that were sampled. The same requests with the same seeds and weights give the same samples; one
-    request alone may give others.
+    this vLLM runs on a GPU. lora_rank: of the adapter that is trained, 0 without one; the folder's
+    weights then stay as they are, and a sync hands over the adapter.
+
+    The completions' log-probs are those after temperature, of the very ids that were sampled. The
+    same requests with the same seeds and weights give the same samples; one request alone may give
+    others.
     """
 
     verify = True
 
     def __init__(
-        self, folder: str, cfg: RolloutConfig, *, eos_ids: Sequence[int], seed: int, on_gpu: bool
+        self,
+        folder: str,
+        cfg: RolloutConfig,
+        *,
+        eos_ids: Sequence[int],
+        seed: int,
+        on_gpu: bool,
+        lora_rank: int = 0,
     ) -> None:
         self.cfg, self.eos_ids, self.on_gpu = cfg, list(eos_ids), on_gpu
         self.weights_version = 0
@@ -144,6 +72,7 @@ class VllmRollout:
         self._numbers = itertools.count()
         self._connected: nn.Module | None = None
         self._asleep = False
+        self._adapter: _Adapter | None = _Adapter() if lora_rank else None
         # The engine in this process, so that weights pass by reference.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         logging.getLogger("vllm").setLevel(logging.WARNING)
@@ -151,10 +80,7 @@ class VllmRollout:
         reload = "vllm.model_executor.model_loader.reload.layerwise"
         logging.getLogger(reload).setLevel(logging.ERROR)
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cfg.cpu_kv_cache_gib)))
-        try:
-            WeightTransferEngineFactory.register_engine(_BACKEND, _SameProcessEngine)
-        except ValueError:  # by an earlier engine of this process
-            pass
+        register()
         self._sleeps = on_gpu and cfg.sleep and not cfg.steps_ahead
         try:
             self.llm = LLM(
@@ -166,9 +92,10 @@ class VllmRollout:
                 enforce_eager=cfg.enforce_eager,
                 enable_sleep_mode=self._sleeps,
                 logprobs_mode="processed_logprobs",
-                weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
+                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 disable_log_stats=True,
                 skip_tokenizer_init=True,  # ids go in and come out
+                **_lora_settings(lora_rank),
                 **({} if on_gpu else _cache_blocks()),
             )
         except (RuntimeError, ValueError) as error:
@@ -185,7 +112,11 @@ class VllmRollout:
         """Hand over the trainer's weights and forget what was cached with the old ones.
 
         The first call for a model finds out how; then its parameters may become views of vLLM's.
+        Of a model with an adapter, only that is handed over.
         """
+        if self._adapter is not None:
+            self.load_adapter(self._adapter.written(model), version)
+            return
         weights = list(model.named_parameters())
         if model is not self._connected:
             share = self.cfg.share_weights and not self.cfg.steps_ahead
@@ -197,9 +128,21 @@ class VllmRollout:
         update = {"weights": weights, "report": report}
         self.llm.update_weights(WeightTransferUpdateRequest(update_info=update))
         self.llm.finish_weight_update()
+        self._taken_over(report["bytes"], version)
+
+    def load_adapter(self, folder: Path, version: int) -> None:
+        """Sample with the adapter in a folder, as peft writes it, from now on."""
+        assert self._adapter is not None, "the engine was started without an adapter"
+        update = LoRARequest(_ADAPTER, 1, str(folder), load_inplace=True)
+        if not self.llm.llm_engine.add_lora(update):
+            raise RolloutError(f"vLLM did not take the adapter in {folder}")
+        self._adapter.request = LoRARequest(_ADAPTER, 1, str(folder))
+        self._taken_over((folder / ADAPTER_WEIGHTS).stat().st_size, version)
+
+    def _taken_over(self, num_bytes: int, version: int) -> None:
         if not self.llm.reset_prefix_cache():
             raise RolloutError("vLLM kept its prefix cache, which belongs to the old weights")
-        self.metrics["sync/bytes_copied"] = report["bytes"]
+        self.metrics["sync/bytes_copied"] = num_bytes
         self.weights_version = version
 
     def sleep(self) -> None:
@@ -224,7 +167,7 @@ class VllmRollout:
 
     def close(self) -> None:
         """Let the engine's memory go."""
-        self._connected = None
+        self._connected = self._adapter = None
         self.__dict__.pop("llm", None)
 
     def generate(
@@ -244,6 +187,7 @@ class VllmRollout:
         seed = np.random.SeedSequence([request.seed for request in requests])
         numbers = {str(next(self._numbers)): index for index in range(len(requests))}
         engine = self.llm.llm_engine
+        adapter = None if self._adapter is None else self._adapter.request
         numpy_state = np.random.get_state()
         try:
             with torch.random.fork_rng():
@@ -253,7 +197,9 @@ class VllmRollout:
                 for number, index in numbers.items():
                     ids = list(requests[index].prompt_ids)
                     params = self._params(requests[index], max_new_tokens)
-                    engine.add_request(number, {"prompt_token_ids": ids}, params)
+                    engine.add_request(
+                        number, {"prompt_token_ids": ids}, params, lora_request=adapter
+                    )
                 while engine.has_unfinished_requests():
                     counted = 0
                     for output in self._step(engine):
@@ -305,6 +251,34 @@ class VllmRollout:
                 f"vLLM failed while sampling: {type(error).__name__}: {error}. If memory ran out, "
                 "lower rollout.gpu_memory_utilization or trainer.tokens_per_microbatch"
             ) from error
+
+
+class _Adapter:
+    """The adapter of the policy in a folder in memory, where vLLM reads it.
+
+    request: what samples with it; None before the first sync, when it would change nothing.
+    """
+
+    def __init__(self) -> None:
+        memory = Path("/dev/shm")
+        usable = memory.is_dir() and os.access(memory, os.W_OK)
+        self._folder = tempfile.TemporaryDirectory(dir=memory if usable else None)
+        self.request: LoRARequest | None = None
+
+    def written(self, model: nn.Module) -> Path:
+        """The folder, with the model's adapter as it is now."""
+        save_adapter(model, Path(self._folder.name))  # type: ignore[arg-type]
+        return Path(self._folder.name)
+
+
+def _lora_settings(rank: int) -> dict[str, Any]:
+    if not rank:
+        return {}
+    most = next((size for size in _LORA_RANKS if size >= rank), None)
+    if most is None:
+        fix = f'Use {_LORA_RANKS[-1]} or less, or rollout.backend = "hf"'
+        raise ConfigError("model.lora.rank", rank, "is more than vLLM takes", fix)
+    return {"enable_lora": True, "max_lora_rank": most, "max_loras": 1}
 
 
 def _completions(request: Request, output: Any, version: int) -> list[Completion]:

@@ -28,6 +28,7 @@ from aepo_fast.model.load import (
     read_config,
     resolve,
 )
+from aepo_fast.model.lora import check_lora, check_same_adapter
 from aepo_fast.model.policy import Policy
 from aepo_fast.report.json_lines import is_step, lines_of
 from aepo_fast.report.logger import check_tensorboard
@@ -45,10 +46,12 @@ from aepo_fast.rollout.load import (
 from aepo_fast.training.checkpoint import (
     CheckpointError,
     check_same_model,
+    check_same_optimizer,
     complete_checkpoints,
     load_state,
 )
 from aepo_fast.training.checkpoint_damage import damage, newest_whole
+from aepo_fast.training.optim import check_optimizer
 from aepo_fast.training.run_lock import RunLock
 
 _OF_A_RUN = (
@@ -104,6 +107,8 @@ def load_inputs(
         raise ConfigError("--overwrite", True, reason, "Give one of the two")
     if cfg.logging.tensorboard:
         check_tensorboard()
+    check_lora(cfg.model.lora)
+    check_optimizer(cfg.trainer)
     folder = Path(cfg.output_dir)
     check_rollout_backend(cfg)
     _check_samples_ahead(cfg)
@@ -123,6 +128,8 @@ def load_inputs(
     if checkpoint is not None:
         state = load_state(checkpoint)
         check_same_model(state, cfg.model.path, checkpoint)
+        check_same_adapter(checkpoint, cfg.model.lora)
+        check_same_optimizer(state, cfg.trainer.optimizer, checkpoint)
     rendered_at = rendering_time(state)
     with doing("reading the tokenizer and the data"):
         inputs = read_inputs(cfg, cfg.model.path, rendered_at=rendered_at)
@@ -289,17 +296,21 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     """Load the policy (from the checkpoint where there is one) and what goes with it."""
-    source = inputs.model_folder if inputs.checkpoint is None else str(inputs.checkpoint)
-    model = load_model(cfg.model, source, machine)
+    source, adapter, lora = inputs.model_folder, inputs.checkpoint, cfg.model.lora.rank > 0
+    if inputs.checkpoint is not None and not lora:
+        source, adapter = str(inputs.checkpoint), None
+    model = load_model(cfg.model, source, machine, adapter=adapter, seed=cfg.trainer.seed)
     policy = Policy(model, machine, cfg.trainer)
     reference = None
-    if cfg.loss.kl_coef > 0:
+    if cfg.loss.kl_coef > 0 and lora:
+        reference = Policy(model, machine, cfg.trainer, adapter=False)
+    elif cfg.loss.kl_coef > 0:
         if inputs.checkpoint is None:
             frozen = copy.deepcopy(model)
         else:
             frozen = load_model(cfg.model, inputs.model_folder, machine)
         reference = Policy(frozen.requires_grad_(False).eval(), machine, cfg.trainer)
-    engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model)
+    engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model, adapter=adapter)
     if not engine.verify:  # a canary compares others
         some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
         check_agreement(cfg, machine, model, some)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.model.folder import same_model
+from aepo_fast.model.lora import has_adapter, save_adapter
 
 _COMPLETE = re.compile(r"step_(\d+)")
 STATE_NAME, OPTIMIZER_NAME = "state.pt", "optimizer.pt"
@@ -86,9 +87,7 @@ def save_checkpoint(
         for unfinished in folder.glob("step_*.tmp"):  # a killed run's
             shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        _make_portable(partial)
+        save_model(model, tokenizer, partial)
         torch.save(optimizer.state_dict(), partial / OPTIMIZER_NAME)
         torch.save(state, partial / STATE_NAME)
         _flush(partial)
@@ -111,6 +110,17 @@ def save_checkpoint(
         except OSError as error:
             print(f"cannot delete the old checkpoint {old}: {error}", file=sys.stderr)
     return final
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model, or its adapter and settings where it has one, and its tokenizer."""
+    if has_adapter(model):
+        save_adapter(model, folder)
+        model.config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _make_portable(folder)
 
 
 def _make_portable(folder: Path) -> None:
@@ -162,9 +172,20 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
             "Resume with that dtype, or choose another output_dir",
         )
     # Left to torch, weight decay, betas and eps would be those of the run that saved.
-    for group, own in zip(saved["param_groups"], built["param_groups"], strict=True):
-        group |= {**own, "params": group["params"]}
+    parts = [(saved, built)] if "param_groups" in saved else [(saved[k], built[k]) for k in built]
+    for part, own_part in parts:
+        for group, own in zip(part["param_groups"], own_part["param_groups"], strict=True):
+            group |= {**own, "params": group["params"]}
     optimizer.load_state_dict(saved)
+
+
+def check_same_optimizer(state: dict[str, Any], name: str, checkpoint: Path) -> None:
+    """Refuse a checkpoint that has the state of another optimizer than `trainer.optimizer`."""
+    saved = state.get("optimizer", "adamw")  # of older ones, which had no other
+    if saved != name:
+        reason = f"the checkpoint {checkpoint} has the state of {saved!r}"
+        fix = "Resume with that optimizer, or choose another output_dir"
+        raise ConfigError("trainer.optimizer", name, reason, fix)
 
 
 def check_same_model(state: dict[str, Any], model_path: str, checkpoint: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from aepo_fast.config.errors import ConfigError
 from aepo_fast.report.unexpected import first_line
-from aepo_fast.training.checkpoint import OPTIMIZER_NAME, STATE_NAME
+from aepo_fast.training.checkpoint import OPTIMIZER_NAME, STATE_NAME, complete_checkpoints
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -38,6 +39,23 @@ def damage(checkpoint: Path) -> str | None:
         expected.add("model.safetensors")
     missing = sorted(expected - set(found))
     return f"{missing[0]} is missing" if missing else None
+
+
+def last_checkpoint(run: Path, argument: str, again: str) -> Path:
+    """The last checkpoint of a run's folder, which was given as `argument`.
+
+    Raises ConfigError where there is none, or a damaged one. again: what to do with an older one
+    that is whole, with {} in its place.
+    """
+    found = complete_checkpoints(run / "checkpoints")
+    if not found:
+        reason = "has no complete checkpoint"
+        raise ConfigError(argument, str(run), reason, "Train it first, or name a model")
+    if reason := damage(found[-1]):
+        older = newest_whole(found[:-1])
+        fix = "No older one is whole" if older is None else again.format(older)
+        raise ConfigError(argument, str(run), f"{found[-1]} is damaged: {reason}", fix)
+    return found[-1]
 
 
 def newest_whole(checkpoints: Sequence[Path]) -> Path | None:

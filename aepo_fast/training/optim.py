@@ -1,14 +1,19 @@
-"""AdamW by parameter group, the learning-rate schedules, and a guarded optimizer step."""
+"""Optimizers by parameter group, the learning-rate schedules, and a guarded optimizer step."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import TrainerConfig
+
+_OF_TORCHAO = ("adamw_8bit", "adamw_bf16")
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -55,24 +60,113 @@ class MasterAdamW(torch.optim.AdamW):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "masters"})
 
 
-def build_optimizer(model: nn.Module, cfg: TrainerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; norms, biases and scales get none.
+class MuonAndAdamW:
+    """torch's Muon for matrices of layers, AdamW for embeddings, the head and vectors.
 
-    Parameters of less than float32 get float32 copies, see `MasterAdamW`.
+    Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix; its
+    steps are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate fits both.
+    """
+
+    def __init__(self, matrices: list[Tensor], others: torch.optim.AdamW, cfg: TrainerConfig):
+        self.muon = torch.optim.Muon(
+            matrices,  # type: ignore[arg-type]
+            lr=cfg.lr,
+            weight_decay=cfg.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.adamw = others
+        self._parts = {"muon": self.muon, "adamw": self.adamw}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of both."""
+        return [*self.muon.param_groups, *self.adamw.param_groups]
+
+    def step(self) -> None:
+        """Take the step of both."""
+        for part in self._parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free the gradients of both."""
+        for part in self._parts.values():
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Those of both, by name."""
+        return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, part in self._parts.items():
+            part.load_state_dict(state_dict[name])
+
+
+def check_optimizer(cfg: TrainerConfig) -> None:
+    """Raise ConfigError where an optimizer's package is not installed."""
+    if cfg.optimizer in _OF_TORCHAO and importlib.util.find_spec("torchao") is None:
+        fix = "pip install 'aepo-fast[torchao]', or use \"adamw\""
+        raise ConfigError("trainer.optimizer", cfg.optimizer, "torchao is not installed", fix)
+
+
+def build_optimizer(model: nn.Module, cfg: TrainerConfig) -> torch.optim.Optimizer:
+    """The optimizer of a model's trained parameters, with weight decay on matrices only.
+
+    "adamw" holds float32 copies of parameters of less than float32, see `MasterAdamW`.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    whole = all(p.dtype == torch.float32 for p in trained)
-    kind = torch.optim.AdamW if whole else MasterAdamW
-    return kind(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=cfg.lr,
-        betas=(cfg.beta1, cfg.beta2),
-        eps=cfg.eps,
-        fused=True,
-    )
+    matrices, vectors = ([p for p in trained if (p.ndim > 1) is many] for many in (True, False))
+    if cfg.optimizer == "muon":
+        ends = {id(p) for p in _ends(model)}
+        inner = [p for p in matrices if p.ndim == 2 and id(p) not in ends]
+        chosen = {id(p) for p in inner}
+        rest = [p for p in matrices if id(p) not in chosen]
+        made: Any = MuonAndAdamW(inner, _adamw(rest, vectors, cfg), cfg)
+        return made
+    return _adamw(matrices, vectors, cfg)
+
+
+def _ends(model: nn.Module) -> Iterator[Tensor]:
+    """The weights of a model's embedding and head."""
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, name, lambda: None)()
+        if module is not None:
+            yield module.weight
+
+
+def _adamw(
+    matrices: Sequence[Tensor], vectors: Sequence[Tensor], cfg: TrainerConfig
+) -> torch.optim.AdamW:
+    groups: list[dict[str, Any]] = [
+        {"params": list(matrices), "weight_decay": cfg.weight_decay},
+        {"params": list(vectors), "weight_decay": 0.0},
+    ]
+    options: dict[str, Any] = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
+    if cfg.optimizer in _OF_TORCHAO:
+        return _torchao(cfg.optimizer, groups, options)
+    whole = all(p.dtype == torch.float32 for p in (*matrices, *vectors))
+    return (torch.optim.AdamW if whole else MasterAdamW)(groups, **options, fused=True)
+
+
+def _torchao(name: str, groups: list[dict[str, Any]], options: dict[str, Any]) -> Any:
+    """An optimizer of torchao; on a CPU without its compiled step, which takes a minute to make."""
+    from torchao.optim import AdamW8bit, _AdamW
+
+    groups = [group for group in groups if group["params"]]
+    kind: Any = {"adamw_8bit": AdamW8bit, "adamw_bf16": _AdamW}[name]
+    made = kind(groups, **options, bf16_stochastic_round=True)
+    if all(p.device.type == "cpu" for group in groups for p in group["params"]):
+        made.step = torch.compiler.set_stance("force_eager")(made.step)
+    return made
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all groups of an optimizer a learning rate; torchao's have it in a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(cfg: TrainerConfig, step: int) -> float:

@@ -35,7 +35,7 @@ from aepo_fast.samples import Rollout, RolloutPlan, Sample, TokenValues, seed_of
 from aepo_fast.training.assemble import Inputs, load_models
 from aepo_fast.training.checkpoint import load_optimizer, rng_state, set_rng_state
 from aepo_fast.training.interrupt import InterruptGuard
-from aepo_fast.training.optim import build_optimizer, learning_rate
+from aepo_fast.training.optim import build_optimizer, learning_rate, set_learning_rate
 from aepo_fast.training.plan import plan_rollout
 from aepo_fast.training.step_metrics import StepResult, StepTimes, step_metrics
 from aepo_fast.training.update import UpdateResult, update
@@ -134,7 +134,7 @@ class Trainer:
             result,
             controller=self.controller.metrics(),
             engine=self.engine.metrics,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             weights_version=self.updates,
             threshold=self.cfg.aepo.reward_threshold,
             decode=self.inputs.decode,
@@ -213,8 +213,7 @@ class Trainer:
         *,
         first: bool,
     ) -> UpdateResult:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg.trainer, self.steps_done)
+        set_learning_rate(self.optimizer, learning_rate(self.cfg.trainer, self.steps_done))
         result = update(
             self.policy,
             self.optimizer,
@@ -291,6 +290,7 @@ class Trainer:
         sampler = self.sampler.state_dict() if ahead is None else ahead.sampler_state
         return {
             "model_path": self.cfg.model.path,
+            "optimizer": self.cfg.trainer.optimizer,
             "rendered_at": self.inputs.rendered_at.isoformat(),
             "steps_done": self.steps_done,
             "updates": self.updates,

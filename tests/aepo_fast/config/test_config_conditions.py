@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,6 +107,9 @@ CASES = [
     choices("aepo.normalizer", "positives", "aepo.form", "resample", FORMS),
     choices("aepo.rho_clip", 2.0, "aepo.form", "one_pass dcpo", FORMS),
     choices("aepo.baseline", True, "aepo.form", "one_pass", FORMS),
+    Case("model.lora.alpha", 8.0, "model.lora.rank", (1, 16), (0,)),
+    Case("model.lora.targets", ("q_proj",), "model.lora.rank", (1, 16), (0,)),
+    Case("model.lora.rslora", True, "model.lora.rank", (1, 16), (0,)),
     choices("rollout.batch_rows", 64, "rollout.backend", "hf", BACKENDS),
     choices("rollout.gpu_memory_utilization", 0.5, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.cpu_kv_cache_gib", 2.0, "rollout.backend", "vllm", BACKENDS),
@@ -147,6 +151,8 @@ def minimal(tmp_path: Path) -> str:
 def toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}={toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple):
+        return json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

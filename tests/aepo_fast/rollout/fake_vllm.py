@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import pytest
 import torch
@@ -67,6 +67,14 @@ class Factory:
         cls.engines[name] = engine
 
 
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+    load_inplace: bool = False
+
+
 class OutputKind(Enum):
     FINAL_ONLY = 2
 
@@ -79,8 +87,21 @@ class Inner:
         self.waiting: list[tuple[str, dict[str, Any], Any]] = []
         self.finish_reason = "length"
         self.failure: Exception | None = None
+        self.takes_lora = True
 
-    def add_request(self, number: str, prompt: dict[str, Any], params: Any) -> None:
+    def add_lora(self, request: LoRARequest) -> bool:
+        self.events.append(request)
+        return self.takes_lora
+
+    def add_request(
+        self,
+        number: str,
+        prompt: dict[str, Any],
+        params: Any,
+        lora_request: LoRARequest | None = None,
+    ) -> None:
+        if lora_request is not None:
+            self.events.append(lora_request)
         self.waiting.append((number, prompt, params))
 
     def has_unfinished_requests(self) -> bool:
@@ -173,6 +194,7 @@ def install(patch: pytest.MonkeyPatch) -> Allocator:
     modules: dict[str, dict[str, Any]] = {
         "vllm": {"LLM": LLM, "__version__": "0.29.0"},
         "vllm.config": {"WeightTransferConfig": SimpleNamespace},
+        "vllm.config.lora": {"MaxLoRARanks": Literal[1, 8, 16, 32]},
         "vllm.device_allocator": {"get_mem_allocator_instance": lambda: allocator},
         "vllm.distributed": {},
         "vllm.distributed.weight_transfer": {},
@@ -184,6 +206,8 @@ def install(patch: pytest.MonkeyPatch) -> Allocator:
             "WeightTransferUpdateRequest": UpdateRequest,
         },
         "vllm.distributed.weight_transfer.factory": {"WeightTransferEngineFactory": Factory},
+        "vllm.lora": {},
+        "vllm.lora.request": {"LoRARequest": LoRARequest},
         "vllm.model_executor": {},
         "vllm.model_executor.layers": {},
         "vllm.model_executor.layers.utils": {"dispatch_cpu_unquantized_gemm": nothing},
@@ -202,9 +226,10 @@ def install(patch: pytest.MonkeyPatch) -> Allocator:
         module.__spec__ = ModuleSpec(name, None)  # so that it is found as an installed one is
         vars(module).update(contents)
         patch.setitem(sys.modules, name, module)
-    # The module is imported anew with each stand-in, and not left behind: undone is what is set.
-    patch.setitem(sys.modules, "aepo_fast.rollout.vllm", ModuleType("replaced"))
-    patch.delitem(sys.modules, "aepo_fast.rollout.vllm")
+    # Both modules are imported anew with each stand-in, and not left behind: undone is what is set.
+    for name in ("aepo_fast.rollout.vllm", "aepo_fast.rollout.vllm_weights"):
+        patch.setitem(sys.modules, name, ModuleType("replaced"))
+        patch.delitem(sys.modules, name)
     Factory.engines = {}
     LLM.failure = None
     patch.setattr(torch.cuda, "is_available", lambda: True)

@@ -147,10 +147,10 @@ def test_a_head_that_stayed_stale_is_caught(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("only the CPU build packs weights")
-    from aepo_fast.rollout import vllm
+    from aepo_fast.rollout import vllm_weights
 
     canary = Canary(engine, policy, prompts)
-    monkeypatch.setattr(vllm, "dispatch_cpu_unquantized_gemm", lambda *_, **__: None)
+    monkeypatch.setattr(vllm_weights, "dispatch_cpu_unquantized_gemm", lambda *_, **__: None)
     nudge(model)
     engine.sync_weights(model, 1)
     with pytest.raises(StaleWeightsError):

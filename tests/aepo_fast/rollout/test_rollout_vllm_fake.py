@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import RolloutConfig
+from aepo_fast.config.sections import LoraConfig, RolloutConfig
+from aepo_fast.model.lora import ADAPTER_WEIGHTS, add_adapter
 from aepo_fast.rollout.engine import RolloutError
 from aepo_fast.samples import Request
 from tests.aepo_fast.rollout import fake_vllm
@@ -23,11 +27,11 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> fake_vllm.Allocator:
     return fake_vllm.install(monkeypatch)
 
 
-def build(*, on_gpu: bool = True, **settings: Any) -> Any:
+def build(*, on_gpu: bool = True, lora_rank: int = 0, **settings: Any) -> Any:
     from aepo_fast.rollout.vllm import VllmRollout
 
     cfg = RolloutConfig("vllm", max_prompt_tokens=8, max_new_tokens=4, **settings)
-    return VllmRollout("folder", cfg, eos_ids=[2], seed=0, on_gpu=on_gpu)
+    return VllmRollout("folder", cfg, eos_ids=[2], seed=0, on_gpu=on_gpu, lora_rank=lora_rank)
 
 
 class Trained(nn.Module):
@@ -79,7 +83,7 @@ def test_a_tied_head_is_packed_anew_on_a_cpu(
     allocator: fake_vllm.Allocator, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
 ) -> None:
     engine, packed = build(on_gpu=on_gpu), []
-    module = sys.modules["aepo_fast.rollout.vllm"]
+    module = sys.modules["aepo_fast.rollout.vllm_weights"]
     for name in ("initialize_layerwise_reload", "finalize_layerwise_reload"):
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(
@@ -165,7 +169,7 @@ def test_requests_that_are_aborted_or_lost(
     engine.llm.llm_engine.finish_reason = "abort"
     with pytest.raises(RolloutError, match="ended a request with 'abort'"):
         engine.generate(REQUESTS, max_new_tokens=4)
-    monkeypatch.setattr(engine.llm.llm_engine, "add_request", lambda *_: None)
+    monkeypatch.setattr(engine.llm.llm_engine, "add_request", lambda *_, **__: None)
     with pytest.raises(RolloutError, match="answered 0 of 2"):
         engine.generate(REQUESTS, max_new_tokens=4)
 
@@ -180,3 +184,38 @@ def test_a_prefix_cache_that_stays_is_an_error(allocator: fake_vllm.Allocator) -
     engine.llm.cache_resets = False
     with pytest.raises(RolloutError, match="kept its prefix cache"):
         engine.sync_weights(Trained(torch.bfloat16), 1)
+
+
+def test_of_an_adapter_a_sync_hands_over_that_alone(
+    allocator: fake_vllm.Allocator, tiny_model_dir: Path
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    add_adapter(model, LoraConfig(rank=5), seed=0)
+    engine = build(lora_rank=5)
+    names = "enable_lora", "max_lora_rank", "max_loras"
+    assert [engine.llm.arguments[name] for name in names] == [True, 8, 1]
+    engine.generate(REQUESTS[:1], max_new_tokens=4)  # before any sync as the model is
+    assert engine.llm.events == ["step"]
+
+    engine.sync_weights(model, 3)
+    update, reset = engine.llm.events[1:]
+    assert update.load_inplace and reset == "reset" and engine.weights_version == 3
+    held = load_file(Path(update.lora_path) / ADAPTER_WEIGHTS)
+    trained = [one for one in model.parameters() if one.requires_grad]
+    assert len(held) == len(trained)
+    assert engine.metrics["sync/bytes_copied"] < 2 * sum(one.nbytes for one in trained)
+    engine.generate(REQUESTS[:1], max_new_tokens=4)
+    sampled = engine.llm.events[3]
+    assert (sampled.lora_path, sampled.load_inplace) == (update.lora_path, False)
+
+    engine.llm.llm_engine.takes_lora = False
+    with pytest.raises(RolloutError, match="vLLM did not take the adapter in"):
+        engine.sync_weights(model, 4)
+    assert engine.weights_version == 3
+    engine.close()
+    assert not Path(update.lora_path).exists()
+
+
+def test_an_adapter_of_more_than_vllm_takes(allocator: fake_vllm.Allocator) -> None:
+    with pytest.raises(ConfigError, match=r"model\.lora\.rank = 33: is more than vLLM takes.*32"):
+        build(lora_rank=33)
