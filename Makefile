@@ -11,7 +11,7 @@ STAMP := .venv/installed
 VLLM_STAMP := .venv/installed-vllm
 PEERS_STAMP := .venv-peers/installed
 TRL_VERSIONS := 1.15.0 1.16.0
-OTHER_PEERS := accelerate==1.15.0 peft==0.21.2 verl==0.9.1
+OTHER_PEERS := verl==0.9.1
 PEER_TESTS := $(wildcard tests/peers tests/aepo_fast/integrations)
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 

@@ -67,9 +67,11 @@ class MuonAndAdamW:
     steps are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate fits both.
     """
 
-    def __init__(self, matrices: list[Tensor], others: torch.optim.AdamW, cfg: TrainerConfig):
+    def __init__(
+        self, matrices: Sequence[Tensor], others: torch.optim.AdamW, cfg: TrainerConfig
+    ) -> None:
         self.muon = torch.optim.Muon(
-            matrices,  # type: ignore[arg-type]
+            list(matrices),  # type: ignore[arg-type]
             lr=cfg.lr,
             weight_decay=cfg.weight_decay,
             adjust_lr_fn="match_rms_adamw",
