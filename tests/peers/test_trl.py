@@ -117,7 +117,8 @@ def run_offline(kind: str, model_dir: Path, folder: Path) -> list[dict[str, floa
     ]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("SFT", marks=NEEDS_TOP1), "DPO"])
+@NEEDS_TOP1
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
 def test_sft_and_dpo_report_the_same(kind: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     theirs = run_offline(kind, tiny_model_dir, tmp_path)
     ours.install()

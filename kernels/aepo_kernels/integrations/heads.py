@@ -53,7 +53,7 @@ def head_arguments(model: Any) -> tuple[Tensor, dict[str, Any]]:
             f"{type(linear).__name__}: its weight is {tuple(weight.shape)} and not "
             f"[V, {linear.in_features}]: a part, as of ZeRO-3; gather it around the call"
         )
-    scale, softcap = _logit_settings(model.config.get_text_config().to_dict())
+    scale, softcap = logit_settings(model.config)
     return weight, {"bias": linear.bias, "softcap": softcap, "logit_scale": scale, **lora}
 
 
@@ -139,8 +139,9 @@ def relative_error(logits: Tensor, expected: Tensor) -> float:
     return ((logits - expected).norm() / expected.norm()).item()
 
 
-def _logit_settings(settings: dict[str, Any]) -> tuple[float, float | None]:
-    """The factor of the logits and their softcap, from the settings of a text model's config."""
+def logit_settings(config: Any) -> tuple[float, float | None]:
+    """The factor of the logits and their softcap, or None, of a transformers config."""
+    settings = config.get_text_config().to_dict()
     scale, kind = 1.0, settings.get("model_type")
     for name in _FACTORS:
         unused = name == "logit_scale" and kind in _WITHOUT_LOGIT_SCALE

@@ -62,10 +62,17 @@ class GemmaFusedOutputLinear(FusedOutputLinear):
         return self.scores(logits, labels, temperature)
 
 
+def inject_prime_lm_head(model: Any, chunk_size: int | None = None) -> None:
+    weight = model.lm_head.weight
+    model.lm_head = FusedOutputLinear(weight.shape[1], weight.shape[0], chunk_size or 512)
+    model.lm_head.weight = weight
+
+
 def put_prime_rl(monkeypatch: pytest.MonkeyPatch) -> None:
     """prime-rl's modules of heads, as far as `prime_rl.install` looks at them."""
     base = "prime_rl.trainer.models.layers.lm_head"
-    put(monkeypatch, base, FusedOutputLinear=FusedOutputLinear)
+    members = {"FusedOutputLinear": FusedOutputLinear, "inject_prime_lm_head": inject_prime_lm_head}
+    put(monkeypatch, base, **members)
     gemma = ModuleType(base + "_gemma")
     vars(gemma).update(GemmaFusedOutputLinear=GemmaFusedOutputLinear)
     monkeypatch.setitem(sys.modules, gemma.__name__, gemma)
@@ -104,6 +111,22 @@ def test_prime_rl_s_heads(softcap: float | None, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(FusedOutputLinear, "forward", lambda self, hidden: None)
     with pytest.raises(ImportError, match=r"FusedOutputLinear.forward takes \(self, hidden\)"):
         prime_rl.install()
+
+
+def test_prime_rl_s_head_gets_the_model_s_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_prime_rl(monkeypatch)
+    prime_rl.install()
+    module = sys.modules["prime_rl.trainer.models.layers.lm_head"]
+    model = tiny_model("cohere", dtype=torch.float64)
+    ids = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
+    temperature = torch.full((2, 6), 0.7, dtype=torch.float64)
+    expected, _ = materialised(model(input_ids=ids).logits / 0.7, ids)
+    hidden = model.model(input_ids=ids).last_hidden_state
+    module.inject_prime_lm_head(model, chunk_size=16)
+    found = model.lm_head(hidden, ids, temperature=temperature)["logprobs"]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    prime_rl.uninstall()
+    assert module.inject_prime_lm_head is inject_prime_lm_head
 
 
 def test_a_peer_that_is_missing_is_named() -> None:
