@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aepo_kernels import reference
-from aepo_kernels.backends import resolve_backend
+from aepo_kernels.backends import DEVICES, resolve_backend
 from aepo_kernels.checks import check_active, check_problem, check_row_sampling, check_token_tensors
 from aepo_kernels.head.logprob import logprob as chunked_logprob
 from aepo_kernels.head.token_loss import token_loss as chunked_token_loss
@@ -52,10 +52,12 @@ def linear_logprob(
 
     The head:
     hidden: [N, H] float32, bfloat16 or float64. weight: [V, H], any of these dtypes; GEMMs run in
-    hidden's dtype. targets: [N] int64. bias: [V]. temperature, second_temperature: a positive float
-    or [N]. lora_a [R, H] and lora_b [V, R] stand for a weight of weight + lora_scale * lora_b @
-    lora_a, which never exists. ignore_index: the target of tokens to leave out; their outputs are
-    0. None says that there are no such tokens, and then nothing waits for a GPU.
+    hidden's dtype. Under autocast a float32 hidden is cast as nn.Linear casts it; not for
+    "reference", and not with logits_dtype=torch.float32. targets: [N] int64. bias: [V].
+    temperature, second_temperature: a positive float or [N]. lora_a [R, H] and lora_b [V, R] stand
+    for a weight of weight + lora_scale * lora_b @ lora_a, which never exists. ignore_index: the
+    target of tokens to leave out; their outputs are 0. None says that there are no such tokens, and
+    then nothing waits for a GPU.
 
     Memory and gradients:
     shard: this rank's part of a vocabulary that is split over ranks. weight, bias, lora_b and
@@ -80,6 +82,7 @@ def linear_logprob(
     if is_traced(hidden, weight, targets):
         from aepo_kernels import torch_op  # registering operators imports much of torch
 
+        hidden = _follow_autocast(hidden, backend, logits_dtype)
         per_token, number = _split(temperature)
         second_per_token, second_number = _split(second_temperature)
         results = torch_op.linear_logprob(
@@ -115,8 +118,9 @@ def linear_logprob(
         lora_b=lora_b,
         weight_grad=weight_grad,
     )
+    backend = resolve_backend(backend, hidden.device.type, hidden.dtype)
     problem = Problem(
-        hidden,
+        _follow_autocast(hidden, backend, logits_dtype),
         weight,
         targets,
         temperature=temperature,
@@ -126,7 +130,7 @@ def linear_logprob(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
-        backend=resolve_backend(backend, hidden.device.type, hidden.dtype),
+        backend=backend,
         lora_a=lora_a,
         lora_b=lora_b,
         lora_scale=lora_scale,
@@ -206,8 +210,9 @@ def linear_token_loss(
         active=active,
         **{f"token_tensors[{i}]": tensor for i, tensor in enumerate(token_tensors)},
     )
+    backend = resolve_backend(backend, hidden.device.type, hidden.dtype)
     problem = Problem(
-        hidden,
+        _follow_autocast(hidden, backend, logits_dtype),
         weight,
         targets,
         temperature=temperature,
@@ -217,7 +222,7 @@ def linear_token_loss(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
-        backend=resolve_backend(backend, hidden.device.type, hidden.dtype),
+        backend=backend,
         lora_a=lora_a,
         lora_b=lora_b,
         lora_scale=lora_scale,
@@ -235,6 +240,15 @@ def linear_token_loss(
     check_token_tensors(problem, token_tensors)
     run = reference.token_loss if problem.features.autograd else chunked_token_loss
     return run(problem, token_loss, token_tensors)
+
+
+def _follow_autocast(hidden: Tensor, backend: str, logits_dtype: torch.dtype | None) -> Tensor:
+    """Hidden, [N, H], in the dtype of autocast where its GEMMs should run in that one."""
+    device = hidden.device.type
+    own = hidden.dtype != torch.float32 or logits_dtype == torch.float32 or backend == "reference"
+    if own or device not in DEVICES or not torch.is_autocast_enabled(device):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
 
 
 def _tensor(temperature: float | Tensor | None) -> Tensor | None:
