@@ -8,6 +8,8 @@ from torch import Tensor
 from aepo_kernels import reference
 from aepo_kernels.backends import DEVICES, resolve_backend
 from aepo_kernels.checks import check_active, check_problem, check_row_sampling, check_token_tensors
+from aepo_kernels.head.kept_ids import logprob as kept_logprob
+from aepo_kernels.head.kept_ids import token_loss as kept_token_loss
 from aepo_kernels.head.logprob import logprob as chunked_logprob
 from aepo_kernels.head.token_loss import token_loss as chunked_token_loss
 from aepo_kernels.problem import (
@@ -21,7 +23,7 @@ from aepo_kernels.problem import (
 from aepo_kernels.tensors import breaks_graph, check_readable, is_traced
 
 
-@breaks_graph("shard", "weight_grad", "weight_slice", "sum_squares")
+@breaks_graph("shard", "weight_grad", "weight_slice", "sum_squares", "kept_ids")
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -36,6 +38,7 @@ def linear_logprob(
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     lora_scale: float = 1.0,
+    kept_ids: Tensor | None = None,
     shard: VocabShard | None = None,
     weight_grad: Tensor | None = None,
     weight_slice: int | None = None,
@@ -57,7 +60,11 @@ def linear_logprob(
     temperature, second_temperature: a positive float or [N]. lora_a [R, H] and lora_b [V, R] stand
     for a weight of weight + lora_scale * lora_b @ lora_a, which never exists. ignore_index: the
     target of tokens to leave out; their outputs are 0. None says that there are no such tokens, and
-    then nothing waits for a GPU.
+    then nothing waits for a GPU. kept_ids: [N, K] int64, the ids that a sampler has kept of each
+    row (top-k, top-p), padded with -1. The results are those of softmax over these ids alone, in
+    float32. An id that stands twice counts once. The target must be kept: a CPU raises ValueError
+    where it is not, and a GPU, which would wait for the look, gives NaN. It takes N K H
+    multiply-adds instead of GEMMs, and no shard, weight_grad, weight_slice, sum_squares or "fused".
 
     Memory and gradients:
     shard: this rank's part of a vocabulary that is split over ranks. weight, bias, lora_b and
@@ -77,7 +84,7 @@ def linear_logprob(
     Returns [N] tensors in float32 (float64 for float64 hidden). Each output's gradient reaches
     hidden, weight and bias. "chunked" recomputes the logits for it (4 GEMMs in all), and skips what
     needs no gradient. Raises ValueError for bad arguments. torch.compile takes the function whole
-    (fullgraph) unless there is a shard, weight_grad, weight_slice or sum_squares.
+    (fullgraph) unless there is a shard, weight_grad, weight_slice, sum_squares or kept_ids.
     """
     if is_traced(hidden, weight, targets):
         from aepo_kernels import torch_op  # registering operators imports much of torch
@@ -117,10 +124,11 @@ def linear_logprob(
         lora_a=lora_a,
         lora_b=lora_b,
         weight_grad=weight_grad,
+        kept_ids=kept_ids,
     )
     backend = resolve_backend(backend, hidden.device.type, hidden.dtype)
     problem = Problem(
-        _follow_autocast(hidden, backend, logits_dtype),
+        _follow_autocast(hidden, backend, logits_dtype) if kept_ids is None else hidden,
         weight,
         targets,
         temperature=temperature,
@@ -134,6 +142,7 @@ def linear_logprob(
         lora_a=lora_a,
         lora_b=lora_b,
         lora_scale=lora_scale,
+        kept_ids=kept_ids,
         shard=shard,
         weight_grad=weight_grad,
         weight_slice=weight_slice,
@@ -141,8 +150,9 @@ def linear_logprob(
         logits_dtype=logits_dtype,
     )
     check_problem(problem)
-    run = reference.logprob if problem.features.autograd else chunked_logprob
-    return run(problem)
+    if problem.features.autograd:
+        return reference.logprob(problem)
+    return chunked_logprob(problem) if kept_ids is None else kept_logprob(problem)
 
 
 @breaks_graph()
@@ -161,6 +171,7 @@ def linear_token_loss(
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     lora_scale: float = 1.0,
+    kept_ids: Tensor | None = None,
     shard: VocabShard | None = None,
     weight_grad: Tensor | None = None,
     weight_slice: int | None = None,
@@ -208,11 +219,12 @@ def linear_token_loss(
         lora_b=lora_b,
         weight_grad=weight_grad,
         active=active,
+        kept_ids=kept_ids,
         **{f"token_tensors[{i}]": tensor for i, tensor in enumerate(token_tensors)},
     )
     backend = resolve_backend(backend, hidden.device.type, hidden.dtype)
     problem = Problem(
-        _follow_autocast(hidden, backend, logits_dtype),
+        _follow_autocast(hidden, backend, logits_dtype) if kept_ids is None else hidden,
         weight,
         targets,
         temperature=temperature,
@@ -226,6 +238,7 @@ def linear_token_loss(
         lora_a=lora_a,
         lora_b=lora_b,
         lora_scale=lora_scale,
+        kept_ids=kept_ids,
         shard=shard,
         weight_grad=weight_grad,
         weight_slice=weight_slice,
@@ -238,8 +251,10 @@ def linear_token_loss(
     check_active(problem)
     check_row_sampling(problem)
     check_token_tensors(problem, token_tensors)
-    run = reference.token_loss if problem.features.autograd else chunked_token_loss
-    return run(problem, token_loss, token_tensors)
+    given = problem, token_loss, token_tensors
+    if problem.features.autograd:
+        return reference.token_loss(*given)
+    return chunked_token_loss(*given) if kept_ids is None else kept_token_loss(*given)
 
 
 def _follow_autocast(hidden: Tensor, backend: str, logits_dtype: torch.dtype | None) -> Tensor:

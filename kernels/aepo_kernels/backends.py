@@ -37,6 +37,7 @@ class Features:
     weight_grad: bool = True
     weight_slice: bool = True
     row_sampling: bool = True
+    kept_ids: bool = True
 
 
 FEATURES = {
@@ -44,7 +45,7 @@ FEATURES = {
         autograd=True, shard=False, weight_grad=False, weight_slice=False, row_sampling=False
     ),
     "chunked": Features(),
-    "fused": Features(fused=True, lora=False, shard=False, weight_slice=False),
+    "fused": Features(fused=True, lora=False, shard=False, weight_slice=False, kept_ids=False),
 }
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from aepo_kernels.backends import is_readable_at_once, writes_float32
 from aepo_kernels.problem import Problem
-from aepo_kernels.tensors import is_recomputed
+from aepo_kernels.ranges import take
+from aepo_kernels.tensors import describe, is_recomputed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -69,6 +70,7 @@ def check_problem(problem: Problem) -> None:
     _check_shard(problem)
     _check_weight_grad(problem)
     _check_weight_slice(problem)
+    _check_kept_ids(problem)
     if problem.chunk_tokens is not None and problem.chunk_tokens < 1:
         _fail(
             "chunk_tokens", problem.chunk_tokens, "must be at least 1", "use None for the default"
@@ -213,6 +215,41 @@ def _check_weight_slice(problem: Problem) -> None:
     ):
         if value is not None:
             _fail("weight_slice", size, f"goes by whole rows no more, as {name} does", "drop one")
+
+
+def _check_kept_ids(problem: Problem) -> None:
+    ids, targets = problem.kept_ids, problem.targets
+    if ids is None:
+        return
+    fix = "pass the ids that the sampler kept, [N, K] int64, padded with -1"
+    if ids.ndim != 2 or len(ids) != len(targets) or ids.shape[1] == 0:
+        _fail("kept_ids", tuple(ids.shape), f"must be [{len(targets)}, K]", fix)
+    if ids.dtype != torch.int64:
+        _fail("kept_ids", ids.dtype, "must be int64", "call .long()")
+    if ids.device != targets.device:
+        _fail("kept_ids", ids.device, f"targets are on {targets.device}", "move them there")
+    if not problem.features.kept_ids:
+        _fail(
+            "kept_ids", tuple(ids.shape), f"{problem.backend} has logits of all ids", "use chunked"
+        )
+    for name in ("shard", "weight_grad", "weight_slice", "row_sampling", "sum_squares"):
+        value = getattr(problem, name)
+        if value is not None and value is not False:
+            _fail(name, describe(value), "does not go together with kept_ids", "drop one")
+    if not is_readable_at_once(ids) or not len(ids):
+        return
+    # On a GPU a look at the ids would wait. There an id that is not in the vocabulary, and a target
+    # that was not kept, give NaN.
+    kept = problem.kept()
+    ids, targets, vocab = take(ids, kept), take(targets, kept), problem.weight.shape[0]
+    bad = (ids < -1) | (ids >= vocab)
+    if bad.any():
+        _fail("kept_ids", int(ids[bad][0]), f"outside [0, {vocab}) and not -1", fix)
+    lost = (ids != targets[:, None]).all(1)
+    if lost.any():
+        value = int(targets[lost][0])
+        reason = "is not among its kept_ids, so its log-prob would be -inf"
+        _fail("targets", value, reason, "keep each sampled token, or set it to ignore_index")
 
 
 def check_row_sampling(problem: Problem) -> None:

@@ -71,6 +71,9 @@ class Budget:
     block_weight_bytes: int = 2**23
     block_tokens: int = 1024
     block_sum_bytes: int = 20 * 2**20
+    # Rows of the weight that `kept_ids` gathers at once, and their gradient. Not measured.
+    kept_bytes: int = 2**25
+    gpu_kept_bytes: int = 2**28
     # Memory that a chunk leaves to GEMMs on a CPU. Upcast GEMMs hold three blocks and a whole small
     # operand. GEMMs in C++ hold the packed blocks of two threads. Not measured.
     gemm_bytes: int = 2**23
