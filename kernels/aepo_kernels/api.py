@@ -54,8 +54,8 @@ def linear_logprob(
     temperature), and `second_logprob` is the log-prob under softmax(logits / second_temperature).
 
     The head:
-    hidden: [N, H] float32, bfloat16 or float64. weight: [V, H], any of these dtypes; GEMMs run in
-    hidden's dtype. Under autocast a float32 hidden is cast as nn.Linear casts it; not for
+    hidden: [N, H] float32, bfloat16, float16 or float64. weight: [V, H], any of these dtypes; GEMMs
+    run in hidden's dtype. Under autocast a float32 hidden is cast as nn.Linear casts it; not for
     "reference", and not with logits_dtype=torch.float32. targets: [N] int64. bias: [V].
     temperature, second_temperature: a positive float or [N]. lora_a [R, H] and lora_b [V, R] stand
     for a weight of weight + lora_scale * lora_b @ lora_a, which never exists. ignore_index: the
@@ -63,8 +63,8 @@ def linear_logprob(
     then nothing waits for a GPU. kept_ids: [N, K] int64, the ids that a sampler has kept of each
     row (top-k, top-p), padded with -1. The results are those of softmax over these ids alone, in
     float32. An id that stands twice counts once. The target must be kept: a CPU raises ValueError
-    where it is not, and a GPU, which would wait for the look, gives NaN. It takes N K H
-    multiply-adds instead of GEMMs, and no shard, weight_grad, weight_slice, sum_squares or "fused".
+    where it is not, and a GPU, which would wait for the look, gives NaN. It takes N K H multiply-
+    adds instead of GEMMs, and no shard, weight_grad, weight_slice, sum_squares or "fused".
 
     Memory and gradients:
     shard: this rank's part of a vocabulary that is split over ranks. weight, bias, lora_b and
@@ -72,8 +72,8 @@ def linear_logprob(
     weight_grad: [V, H] float32 (float64 for float64 hidden). The weight's gradient is added to it,
     and autograd gets none. weight_slice: rows of weight whose logits the gradient pass recomputes
     at once, for all tokens. The weight's gradient is then written once, in its own dtype, and no
-    float32 copy of it exists (4 GEMMs in all). chunk_tokens: tokens whose logits exist at once;
-    None derives the number from a memory budget.
+    float32 copy of it exists (4 GEMMs in all); not of float16. chunk_tokens: tokens whose
+    logits exist at once; None derives the number from a memory budget.
 
     Other options:
     sum_squares: give the sum of squared probabilities, too, without a gradient. logits_dtype: dtype

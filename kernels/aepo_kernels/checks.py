@@ -17,7 +17,7 @@ from aepo_kernels.problem import Problem
 from aepo_kernels.ranges import take
 from aepo_kernels.tensors import describe, is_recomputed
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_problem(problem: Problem) -> None:
@@ -44,12 +44,7 @@ def check_problem(problem: Problem) -> None:
         )
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in _DTYPES:
-            reason = (
-                "float16 gradients underflow here"
-                if tensor.dtype == torch.float16
-                else ("unsupported dtype")
-            )
-            _fail(name, tensor.dtype, reason, "use bfloat16 or float32")
+            _fail(name, tensor.dtype, "unsupported dtype", "use bfloat16 or float32")
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             _fail(name, tensor.device, f"hidden is on {hidden.device}", "move both to one device")
@@ -128,11 +123,12 @@ def _check_logits_dtype(problem: Problem) -> None:
     dtype, hidden = problem.logits_dtype, problem.hidden
     if dtype is None or dtype == hidden.dtype:
         return
-    if dtype != torch.float32 or hidden.dtype != torch.bfloat16:
+    if dtype != torch.float32 or hidden.dtype not in (torch.bfloat16, torch.float16):
         _fail(
             "logits_dtype", dtype, f"hidden is {hidden.dtype}", "use None, or float32 on bfloat16"
         )
-    if not writes_float32(hidden):
+    # On a CPU, logits of float16 operands are float32 in any case.
+    if hidden.dtype == torch.bfloat16 and not writes_float32(hidden):
         reason = f"{hidden.device} has no GEMM from bfloat16 to float32"
         _fail("logits_dtype", dtype, reason, "use None, or float32 hidden and weight")
 
@@ -209,6 +205,9 @@ def _check_weight_slice(problem: Problem) -> None:
         _fail("weight_slice", size, "must be at least 1", "use None for chunks of tokens")
     if not problem.features.weight_slice:
         _fail("weight_slice", size, f"{problem.backend} has no slices", "use chunked")
+    if torch.float16 in (problem.hidden.dtype, problem.weight.dtype):
+        reason = "writes float16 gradients before a loss scale reaches them"
+        _fail("weight_slice", size, reason, "use None, or bfloat16")
     for name, value in (
         ("weight_grad", problem.weight_grad),
         ("row_sampling", problem.row_sampling),

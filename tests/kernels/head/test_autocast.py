@@ -16,14 +16,20 @@ BFLOAT16 = torch.bfloat16
 
 
 def results(
-    case: Case, name: str, *, autocast: bool = False, cast: bool = False, **more: Any
+    case: Case,
+    name: str,
+    *,
+    autocast: bool = False,
+    cast: bool = False,
+    dtype: torch.dtype = BFLOAT16,
+    **more: Any,
 ) -> list[Tensor | None]:
     """Outputs and the gradients of the leaves. cast: the caller's own cast of hidden."""
     leaves = case.fresh()
-    hidden = leaves.hidden.to(BFLOAT16) if cast else leaves.hidden
+    hidden = leaves.hidden.to(dtype) if cast else leaves.hidden
     given, options = (hidden, leaves.weight, leaves.targets), {**leaves.keywords(), **more}
     advantage = torch.linspace(-1, 1, len(hidden))
-    with torch.autocast("cpu", BFLOAT16, enabled=autocast):
+    with torch.autocast("cpu", dtype, enabled=autocast):
         if name == "logprob":
             outputs: list[Tensor | None] = [*linear_logprob(*given, **options)[:4]]
         else:
@@ -47,13 +53,14 @@ def equal(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
     )
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16], ids=str)
 @pytest.mark.parametrize("option", ["plain", "all"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_float32_hidden_follows_it(name: str, option: str) -> None:
+def test_a_float32_hidden_follows_it(name: str, option: str, dtype: torch.dtype) -> None:
     case = make_case(64, 32, 200, option=option)
-    found = results(case, name, autocast=True)
+    found = results(case, name, autocast=True, dtype=dtype)
     assert all(x is None or x.dtype == torch.float32 for x in found)
-    assert equal(found, results(case, name, cast=True))
+    assert equal(found, results(case, name, cast=True, dtype=dtype))
     assert not equal(found, results(case, name))
 
 

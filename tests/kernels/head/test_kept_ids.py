@@ -18,6 +18,8 @@ from tests.kernels.oracle import IGNORED, OPTIONS, Case, make_case, output_weigh
 VOCAB = 200
 SMALL = Budget(kept_bytes=3 * 4 * 32 * 50)  # 50 gathered rows of 32 numbers
 BACKENDS = ["chunked", "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ROUNDINGS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def kept_of(case: Case, most: int = 24, seed: int = 5) -> Tensor:
@@ -84,7 +86,7 @@ def near(found: Tensor, wanted: Tensor, unit: float) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_matches_float64(option: str, dtype: torch.dtype, lora: bool, backend: str) -> None:
     case = make_case(40, 32, VOCAB, dtype=dtype, option=option)
@@ -110,7 +112,7 @@ def test_matches_float64(option: str, dtype: torch.dtype, lora: bool, backend: s
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             near(one, other, unit)
-    rounding = 2.0**-8 if dtype == torch.bfloat16 else unit
+    rounding = ROUNDINGS.get(dtype, unit)
     pairs = zip(
         gradients(leaves, [*output[:4]]), gradients(exact_leaves, wanted), leaves, strict=True
     )
