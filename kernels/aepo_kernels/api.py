@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from aepo_kernels.problem import (
     VocabShard,
 )
 from aepo_kernels.tensors import breaks_graph, check_readable, is_traced
+from aepo_kernels.traced_loss import traced_token_loss
 
 
 @breaks_graph("shard", "weight_grad", "weight_slice", "sum_squares", "kept_ids")
@@ -155,7 +158,7 @@ def linear_logprob(
     return chunked_logprob(problem) if kept_ids is None else kept_logprob(problem)
 
 
-@breaks_graph()
+@breaks_graph(traced=partial(traced_token_loss, linear_logprob))
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -205,8 +208,10 @@ def linear_token_loss(
     Returns the loss, detached metrics, and detached log-probs and entropies [N]. The loss's
     backward only scales gradients that are computed here. A second backward raises RuntimeError
     with "chunked" and "fused". Under torch.no_grad only the first GEMM runs. `metrics` is empty if
-    every token is ignored. Raises ValueError for bad arguments. torch.compile breaks the
-    graph here.
+    every token is ignored. Raises ValueError for bad arguments. torch.compile breaks the graph
+    here. With fullgraph=True, and in torch.export, the loss becomes a part of the graph: then it
+    takes four GEMMs and ignore_index=None, is not checked, and may not have the arguments that
+    break the graph of `linear_logprob`, nor row_sampling.
     """
     check_readable(
         hidden=hidden,
