@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from aepo_kernels import reference
-from aepo_kernels.backends import resolve_backend
+from aepo_kernels.backends import DEVICES, resolve_backend
 from aepo_kernels.checks import check_active, check_problem, check_row_sampling, check_token_tensors
+from aepo_kernels.head.kept_ids import logprob as kept_logprob
+from aepo_kernels.head.kept_ids import token_loss as kept_token_loss
 from aepo_kernels.head.logprob import logprob as chunked_logprob
 from aepo_kernels.head.token_loss import token_loss as chunked_token_loss
 from aepo_kernels.problem import (
@@ -19,9 +23,12 @@ from aepo_kernels.problem import (
     VocabShard,
 )
 from aepo_kernels.tensors import breaks_graph, check_readable, is_traced
+from aepo_kernels.traced_loss import traced_token_loss
 
 
-@breaks_graph("shard", "weight_grad", "weight_slice", "sum_squares", "mean_logits", "is_top1")
+@breaks_graph(
+    "shard", "weight_grad", "weight_slice", "sum_squares", "mean_logits", "is_top1", "kept_ids"
+)
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -36,6 +43,7 @@ def linear_logprob(
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     lora_scale: float = 1.0,
+    kept_ids: Tensor | None = None,
     shard: VocabShard | None = None,
     weight_grad: Tensor | None = None,
     weight_slice: int | None = None,
@@ -53,11 +61,17 @@ def linear_logprob(
     temperature), and `second_logprob` is the log-prob under softmax(logits / second_temperature).
 
     The head:
-    hidden: [N, H] float32, bfloat16 or float64. weight: [V, H], any of these dtypes; GEMMs run in
-    hidden's dtype. targets: [N] int64. bias: [V]. temperature, second_temperature: a positive float
-    or [N]. lora_a [R, H] and lora_b [V, R] stand for a weight of weight + lora_scale * lora_b @
-    lora_a, which never exists. ignore_index: the target of tokens to leave out; their outputs are
-    0. None says that there are no such tokens, and then nothing waits for a GPU.
+    hidden: [N, H] float32, bfloat16, float16 or float64. weight: [V, H], any of these dtypes; GEMMs
+    run in hidden's dtype. Under autocast a float32 hidden is cast as nn.Linear casts it; not for
+    "reference", and not with logits_dtype=torch.float32. targets: [N] int64. bias: [V].
+    temperature, second_temperature: a positive float or [N]. lora_a [R, H] and lora_b [V, R] stand
+    for a weight of weight + lora_scale * lora_b @ lora_a, which never exists. ignore_index: the
+    target of tokens to leave out; their outputs are 0. None says that there are no such tokens, and
+    then nothing waits for a GPU. kept_ids: [N, K] int64, the ids that a sampler has kept of each
+    row (top-k, top-p), padded with -1. The results are those of softmax over these ids alone, in
+    float32. An id that stands twice counts once. The target must be kept: a CPU raises ValueError
+    where it is not, and a GPU, which would wait for the look, gives NaN. It takes N K H multiply-
+    adds instead of GEMMs, and no shard, weight_grad, weight_slice, sum_squares or "fused".
 
     Memory and gradients:
     shard: this rank's part of a vocabulary that is split over ranks. weight, bias, lora_b and
@@ -65,8 +79,8 @@ def linear_logprob(
     weight_grad: [V, H] float32 (float64 for float64 hidden). The weight's gradient is added to it,
     and autograd gets none. weight_slice: rows of weight whose logits the gradient pass recomputes
     at once, for all tokens. The weight's gradient is then written once, in its own dtype, and no
-    float32 copy of it exists (4 GEMMs in all). chunk_tokens: tokens whose logits exist at once;
-    None derives the number from a memory budget.
+    float32 copy of it exists (4 GEMMs in all); not of float16. chunk_tokens: tokens whose
+    logits exist at once; None derives the number from a memory budget.
 
     Other options:
     sum_squares: give the sum of squared probabilities, too. mean_logits: give the mean over the
@@ -79,12 +93,13 @@ def linear_logprob(
     Returns [N] tensors in float32 (float64 for float64 hidden). Each output's gradient reaches
     hidden, weight and bias. "chunked" recomputes the logits for it (4 GEMMs in all), and skips what
     needs no gradient. Raises ValueError for bad arguments. torch.compile takes the function whole
-    (fullgraph) unless there is a shard, weight_grad, weight_slice, sum_squares, mean_logits or
-    is_top1.
+    (fullgraph) unless there is a shard, weight_grad, weight_slice, sum_squares, mean_logits,
+    is_top1 or kept_ids.
     """
     if is_traced(hidden, weight, targets):
         from aepo_kernels import torch_op  # registering operators imports much of torch
 
+        hidden = _follow_autocast(hidden, backend, logits_dtype)
         per_token, number = _split(temperature)
         second_per_token, second_number = _split(second_temperature)
         results = torch_op.linear_logprob(
@@ -119,9 +134,11 @@ def linear_logprob(
         lora_a=lora_a,
         lora_b=lora_b,
         weight_grad=weight_grad,
+        kept_ids=kept_ids,
     )
+    backend = resolve_backend(backend, hidden.device.type, hidden.dtype)
     problem = Problem(
-        hidden,
+        _follow_autocast(hidden, backend, logits_dtype) if kept_ids is None else hidden,
         weight,
         targets,
         temperature=temperature,
@@ -131,10 +148,11 @@ def linear_logprob(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
-        backend=resolve_backend(backend, hidden.device.type, hidden.dtype),
+        backend=backend,
         lora_a=lora_a,
         lora_b=lora_b,
         lora_scale=lora_scale,
+        kept_ids=kept_ids,
         shard=shard,
         weight_grad=weight_grad,
         weight_slice=weight_slice,
@@ -144,11 +162,12 @@ def linear_logprob(
         logits_dtype=logits_dtype,
     )
     check_problem(problem)
-    run = reference.logprob if problem.features.autograd else chunked_logprob
-    return run(problem)
+    if problem.features.autograd:
+        return reference.logprob(problem)
+    return chunked_logprob(problem) if kept_ids is None else kept_logprob(problem)
 
 
-@breaks_graph()
+@breaks_graph(traced=partial(traced_token_loss, linear_logprob))
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -164,6 +183,7 @@ def linear_token_loss(
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     lora_scale: float = 1.0,
+    kept_ids: Tensor | None = None,
     shard: VocabShard | None = None,
     weight_grad: Tensor | None = None,
     weight_slice: int | None = None,
@@ -197,8 +217,10 @@ def linear_token_loss(
     Returns the loss, detached metrics, and detached log-probs and entropies [N]. The loss's
     backward only scales gradients that are computed here. A second backward raises RuntimeError
     with "chunked" and "fused". Under torch.no_grad only the first GEMM runs. `metrics` is empty if
-    every token is ignored. Raises ValueError for bad arguments. torch.compile breaks the
-    graph here.
+    every token is ignored. Raises ValueError for bad arguments. torch.compile breaks the graph
+    here. With fullgraph=True, and in torch.export, the loss becomes a part of the graph: then it
+    takes four GEMMs and ignore_index=None, is not checked, and may not have the arguments that
+    break the graph of `linear_logprob`, nor row_sampling.
     """
     check_readable(
         hidden=hidden,
@@ -211,10 +233,12 @@ def linear_token_loss(
         lora_b=lora_b,
         weight_grad=weight_grad,
         active=active,
+        kept_ids=kept_ids,
         **{f"token_tensors[{i}]": tensor for i, tensor in enumerate(token_tensors)},
     )
+    backend = resolve_backend(backend, hidden.device.type, hidden.dtype)
     problem = Problem(
-        hidden,
+        _follow_autocast(hidden, backend, logits_dtype) if kept_ids is None else hidden,
         weight,
         targets,
         temperature=temperature,
@@ -224,10 +248,11 @@ def linear_token_loss(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
-        backend=resolve_backend(backend, hidden.device.type, hidden.dtype),
+        backend=backend,
         lora_a=lora_a,
         lora_b=lora_b,
         lora_scale=lora_scale,
+        kept_ids=kept_ids,
         shard=shard,
         weight_grad=weight_grad,
         weight_slice=weight_slice,
@@ -240,8 +265,19 @@ def linear_token_loss(
     check_active(problem)
     check_row_sampling(problem)
     check_token_tensors(problem, token_tensors)
-    run = reference.token_loss if problem.features.autograd else chunked_token_loss
-    return run(problem, token_loss, token_tensors)
+    given = problem, token_loss, token_tensors
+    if problem.features.autograd:
+        return reference.token_loss(*given)
+    return chunked_token_loss(*given) if kept_ids is None else kept_token_loss(*given)
+
+
+def _follow_autocast(hidden: Tensor, backend: str, logits_dtype: torch.dtype | None) -> Tensor:
+    """Hidden, [N, H], in the dtype of autocast where its GEMMs should run in that one."""
+    device = hidden.device.type
+    own = hidden.dtype != torch.float32 or logits_dtype == torch.float32 or backend == "reference"
+    if own or device not in DEVICES or not torch.is_autocast_enabled(device):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
 
 
 def _tensor(temperature: float | Tensor | None) -> Tensor | None:

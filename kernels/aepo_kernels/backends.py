@@ -37,6 +37,7 @@ class Features:
     weight_grad: bool = True
     weight_slice: bool = True
     row_sampling: bool = True
+    kept_ids: bool = True
 
 
 FEATURES = {
@@ -44,7 +45,7 @@ FEATURES = {
         autograd=True, shard=False, weight_grad=False, weight_slice=False, row_sampling=False
     ),
     "chunked": Features(),
-    "fused": Features(fused=True, lora=False, shard=False, weight_slice=False),
+    "fused": Features(fused=True, lora=False, shard=False, weight_slice=False, kept_ids=False),
 }
 
 
@@ -130,19 +131,24 @@ def gemms_want_column_major(hidden: torch.Tensor) -> bool:
 
 
 def upcasts_gemms(hidden: torch.Tensor) -> bool:
-    """Whether GEMMs of these hidden states convert bfloat16 operands to float32."""
+    """Whether GEMMs of these hidden states convert half-precision operands to float32.
+
+    On a CPU they always convert float16, whose products no bfloat16 instruction serves.
+    """
+    if hidden.dtype == torch.float16:
+        return hidden.device.type == "cpu"
     return hidden.dtype == torch.bfloat16 and not multiplies_bfloat16(hidden.device.type)
 
 
 def gemms_in_cpp(hidden: torch.Tensor) -> bool:
-    """Whether `cpu.gemm` multiplies these hidden states: float32, or bfloat16 that is upcast."""
+    """Whether `cpu.gemm` multiplies these hidden states: float32, or what is upcast."""
     if hidden.device.type != "cpu" or not cpu_gemm.is_available():
         return False
     return hidden.dtype == torch.float32 or upcasts_gemms(hidden)
 
 
 def writes_float32(hidden: torch.Tensor) -> bool:
-    """Whether torch has GEMMs from bfloat16 to float32 on the device of these hidden states."""
+    """Whether torch has GEMMs from half precision to float32 on the device of hidden states."""
     return hidden.is_cuda
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from aepo_kernels.backends import is_readable_at_once, writes_float32
 from aepo_kernels.problem import Problem
-from aepo_kernels.tensors import is_recomputed
+from aepo_kernels.ranges import take
+from aepo_kernels.tensors import describe, is_recomputed
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_problem(problem: Problem) -> None:
@@ -43,12 +44,7 @@ def check_problem(problem: Problem) -> None:
         )
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in _DTYPES:
-            reason = (
-                "float16 gradients underflow here"
-                if tensor.dtype == torch.float16
-                else ("unsupported dtype")
-            )
-            _fail(name, tensor.dtype, reason, "use bfloat16 or float32")
+            _fail(name, tensor.dtype, "unsupported dtype", "use bfloat16 or float32")
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             _fail(name, tensor.device, f"hidden is on {hidden.device}", "move both to one device")
@@ -69,6 +65,7 @@ def check_problem(problem: Problem) -> None:
     _check_shard(problem)
     _check_weight_grad(problem)
     _check_weight_slice(problem)
+    _check_kept_ids(problem)
     if problem.chunk_tokens is not None and problem.chunk_tokens < 1:
         _fail(
             "chunk_tokens", problem.chunk_tokens, "must be at least 1", "use None for the default"
@@ -126,11 +123,12 @@ def _check_logits_dtype(problem: Problem) -> None:
     dtype, hidden = problem.logits_dtype, problem.hidden
     if dtype is None or dtype == hidden.dtype:
         return
-    if dtype != torch.float32 or hidden.dtype != torch.bfloat16:
+    if dtype != torch.float32 or hidden.dtype not in (torch.bfloat16, torch.float16):
         _fail(
             "logits_dtype", dtype, f"hidden is {hidden.dtype}", "use None, or float32 on bfloat16"
         )
-    if not writes_float32(hidden):
+    # On a CPU, logits of float16 operands are float32 in any case.
+    if hidden.dtype == torch.bfloat16 and not writes_float32(hidden):
         reason = f"{hidden.device} has no GEMM from bfloat16 to float32"
         _fail("logits_dtype", dtype, reason, "use None, or float32 hidden and weight")
 
@@ -207,12 +205,51 @@ def _check_weight_slice(problem: Problem) -> None:
         _fail("weight_slice", size, "must be at least 1", "use None for chunks of tokens")
     if not problem.features.weight_slice:
         _fail("weight_slice", size, f"{problem.backend} has no slices", "use chunked")
+    if torch.float16 in (problem.hidden.dtype, problem.weight.dtype):
+        reason = "writes float16 gradients before a loss scale reaches them"
+        _fail("weight_slice", size, reason, "use None, or bfloat16")
     for name, value in (
         ("weight_grad", problem.weight_grad),
         ("row_sampling", problem.row_sampling),
     ):
         if value is not None:
             _fail("weight_slice", size, f"goes by whole rows no more, as {name} does", "drop one")
+
+
+def _check_kept_ids(problem: Problem) -> None:
+    ids, targets = problem.kept_ids, problem.targets
+    if ids is None:
+        return
+    fix = "pass the ids that the sampler kept, [N, K] int64, padded with -1"
+    if ids.ndim != 2 or len(ids) != len(targets) or ids.shape[1] == 0:
+        _fail("kept_ids", tuple(ids.shape), f"must be [{len(targets)}, K]", fix)
+    if ids.dtype != torch.int64:
+        _fail("kept_ids", ids.dtype, "must be int64", "call .long()")
+    if ids.device != targets.device:
+        _fail("kept_ids", ids.device, f"targets are on {targets.device}", "move them there")
+    if not problem.features.kept_ids:
+        _fail(
+            "kept_ids", tuple(ids.shape), f"{problem.backend} has logits of all ids", "use chunked"
+        )
+    others = "shard weight_grad weight_slice row_sampling sum_squares mean_logits is_top1"
+    for name in others.split():
+        value = getattr(problem, name)
+        if value is not None and value is not False:
+            _fail(name, describe(value), "does not go together with kept_ids", "drop one")
+    if not is_readable_at_once(ids) or not len(ids):
+        return
+    # On a GPU a look at the ids would wait. There an id that is not in the vocabulary, and a target
+    # that was not kept, give NaN.
+    kept = problem.kept()
+    ids, targets, vocab = take(ids, kept), take(targets, kept), problem.weight.shape[0]
+    bad = (ids < -1) | (ids >= vocab)
+    if bad.any():
+        _fail("kept_ids", int(ids[bad][0]), f"outside [0, {vocab}) and not -1", fix)
+    lost = (ids != targets[:, None]).all(1)
+    if lost.any():
+        value = int(targets[lost][0])
+        reason = "is not among its kept_ids, so its log-prob would be -inf"
+        _fail("targets", value, reason, "keep each sampled token, or set it to ignore_index")
 
 
 def check_row_sampling(problem: Problem) -> None:

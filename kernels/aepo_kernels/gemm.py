@@ -1,9 +1,10 @@
 """Matrix products: operands in the model's dtype, sums in float32.
 
 Some CPUs have no bfloat16 instructions. torch multiplies bfloat16 numbers one by one there, at a
-tenth to a hundredth of its float32 speed. On such a CPU, GEMMs are upcast. The GEMMs in C++
-(`cpu.gemm`) convert operands to float32 while they pack them. Without C++, some rows of an operand
-at a time become float32, while those rows are cached. The product is rounded once in both cases.
+tenth to a hundredth of its float32 speed. On such a CPU, GEMMs are upcast; float16 GEMMs are upcast
+on every CPU. The GEMMs in C++ (`cpu.gemm`) convert operands to float32 while they pack them.
+Without C++, some rows of an operand at a time become float32, while those rows are cached. The
+product is rounded once in both cases.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from torch import Tensor
 from aepo_kernels.cpu import gemm as cpu_gemm
 from aepo_kernels.ranges import slices
 
-# torch's switch that lets cuBLAS add the parts of a split reduction in bfloat16.
-_REDUCED_SUMS = "allow_bf16_reduced_precision_reduction"
+# torch's switches that let cuBLAS add the parts of a split reduction in half precision.
+_REDUCED_SUMS = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
 
 
 @dataclass(frozen=True)
 class Gemms:
     """How the GEMMs of one call multiply: a plan decides it, `head.plan.gemms_for`.
 
-    in_cpp: `cpu.gemm` multiplies. upcast: bfloat16 operands are converted to float32; without
+    in_cpp: `cpu.gemm` multiplies. upcast: half-precision operands are converted to float32; without
     in_cpp, block by block. writes_float32: torch's GEMM of bfloat16 operands can write float32. A
     CPU's cannot: its bfloat16 products are added to a float32 sum block by block. block_bytes: size
     of such a block.
@@ -48,7 +49,7 @@ class Gemms:
     ) -> Tensor:
         """left [M, K] @ right [K, N], summed in float32 and rounded once.
 
-        dtype: of the result; None is the operands'. float32 from bfloat16 operands needs
+        dtype: of the result; None is the operands'. float32 from half precision needs
         `writes_float32` or `upcast`. out: [M, N] in the result's dtype, gets the result.
         """
         if self.in_cpp or self.upcast:
@@ -163,12 +164,13 @@ def _upcast(rows: Tensor, workspace: Tensor) -> Tensor:
 class _WholeSums:
     """A context in which cuBLAS adds the parts of a split reduction in float32, for all threads.
 
-    The switch belongs to the process. So the first thread to enter remembers the switch's setting,
-    and the last thread to leave restores it, in whatever order threads come and go.
+    The switches belong to the process. So the first thread to enter remembers their settings, and
+    the last thread to leave restores them, in whatever order threads come and go.
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, False
+        self._lock, self._inside = threading.Lock(), 0
+        self._before = [False] * len(_REDUCED_SUMS)
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():  # dynamo lets no traced code turn the switch
@@ -178,8 +180,8 @@ class _WholeSums:
             return
         with self._lock:
             if not self._inside:
-                self._before = getattr(torch.backends.cuda.matmul, _REDUCED_SUMS)
-                self._allow(False)
+                self._before = [getattr(torch.backends.cuda.matmul, x) for x in _REDUCED_SUMS]
+                self._allow([False] * len(_REDUCED_SUMS))
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
@@ -194,11 +196,12 @@ class _WholeSums:
                 self._allow(self._before)
 
     @staticmethod
-    def _allow(reduced: bool) -> None:
+    def _allow(reduced: list[bool]) -> None:
         settings = torch.backends.cuda.matmul
-        # Set alone, it would also allow the splits that someone else has forbidden.
-        split = getattr(settings, f"{_REDUCED_SUMS}_split_k", None)
-        setattr(settings, _REDUCED_SUMS, reduced if split is None else (reduced, split))
+        for name, value in zip(_REDUCED_SUMS, reduced, strict=True):
+            # Set alone, it would also allow the splits that someone else has forbidden.
+            split = getattr(settings, f"{name}_split_k", None)
+            setattr(settings, name, value if split is None else (value, split))
 
 
 # Public: a thread may need it for GEMMs of its own while another thread is in the kernels.

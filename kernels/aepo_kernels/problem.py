@@ -104,7 +104,8 @@ class Problem:
     hidden: [N, H]. weight: [V, H]. targets: [N], int64. bias: [V]. Temperatures: float or [N].
     active: [A], int64, tokens at which a loss has a gradient, or None for all. lora_a [R, H] and
     lora_b [V, R] add lora_scale * lora_b @ lora_a to the weight. weight_grad: [V, H], the weight's
-    gradient is added to it instead of returned. With a shard, V counts this rank's rows.
+    gradient is added to it instead of returned. With a shard, V counts this rank's rows. kept_ids:
+    [N, K], int64, the only tokens of each row's distribution, padded with -1.
     check_loss: see `loss_checks`.
     """
 
@@ -132,6 +133,7 @@ class Problem:
     is_top1: bool = False
     weight_slice: int | None = None
     check_loss: bool = True
+    kept_ids: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -168,6 +170,8 @@ class Problem:
     @property
     def row_kernels(self) -> str:
         """Which row operations run: see `backends.row_kernels`."""
+        if self.kept_ids is not None:
+            return "torch (kept_ids)"
         return row_kernels(self.hidden.device.type, self.hidden.dtype, self.backend)
 
     def kept(self) -> Tensor | None:

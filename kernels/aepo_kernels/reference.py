@@ -1,7 +1,11 @@
-"""The reference backend: plain torch autograd on materialised float32 or float64 logits."""
+"""The reference backend: plain torch autograd on materialised float32 or float64 logits.
+
+`head.kept_ids` runs the same code on the logits of few tokens of the vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +16,9 @@ from aepo_kernels.problem import LogprobOutput, Problem, TokenLoss, TokenLossOut
 from aepo_kernels.ranges import take
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
+    """Results of rows of logits, [M] each, in nats."""
+
     logprob: Tensor
     entropy: Tensor
     lse: Tensor
@@ -22,23 +28,32 @@ class _Rows(NamedTuple):
     is_top1: Tensor | None
 
 
-def logprob(problem: Problem) -> LogprobOutput:
-    """`linear_logprob` on materialised logits, [N, V]."""
+RowsOf = Callable[[Problem, Tensor | None], Rows]
+
+
+def logprob(problem: Problem, rows_of: RowsOf | None = None) -> LogprobOutput:
+    """`linear_logprob` on materialised logits, [N, V], or on what `rows_of` makes differentiable.
+
+    rows_of: from the problem and the positions of its tokens, [M] or None for all, to their rows.
+    """
     with torch.autocast(problem.hidden.device.type, enabled=False):
         kept = problem.kept()
-        rows = _rows(problem, kept)
+        rows = (rows_of or _rows)(problem, kept)
         spread = [None if row is None else problem.spread(row, kept) for row in rows]
     names = problem.backend, problem.row_kernels
     return LogprobOutput(*spread[:5], *names, *spread[5:])  # type: ignore[arg-type]
 
 
 def token_loss(
-    problem: Problem, loss_fn: TokenLoss, token_tensors: tuple[Tensor, ...]
+    problem: Problem,
+    loss_fn: TokenLoss,
+    token_tensors: tuple[Tensor, ...],
+    rows_of: RowsOf | None = None,
 ) -> TokenLossOutput:
-    """`linear_token_loss` on materialised logits, [N, V], of all tokens at once."""
+    """`linear_token_loss` of all tokens at once; rows_of: see `logprob`."""
     with torch.autocast(problem.hidden.device.type, enabled=False):
         kept = problem.kept()
-        rows = _rows(problem, kept)
+        rows = (rows_of or _rows)(problem, kept)
         inputs = [x for x in problem.inputs if x is not None]
         # A sum over no rows is 0, and it connects the loss to every input.
         loss = torch.stack([x[:0].sum().to(problem.stats_dtype) for x in inputs]).sum()
@@ -66,7 +81,7 @@ def token_loss(
     return TokenLossOutput(loss, metrics, first, entropy, second, *names, active)
 
 
-def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
+def _rows(problem: Problem, kept: Tensor | None) -> Rows:
     dtype = problem.stats_dtype
     inputs = take(problem.hidden, kept).to(dtype)  # [M, H]
     logits = inputs @ problem.weight.to(dtype).T  # [M, V]
@@ -75,10 +90,32 @@ def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
         logits = logits + problem.lora_scale * low_rank
     if problem.bias is not None:
         logits = logits + problem.bias.to(dtype)
-    logits = logits * problem.logit_scale
+    outside = None
+    if problem.kept_ids is not None:
+        ids = take(problem.kept_ids, kept)  # [M, K], -1 goes to a column of its own
+        outside = torch.ones(len(ids), logits.shape[1] + 1, dtype=torch.bool, device=ids.device)
+        outside = outside.scatter_(1, ids.where(ids >= 0, logits.shape[1]), False)[:, :-1]
+    targets = take(problem.targets, kept)
+    return rows_of_logits(problem, kept, logits, targets, outside)
+
+
+def rows_of_logits(
+    problem: Problem,
+    kept: Tensor | slice | None,
+    raw_logits: Tensor,
+    targets: Tensor,
+    outside: Tensor | None,
+) -> Rows:
+    """The results of raw logits [M, V] of the tokens at the positions `kept`, in plain torch.
+
+    targets: columns [M]. outside: [M, V], the logits that do not count, or None.
+    """
+    dtype, targets = problem.stats_dtype, targets[:, None]  # [M, 1]
+    logits = raw_logits * problem.logit_scale
     if problem.softcap is not None:
         logits = problem.softcap * torch.tanh(logits / problem.softcap)
-    targets = take(problem.targets, kept)[:, None]  # [M, 1]
+    if outside is not None:
+        logits = logits.masked_fill(outside, -torch.inf)
     tempered = logits / _column(problem.temperature, kept, dtype)
     logp = torch.log_softmax(tempered, dim=1)  # [M, V]
     # Where p is 0, p log p is 0, but 0 * -inf would be NaN.
@@ -87,7 +124,7 @@ def _rows(problem: Problem, kept: Tensor | None) -> _Rows:
     if problem.second_temperature is not None:
         other = logits / _column(problem.second_temperature, kept, dtype)
         second = torch.log_softmax(other, dim=1).gather(1, targets).squeeze(1)
-    return _Rows(
+    return Rows(
         logprob=logp.gather(1, targets).squeeze(1),
         entropy=-(finite.exp() * finite).sum(1),
         lse=torch.logsumexp(tempered, dim=1),
@@ -104,17 +141,19 @@ def _is_top1(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits.argmax(1) == targets[:, 0]) & (largest > -torch.inf)  # false beside NaN
 
 
-def _frozen_outside(problem: Problem, kept: Tensor | None, rows: _Rows) -> _Rows:
+def _frozen_outside(problem: Problem, kept: Tensor | None, rows: Rows) -> Rows:
     """The rows, without a gradient at tokens that are not active."""
     if problem.active is None:
         return rows
     inside = torch.zeros_like(problem.targets, dtype=torch.bool)
     inside[problem.active] = True
     inside = take(inside, kept)
-    return _Rows(*(None if row is None else row.where(inside, row.detach()) for row in rows))  # type: ignore[arg-type]
+    return Rows(*(None if row is None else row.where(inside, row.detach()) for row in rows))  # type: ignore[arg-type]
 
 
-def _column(temperature: float | Tensor, kept: Tensor | None, dtype: torch.dtype) -> float | Tensor:
+def _column(
+    temperature: float | Tensor, kept: Tensor | slice | None, dtype: torch.dtype
+) -> float | Tensor:
     if isinstance(temperature, Tensor):
         return take(temperature, kept).to(dtype)[:, None]
     return temperature

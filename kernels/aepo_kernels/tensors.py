@@ -151,11 +151,14 @@ def is_traced(*tensors: object) -> bool:
     return any(isinstance(tensor, fake) for tensor in tensors)
 
 
-def breaks_graph(*options: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def breaks_graph(
+    *options: str, traced: Callable[..., Any] | None = None
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Decorate a function that torch.compile must call as it is, between two graphs.
 
     options: break the graph only where one of these keyword arguments is given; none: always. A
-    graph that cannot be broken (fullgraph=True, torch.export, make_fx, FakeTensorMode) raises.
+    graph that cannot be broken (fullgraph=True, torch.export, make_fx, FakeTensorMode) holds
+    `traced`, called with the same arguments, or raises without it.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -170,8 +173,12 @@ def breaks_graph(*options: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]
             if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
                 from aepo_kernels import torch_op  # registering operators imports much of torch
 
-                return torch_op.uncompiled(function, *arguments, **keywords)
+                if traced is None or not torch_op.is_whole_graph():
+                    return torch_op.uncompiled(function, *arguments, **keywords)
+                return traced(*arguments, **keywords)
             if is_traced(*arguments, *keywords.values()):
+                if traced is not None:
+                    return traced(*arguments, **keywords)
                 what = f" with {' or '.join(options)}" if options else ""
                 raise ValueError(
                     f"{function.__name__}{what}: its work depends on numbers, so it cannot be "

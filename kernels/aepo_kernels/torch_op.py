@@ -148,6 +148,14 @@ uncompiled: Callable[..., Any] = torch.compiler.disable(_call)
 
 
 @torch.compiler.assume_constant_result
+def is_whole_graph() -> bool:
+    """Whether torch.compile is tracing with fullgraph=True, where a broken graph is an error."""
+    # torch has no public question for it. Without an answer, the graph is broken as elsewhere.
+    translator = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+    return bool(getattr(translator, "one_graph", False))
+
+
+@torch.compiler.assume_constant_result
 def backend_names(backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """The backend and the row operations that run, as constants of the graph."""
     name = resolve_backend(backend, device_type, dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aepo_kernels import LogprobOutput, TokenLossOutput, reference, resolve_backend
 from aepo_kernels.checks import check_active, check_problem, check_row_sampling
-from aepo_kernels.head import logprob, token_loss
+from aepo_kernels.head import kept_ids, logprob, token_loss
 from aepo_kernels.head.plan import Budget
 from aepo_kernels.problem import Problem
 
@@ -20,7 +20,8 @@ def logprob_within(
     problem = _problem(hidden, weight, targets, **options)
     if problem.features.autograd:
         return reference.logprob(problem)
-    return logprob.logprob(problem, budget)
+    run = logprob.logprob if problem.kept_ids is None else kept_ids.logprob
+    return run(problem, budget)
 
 
 def token_loss_within(
@@ -36,7 +37,8 @@ def token_loss_within(
     problem = _problem(hidden, weight, targets, **options)
     if problem.features.autograd:
         return reference.token_loss(problem, loss, tensors)
-    return token_loss.token_loss(problem, loss, tensors, budget)
+    run = token_loss.token_loss if problem.kept_ids is None else kept_ids.token_loss
+    return run(problem, loss, tensors, budget)
 
 
 def _problem(

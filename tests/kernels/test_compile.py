@@ -13,6 +13,11 @@ from aepo_kernels import RowSampling, linear_logprob, linear_token_loss, torch_o
 from tests.kernels.oracle import Case, make_case, output_weights, weighted_gradients
 
 
+@pytest.fixture(autouse=True)
+def _each_test_compiles_anew() -> None:
+    torch._dynamo.reset()
+
+
 def operator_arguments(case: Case) -> tuple[Any, ...]:
     def split(value: Any, default: float | None) -> tuple[Tensor | None, float | None]:
         return (value, default) if isinstance(value, Tensor) else (None, value)
@@ -199,3 +204,93 @@ def test_what_cannot_be_exported_says_so() -> None:
     case = make_case(40, 16, 100)
     with pytest.raises(ValueError, match="linear_token_loss: .*cannot be traced"):
         torch.export.export(Module(), (case.hidden, case.weight, case.targets))
+
+
+def whole_loss(
+    logprob: Tensor, entropy: Tensor, second: Tensor | None, advantage: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    assert not torch.is_autocast_enabled("cpu")
+    ratio = torch.exp(logprob - logprob.detach() * 0.9)
+    total = -(ratio.clamp(0.2, 3.0) * advantage).sum() - 0.1 * entropy.sum()
+    return total + (0 if second is None else 0.1 * second.sum()), {"entropy": entropy.sum()}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("active", [False, True], ids=["", "active"])
+@pytest.mark.parametrize("option", ["plain", "token_temperature", "second", "bias"])
+def test_a_loss_that_traces_is_compiled_whole(option: str, active: bool, dynamic: bool) -> None:
+    case, results = make_case(40, 16, 100, option=option), []
+    some = torch.arange(0, 40, 3) if active else None
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
+        output = linear_token_loss(
+            hidden * 1.0,
+            weight,
+            case.targets,
+            whole_loss,
+            torch.linspace(-1, 1, 40),
+            **case.options,
+            bias=bias,
+            active=some,
+            ignore_index=None,
+        )
+        names = output.backend, output.row_kernels, output.active_rows
+        return output.loss * 2.0, output.metrics["entropy"], output.logprob, output.entropy, names
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for function in (call, compiled):
+        leaves = case.fresh()
+        with torch.autocast("cpu", torch.bfloat16):
+            *values, names = function(*leaves.tensors())
+        assert names[0] == "chunked" and names[2] == (14 if active else 40)
+        assert not any(value.requires_grad for value in values[1:])
+        results.append([values[0].detach(), *values[1:]])
+        results[-1] += torch.autograd.grad(values[0], leaves.tensors())
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_traces_is_exported() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            return loss(hidden, weight, targets, ignore_index=None)
+
+    case = make_case(40, 16, 100)
+    given = case.hidden, case.weight, case.targets
+    found = torch.export.export(Module(), given).module()(*given)
+    torch.testing.assert_close(found, loss(*given))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "traced with ignore_index; select the tokens before"),
+        ({"ignore_index": None, "weight_slice": 64}, "traced with weight_slice"),
+        ({"ignore_index": None, "row_sampling": RowSampling(1.0)}, "traced with row_sampling"),
+    ],
+)
+def test_what_no_whole_graph_can_hold_is_refused_by_name(
+    options: dict[str, Any], message: str
+) -> None:
+    case = make_case(40, 16, 100)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=message):
+        compiled(case.hidden, case.weight, case.targets, **options)
+
+
+def test_a_loss_that_does_not_trace_breaks_a_graph_and_a_whole_one_says_so() -> None:
+    case, seen = make_case(40, 16, 100), []
+
+    def reads_numbers(logprob: Tensor, *_: Any) -> Tensor:
+        seen.append(logprob[0].item())
+        return -logprob.sum() if seen[-1] < 1 else logprob.sum()
+
+    def call(hidden: Tensor) -> Tensor:
+        given = hidden * 1.0, case.weight, case.targets, reads_numbers
+        return linear_token_loss(*given, ignore_index=None, check_loss=False).loss * 2.0
+
+    expected = call(case.hidden)
+    assert torch.equal(torch.compile(call, backend="aot_eager")(case.hidden), expected)
+    torch._dynamo.reset()  # or the code above would serve
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        torch.compile(call, fullgraph=True, backend="aot_eager")(case.hidden)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -23,6 +23,7 @@ from tests.kernels.budgets import logprob_within, token_loss_within
 from tests.kernels.fuzz.draw import F32, LAYOUTS, Draw, draw
 from tests.kernels.fuzz.ranks import in_ranks
 from tests.kernels.fuzz.truth import check_within, gemm_dtype, truth, unit_of, weighted
+from tests.kernels.gpu_gemms import float16_as_on_a_gpu
 
 DRAWS = int(os.environ.get("AEPO_FUZZ_DRAWS") or 300)
 SEED = int(os.environ.get("AEPO_FUZZ_SEED") or 0)
@@ -49,6 +50,7 @@ def machine_of(case: Draw) -> Iterator[None]:
         patch.dict(os.environ, {cpu_library.ISA_VARIABLE: case.isa or ""}),
         patch.object(backends, "_has_amx", lambda: case.layout == "columns"),
         patch.object(backends, "_cpu_multiplies_bfloat16", lambda: case.layout != "upcast"),
+        float16_as_on_a_gpu() if case.layout == "rows" else nullcontext(),
     ):
         yield
 
@@ -243,5 +245,6 @@ def test_the_draws_take_every_way() -> None:
         {case.buffer is None for case in cases},
         {case.bounds is None for case in cases},
         {case.active is None for case in cases},
+        {case.tensors[0].dtype == torch.float16 for case in cases},  # type: ignore[union-attr]
     ):
         assert len(taken) > 1

@@ -126,7 +126,7 @@ def test_auto_is_chunked_unless_the_environment_says_otherwise(
     ("changes", "message"),
     [
         ({"hidden": torch.randn(2, 3, 4)}, r"hidden = \(2, 3, 4\): must be \[N, H\]; flatten"),
-        ({"hidden": torch.randn(6, 4).half()}, r"hidden = torch.float16: .*; use bfloat16"),
+        ({"hidden": torch.ones(6, 4).int()}, r"hidden = torch.int32: unsupported.*; use bfloat16"),
         ({"hidden": torch.ones(6, 4).long()}, r"hidden = torch.int64: unsupported dtype"),
         ({"weight": torch.randn(4, 9)}, r"weight = \(4, 9\): must be \[V, 4\]; pass lm_head"),
         ({"targets": torch.arange(5)}, r"targets = \(5,\): must be \[6\]"),

@@ -43,7 +43,7 @@ def linear_row_stats(
 ) -> RowStats:
     """The row statistics, [C] float32, that `torch_rows.row_stats` gives for hidden @ weight.T.
 
-    hidden: [C, H]. weight: [V, H] in hidden's dtype, float32 or bfloat16, any strides. targets: [C]
+    hidden: [C, H]. weight: [V, H] in hidden's dtype, never float64, with any strides. targets: [C]
     int64; a target outside [0, V) gives a log-prob of NaN. Inverse temperatures: a number or [C].
     squares: give the sum of squared probabilities, too. logit_stats: give `logit_sum` and
     `is_top1`, too. The kernels need 12 to 28 bytes of memory per token and tile of the vocabulary.

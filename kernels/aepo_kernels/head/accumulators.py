@@ -14,6 +14,8 @@ from aepo_kernels.ranges import part_of, slices
 # Rows of hidden's gradient that are rounded at a time, on their way to their positions in the
 # batch: a whole rounded copy is never made. Not measured.
 _COPIED_ROWS = 512
+# Rows of a gradient whose product is divided by a scale at a time. Not measured.
+_SCALED_ROWS = 8192
 
 
 class Gradients:
@@ -22,7 +24,8 @@ class Gradients:
     Every gradient but hidden's is a sum in float32 (float64 for float64 hidden), at any number of
     chunks. A weight's gradient that is written once is written in the weight's dtype. A gradient
     that is not needed is neither allocated nor computed. rows: number of rows that took part in
-    GEMMs. variance: [], what sampling these rows added.
+    GEMMs. variance: [], what sampling these rows added. Of float16 tensors too, sums stay float32
+    to the end: the factor of the loss's backward may be what lifts them into float16's range.
     """
 
     def __init__(self, problem: Problem, plan: Plan, needs: tuple[bool, ...]) -> None:
@@ -35,12 +38,14 @@ class Gradients:
         self.shard, self.lora_scale, self.needs_weight = problem.shard, problem.lora_scale, needs[1]
         self.sums_hidden = problem.shard is not None and problem.shard.reduce_hidden
         # Over a sharded vocabulary, each rank has a part of the sum.
-        partial = wide if self.sums_hidden else hidden.dtype
+        is_float16 = hidden.dtype == torch.float16
+        partial = wide if self.sums_hidden or is_float16 else hidden.dtype
         self.hidden = _zeros(hidden, partial) if needs[0] else None
         self.in_place = problem.weight_grad is not None
         self.weight = problem.weight_grad  # or else made by the first chunk, which need not add
         self.weight_dtype = wide
-        if plan.written_once and weight.dtype == hidden.dtype and self.weight is None:
+        once = plan.written_once and weight.dtype == hidden.dtype and not is_float16
+        if once and self.weight is None:
             self.weight_dtype = hidden.dtype
         self.reuses_memory, self.rows = plan.reuses_memory, 0
         self.sampled = problem.row_sampling is not None
@@ -58,23 +63,27 @@ class Gradients:
         lora: tuple[Tensor, Tensor] | None,
         inputs: Tensor,
         at: Tensor | slice,
+        unscale: Tensor | None = None,
     ) -> None:
         """Add a chunk. dlogits: [C, V]. inputs: [C, H], the rows `at` of hidden. lora: (A, B).
 
         row_major: dlogits, or a row-major copy where dlogits are column-major. GEMM 2 reads this
-        one, and GEMM 3 reads dlogits.
+        one, and GEMM 3 reads dlogits. unscale: [], what dlogits have to be multiplied by.
         """
-        through = self._add_lora_a(row_major, lora, inputs)
+        through = self._add_lora_a(row_major, lora, inputs, unscale)
         if self.hidden is not None:
-            self._add_hidden(row_major, weight, None if lora is None else lora[0], through, at)
+            down = None if lora is None else lora[0]
+            self._add_hidden(row_major, weight, down, through, at, unscale)
         if self.weight is not None:
-            self.gemms.add_product(self.weight, dlogits.T, inputs)
+            self._add_product(self.weight, dlogits.T, inputs, unscale)
         elif self.needs_weight:
             out = self.make_weight(self.weight_dtype) if self.reuses_memory else None
             self.weight = self.gemms.product(dlogits.T, inputs, self.weight_dtype, out=out)
+            if unscale is not None:
+                self.weight *= unscale
         if self.lora_b is not None and lora is not None:
             scaled = self.gemms.matmul(inputs, lora[0].T).mul_(self.lora_scale)  # [C, R]
-            self.gemms.add_product(self.lora_b, dlogits.T, scaled)
+            self._add_product(self.lora_b, dlogits.T, scaled, unscale)
 
     def make_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight's gradient, [V, H], in `dtype` or the weight's own; new memory is not set."""
@@ -133,15 +142,29 @@ class Gradients:
             scaled = self.gemms.matmul(inputs, lora[0].T).mul_(self.lora_scale)
             self.gemms.add_product(self.lora_b[rows], dlogits.T, scaled)
 
+    def _add_product(
+        self, total: Tensor, left: Tensor, right: Tensor, unscale: Tensor | None
+    ) -> None:
+        """total [M, N] + unscale * left [M, K] @ right [K, N], in place; None is 1."""
+        if unscale is None:
+            self.gemms.add_product(total, left, right)
+            return
+        for rows in slices(len(total), _SCALED_ROWS):
+            total[rows].addcmul_(self.gemms.product(left[rows], right, total.dtype), unscale)
+
     def _add_lora_a(
-        self, dlogits: Tensor, lora: tuple[Tensor, Tensor] | None, inputs: Tensor
+        self,
+        dlogits: Tensor,
+        lora: tuple[Tensor, Tensor] | None,
+        inputs: Tensor,
+        unscale: Tensor | None = None,
     ) -> Tensor | None:
         """Add to lora_a's gradient; returns dlogits through lora_b, [C, R]."""
         if lora is None:
             return None
         through = self.gemms.matmul(dlogits, lora[1]).mul_(self.lora_scale)
         if self.lora_a is not None:
-            self.gemms.add_product(self.lora_a, through.T, inputs)
+            self._add_product(self.lora_a, through.T, inputs, unscale)
         return through
 
     def _add_hidden(
@@ -151,6 +174,7 @@ class Gradients:
         lora_a: Tensor | None,
         through: Tensor | None,
         at: Tensor | slice,
+        unscale: Tensor | None,
     ) -> None:
         assert self.hidden is not None
         if isinstance(at, slice) and self.hidden.dtype == dlogits.dtype and lora_a is None:
@@ -159,7 +183,7 @@ class Gradients:
         rows = self.gemms.product(dlogits, weight, self.hidden.dtype)
         if lora_a is not None and through is not None:
             self.gemms.add_product(rows, through, lora_a)
-        self.hidden[at] = rows
+        self.hidden[at] = rows if unscale is None else rows.mul_(unscale)
 
     def finish(self) -> None:
         """Add up the ranks' parts. A weight's gradient that no chunk has made becomes zeros."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from aepo_kernels.head.accumulators import Gradients
+from aepo_kernels.head.gradient_scale import gradient_scale
 from aepo_kernels.head.plan import Plan
 from aepo_kernels.head.projection import Head
 from aepo_kernels.head.row_sampling import rows_with_gradient, sample_rows, variance_of
@@ -100,12 +102,20 @@ class ChunkPass:
         if self.row_major is None or len(self.row_major) < count:
             self.row_major = head.row_major_workspace(count)
         row_major = None if self.row_major is None else self.row_major[:count]
-        dlogits = head.dlogits(tokens, logits, stats, coefs, total.bias, row_major=row_major)
+        unscale, bias_grad = None, total.bias
+        if self.plan.scales_gradient:
+            scale = gradient_scale(head, tokens, stats, coefs)
+            coefs, unscale = coefs.times(scale), scale.reciprocal()
+            bias_grad = None if total.bias is None else torch.zeros_like(total.bias)
+        dlogits = head.dlogits(tokens, logits, stats, coefs, bias_grad, row_major=row_major)
         row_major = dlogits if row_major is None else row_major  # [C, V]
         inputs = take(head.hidden, tokens.positions)  # [C, H]
-        total.add(dlogits, row_major, head.weight, head.lora, inputs, tokens.positions)
+        total.add(dlogits, row_major, head.weight, head.lora, inputs, tokens.positions, unscale)
+        if unscale is not None and total.bias is not None and bias_grad is not None:
+            total.bias.addcmul_(bias_grad, unscale)
         if keep_prob is not None:
-            total.variance += variance_of(dlogits, keep_prob, few=self.plan.reuses_memory)
+            variance = variance_of(dlogits, keep_prob, few=self.plan.reuses_memory)
+            total.variance += variance if unscale is None else variance * unscale.square()
 
 
 def pick_rows(logits: Tensor, active: Tensor, *, in_place: bool) -> Tensor:

@@ -71,6 +71,9 @@ class Budget:
     block_weight_bytes: int = 2**23
     block_tokens: int = 1024
     block_sum_bytes: int = 20 * 2**20
+    # Rows of the weight that `kept_ids` gathers at once, and their gradient. Not measured.
+    kept_bytes: int = 2**25
+    gpu_kept_bytes: int = 2**28
     # Memory that a chunk leaves to GEMMs on a CPU. Upcast GEMMs hold three blocks and a whole small
     # operand. GEMMs in C++ hold the packed blocks of two threads. Not measured.
     gemm_bytes: int = 2**23
@@ -128,7 +131,8 @@ class Plan:
     gradient follows.
 
     Who adds up gradients:
-    strategy: the pass. slice_rows: rows of the weight in a slice; most_slice_rows is the caller's
+    scales_gradient: float16 holds the logits' gradient, see `head.gradient_scale`. strategy: the
+    pass. slice_rows: rows of the weight in a slice; most_slice_rows is the caller's
     limit. most_picked: most rows of hidden that slices may copy, or None for any. stash: where raw
     logits wait for slices. keeps_last: slices take the last chunk's logits instead of making them
     again. written_once: the weight's gradient is written by a single GEMM.
@@ -147,6 +151,7 @@ class Plan:
     reuses_memory: bool
     huge_pages: bool
     drops_inactive: bool
+    scales_gradient: bool
     forward_tokens: int
     gradient_tokens: int
     stats_tokens: int
@@ -198,6 +203,7 @@ def make_plan(
         reuses_memory=facts.on_cpu,
         huge_pages=facts.on_cpu,
         drops_inactive=facts.on_cpu or problem.row_sampling is not None,
+        scales_gradient=facts.is_float16 and not facts.gemms.upcast,
         forward_tokens=forward,
         gradient_tokens=size,
         stats_tokens=facts.stats_tokens(),
@@ -229,6 +235,7 @@ class _Facts:
         hidden, self.fused = problem.hidden, problem.features.fused
         self.problem, self.budget = problem, budget
         self.on_cpu = hidden.device.type == "cpu"
+        self.is_float16 = hidden.dtype == torch.float16
         self.on_cpu_in_chunks = self.on_cpu and not self.fused
         self.row_ops = backends.row_operations(hidden)
         # C++ rows need no whole rows: a slice of the columns after the other will do.
@@ -293,7 +300,8 @@ class _Facts:
         weight = problem.weight
         plain = (problem.weight_grad, problem.row_sampling) == (None, None)
         at_once = not self.fused or rows <= self.budget.fused_forward_tokens
-        if needs_weight and plain and at_once and weight.dtype == problem.hidden.dtype:
+        same = weight.dtype == problem.hidden.dtype and not self.is_float16
+        if needs_weight and plain and at_once and same:
             spared = problem.stats_dtype.itemsize * weight.shape[1]  # bytes per row of weight
             if rows <= size + spared // self.logits_bytes():
                 return rows
@@ -311,7 +319,9 @@ class _Facts:
         if problem.weight_slice is not None:
             return problem.weight_slice
         asked = problem.weight_grad, problem.row_sampling, problem.chunk_tokens
+        # Gradients of float16 tensors are sums in float32 to the end: see `Gradients`.
         pays = hidden.dtype != problem.stats_dtype or self.cpp_rows
+        pays = pays and not self.is_float16
         pays = pays and weight.dtype in (hidden.dtype, torch.float32)
         if not (needs_weight and asked == (None, None, None) and pays and self.on_cpu_in_chunks):
             return None

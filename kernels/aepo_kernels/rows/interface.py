@@ -60,3 +60,7 @@ class RowCoefs(NamedTuple):
     def select(self, rows: Tensor | slice) -> RowCoefs:
         """The coefficients of some rows, [rows] each."""
         return RowCoefs(*(None if x is None else x[rows] for x in self))
+
+    def times(self, factor: Tensor) -> RowCoefs:
+        """All coefficients times a factor, []."""
+        return RowCoefs(*(None if x is None else x * factor for x in self))

@@ -14,7 +14,7 @@ from aepo_kernels.cpu import library as cpu_library
 from aepo_kernels.head.plan import Budget
 from tests.kernels.oracle import IGNORED
 
-F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+F32, BF16, F64, F16 = torch.float32, torch.bfloat16, torch.float64, torch.float16
 LAYOUTS = "rows", "columns", "upcast"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -27,7 +27,7 @@ class Draw:
     which tensors require a gradient. factor: what the loss's backward brings. buffer: numbers that
     are in weight_grad before, or None without one. bounds: first rows of a shard's ranks, and the
     end. active: pass the positions of the tokens with a coefficient. isa, layout: which row
-    operations and GEMMs a CPU uses.
+    operations and GEMMs a CPU uses; "rows" multiplies float16 as a GPU does.
     """
 
     seed: int
@@ -77,6 +77,8 @@ def draw(seed: int) -> Draw:
     size, dtype = rng.choice([1, 8, 33, 64]), rng.choice([F32, F32, BF16, BF16, BF16, F64])
     if backend == "fused":  # Triton's interpreter is slow, and multiplies bfloat16 wrongly
         count, vocab, dtype = min(count, 40), min(vocab, 300), F32
+    if dtype == BF16 and random.Random(f"float16 {seed}").random() < 0.3:
+        dtype = F16
 
     def normal(*shape: int, dtypes: tuple[torch.dtype, ...] = (F32, dtype)) -> Tensor:
         return torch.randn(*shape, generator=generator).to(rng.choice(dtypes))
@@ -106,6 +108,8 @@ def draw(seed: int) -> Draw:
     ):
         if rng.random() < chance:
             options[name] = value
+    if dtype == F16:
+        options.pop("weight_slice", None)
     _make_extreme(rng, tensors, options)
     targets, ignored = _targets(rng, generator, count, vocab)
     if tensors[2] is not None and options.get("logit_scale", 1.0) > 0 and rng.random() < 0.3:
@@ -116,6 +120,11 @@ def draw(seed: int) -> Draw:
         coef[passive] = 0
     case = Draw(seed, tensors, targets, ignored, coefs, options, backend, rng.random() < 0.7)
     _draw_gradients(rng, generator, case)
+    if dtype == F16 and case.buffer is None:
+        # A token's weight in the loss, and a loss scale that makes up for it.
+        size = random.Random(f"size {seed}").choice([1.0, 1e-6, 1e4])
+        case.coefs = [coef * size for coef in coefs]
+        case.factor /= size
     case.tensors = [x if x is None or x.ndim < 2 else _laid_out(rng, x) for x in tensors]
     case.budget = _small_budget(rng, vocab, size)
     case.isa = rng.choice([*cpu_library.instruction_sets(), "torch"])

@@ -7,10 +7,10 @@ whole unit u up or down at random: as far as a rounding can go. How far that mov
 of the result for its own rounding, is allowed. Roundings are as random, and smaller: errors reach
 about half of it.
 
-For bfloat16, u = 2^-8, since sums are in float32 whose errors are far smaller: that allows 1% of
-most gradients and 5% of the worst, where logits are large. For float32, u = 2^-24 sqrt(L), as a sum
-of L terms is off by a random walk of L roundings; L is the longest sum, over tokens, the vocabulary
-or hidden. So it is for float64, with 2^-53.
+For bfloat16, u = 2^-8, and for float16, u = 2^-11, since sums are in float32 whose errors are far
+smaller: that allows 1% of most gradients and 5% of the worst, where logits are large. For float32,
+u = 2^-24 sqrt(L), as a sum of L terms is off by a random walk of L roundings; L is the longest sum,
+over tokens, the vocabulary or hidden. So it is for float64, with 2^-53.
 
 A gradient pass may make logits again, by another GEMM whose sums round otherwise. Then
 probabilities do not quite add up to one. Nor do they where a normaliser is rounded: all of a row's
@@ -28,11 +28,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.kernels.fuzz.draw import BF16, F32, F64, Draw
+from tests.kernels.fuzz.draw import BF16, F16, F32, F64, Draw
 
 _UNITS = {F32: 2.0**-24, F64: 2.0**-53}
 # Where the truth is zero, sums that cancel leave a rounding of their terms.
 _FLOORS = {F32: 1e-6, BF16: 1e-6, F64: 1e-14}
+_NARROW = {BF16: 2.0**-8, F16: 2.0**-11}
+_HALF_SMALLEST = 2.0**-25  # half of float16's smallest number
 
 
 class Rounded(torch.autograd.Function):
@@ -55,8 +57,8 @@ def _off(x: Tensor, unit: float, generator: torch.Generator) -> Tensor:
 
 def unit_of(case: Draw, dtype: torch.dtype) -> float:
     """The largest rounding of a number of the call in `dtype`, as a share of it: see the module."""
-    if dtype == BF16:
-        return 2.0**-8
+    if dtype in _NARROW:
+        return _NARROW[dtype]
     hidden, weight = case.tensors[:2]
     assert hidden is not None and weight is not None
     return _UNITS[dtype] * max(*hidden.shape, *weight.shape) ** 0.5
@@ -65,7 +67,7 @@ def unit_of(case: Draw, dtype: torch.dtype) -> float:
 def gemm_dtype(case: Draw) -> torch.dtype:
     """The dtype of GEMMs: hidden's, and "reference" is never narrower than float32."""
     dtype = case.tensors[0].dtype  # type: ignore[union-attr]
-    return F32 if case.backend == "reference" and dtype == BF16 else dtype
+    return F32 if case.backend == "reference" and dtype in _NARROW else dtype
 
 
 def truth(case: Draw, noise: int | None = None) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -176,9 +178,9 @@ class Rows(torch.autograd.Function):
             torch.zeros_like(lse) if grad is None else grad[:, None] for grad in grads[:4]
         )
         x = _off(ctx.x, walk, generator)
-        if dtype == BF16:
+        if dtype in _NARROW:
             others = torch.rand(x.shape, generator=generator) < 1 / 16
-            x = torch.where(others, _off(x, 2.0**-8, generator), x)
+            x = torch.where(others, _off(x, _NARROW[dtype], generator), x)
         logits, slope = x, torch.ones_like(x)
         if row.softcap is not None:
             tanh = torch.tanh(x / row.softcap)
@@ -220,4 +222,6 @@ def check_within(
     error = size(found.double() - wanted)
     assert math.isfinite(allowed), f"{what}: the truth is not finite"
     floor = _FLOORS[F64] if unit < 1e-10 else _FLOORS[F32]
+    if found.dtype == F16:
+        floor += size(torch.full_like(wanted, _HALF_SMALLEST))
     assert error <= allowed + floor, f"{what}: error {error:.3g} > {allowed:.3g}"

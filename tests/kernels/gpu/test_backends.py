@@ -1,6 +1,6 @@
 """Both functions with Triton's kernels underneath: `chunked` as on a GPU, and `fused`.
 
-In float32: Triton's interpreter multiplies bfloat16 tiles wrongly.
+In float32 and float16: Triton's interpreter multiplies bfloat16 tiles wrongly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from aepo_kernels.gpu import launch
 from aepo_kernels.head import projection
 from aepo_kernels.head.plan import Budget
 from aepo_kernels.head.tokens import Tokens
-from tests.kernels.head import test_logprob, test_token_loss
+from tests.kernels.gpu_gemms import float16_as_on_a_gpu
+from tests.kernels.head import test_float16, test_logprob, test_token_loss
 from tests.kernels.head.test_token_loss import grpo_like, make_columns, policy_gradient
 from tests.kernels.oracle import IGNORED, OPTIONS, Case, make_case, output_weights
 
@@ -58,6 +59,14 @@ def test_logprob_at_ragged_shapes(shape: tuple[int, int, int], backend: str) -> 
 @pytest.mark.parametrize("option", ["plain", "second", "all", "shift_up", "shift_down"])
 def test_token_loss_matches_float64(option: str, backend: str) -> None:
     test_token_loss.test_matches_float64((127, 64, 1000), option, torch.float32, backend)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 30.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("option", ["plain", "all"])
+def test_float16_matches_float64(option: str, backend: str, scale: float) -> None:
+    with float16_as_on_a_gpu():
+        test_float16.test_logprob_matches_float64(option, backend, scale)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 5])

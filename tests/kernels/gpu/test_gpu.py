@@ -28,7 +28,7 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 BACKENDS = ["chunked", "fused"]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_options_of_token_loss(option: str, dtype: torch.dtype, backend: str) ->
 
 
 @pytest.mark.parametrize("weight_slice", [300, 5000])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # float16 has no slices
 def test_options_of_slices(dtype: torch.dtype, weight_slice: int) -> None:
     case = make_case(127, 64, 1000, dtype=dtype, option="all", seed=3)
     check_token_loss(case, weight_slice=weight_slice)

@@ -196,28 +196,3 @@ def test_weight_in_float32_under_bfloat16_hidden() -> None:
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
     for ours, theirs in zip(grads, expected, strict=True):
         assert torch.equal(ours.to(theirs.dtype), theirs)
-
-
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_autocast_changes_nothing(backend: str) -> None:
-    case = make_case(64, 32, 200, option="all")
-    plain = case.fresh()
-    outputs = run(plain, backend=backend)
-    grads = weighted_gradients(plain, outputs, output_weights(64))
-    under = case.fresh()
-    with torch.autocast("cpu", torch.bfloat16):
-        cast_outputs = run(under, backend=backend)
-    cast_grads = weighted_gradients(under, cast_outputs, output_weights(64))
-    pairs = zip([*outputs, *grads], [*cast_outputs, *cast_grads], strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_backward_inside_autocast() -> None:
-    case = make_case(64, 32, 200, option="all")
-    grads = []
-    for enabled in (False, True):
-        leaves = case.fresh()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            torch.stack([x.sum() for x in run(leaves)]).sum().backward()
-        grads.append([x.grad for x in leaves.tensors()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -341,27 +341,6 @@ def test_no_token_that_counts_gives_a_connected_zero(num_tokens: int, backend: s
         assert tensor.grad is not None and torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_changes_nothing_and_is_off_inside_the_loss(backend: str) -> None:
-    case = make_case(64, 32, 200, option="all")
-    columns = make_columns(case)
-    states = []
-
-    def loss(*vectors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        states.append(torch.is_autocast_enabled("cpu"))
-        return grpo_like(*vectors)
-
-    results = []
-    for enabled in (False, True):
-        leaves = case.fresh()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            output = run(leaves, loss, *columns, backend=backend)
-        grads = torch.autograd.grad(output.loss, leaves.tensors())
-        results.append([output.loss, output.logprob, output.entropy, *grads])
-    assert states and not any(states)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 def test_two_runs_are_bitwise_equal_and_read_no_uninitialised_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
