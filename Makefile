@@ -12,7 +12,6 @@ VLLM_STAMP := .venv/installed-vllm
 PEERS_STAMP := .venv-peers/installed
 TRL_VERSIONS := 1.15.0 1.16.0
 OTHER_PEERS := verl==0.9.1
-PEER_TESTS := $(wildcard tests/peers tests/aepo_fast/integrations)
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 
 .PHONY: train test test-vllm test-peers fuzz soak lint bench clean
@@ -43,7 +42,7 @@ test-vllm: $(VLLM_STAMP)
 test-peers: $(PEERS_STAMP)
 	for version in $(TRL_VERSIONS); do \
 		PYTHONPATH=.venv-peers/trl-$$version:.venv-peers/others OMP_NUM_THREADS=1 \
-			$(BIN)/python -m pytest -m peers $(PEER_TESTS) $(ARGS) || exit 1; \
+			$(BIN)/python -m pytest -m peers -n 2 --dist worksteal tests/peers $(ARGS) || exit 1; \
 	done
 
 # 50 kills and two hours of watching; less: make soak ARGS='--kills 5 --seconds 60'

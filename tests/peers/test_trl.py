@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +18,6 @@ from aepo_kernels.integrations.tiny_models import MODELS, VOCAB, tiny_model
 from tests.peers.heads import differentiate, errors, token_ids, truth
 
 pytestmark = pytest.mark.peers
-NEEDS_TOP1 = pytest.mark.skipif(
-    "mean_logits" not in inspect.signature(linear_logprob).parameters,
-    reason="linear_logprob has no mean_logits and is_top1",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +112,6 @@ def run_offline(kind: str, model_dir: Path, folder: Path) -> list[dict[str, floa
     ]
 
 
-@NEEDS_TOP1
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
 def test_sft_and_dpo_report_the_same(kind: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     theirs = run_offline(kind, tiny_model_dir, tmp_path)
@@ -199,7 +193,6 @@ def test_autocast_multiplies_in_its_dtype() -> None:
     assert torch.equal(found[0], expected.logprob) and found[2:] == (None, None, None)  # type: ignore[arg-type]
 
 
-@NEEDS_TOP1
 def test_all_outputs_are_those_of_trl() -> None:
     from trl.trainer.utils import _ChunkedLogProbFunction
 

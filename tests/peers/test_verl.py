@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from aepo_kernels import VocabShard
 from aepo_kernels.integrations import check, seams
 from aepo_kernels.integrations import verl as ours
 from aepo_kernels.integrations.tiny_models import VOCAB, tiny_model
@@ -62,10 +61,6 @@ def test_megatron_s_function_in_the_triton_forward() -> None:
         ours.linear_cross_entropy(torch.ones(1, 2), torch.ones(3, 2), torch.ones(1), 1.0, "mean")
 
 
-@pytest.mark.skipif(
-    "reduce_hidden" not in inspect.signature(VocabShard).parameters,
-    reason="VocabShard has no reduce_hidden",
-)
 def test_megatron_s_ranks_each_give_their_part_of_hidden_s_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

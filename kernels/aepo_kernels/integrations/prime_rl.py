@@ -68,7 +68,7 @@ def forward(
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(-1)
     found = linear_logprob(
-        seams.in_autocast_dtype(hidden_states).reshape(-1, hidden_states.shape[-1]),
+        hidden_states.reshape(-1, hidden_states.shape[-1]),
         self.weight,
         labels.long().clamp(min=0).reshape(-1),
         temperature=temperature,

@@ -9,9 +9,6 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-import torch
-from torch import Tensor
-
 _originals: dict[tuple[str, str], tuple[Any, str, Any]] = {}
 
 
@@ -89,14 +86,6 @@ def restore(peer: str) -> None:
     for key in [key for key in _originals if key[0] == peer]:
         owner, name, original = _originals.pop(key)
         setattr(owner, name, original)
-
-
-def in_autocast_dtype(hidden: Tensor) -> Tensor:
-    """Hidden states in the dtype that a linear layer would multiply them in at this place."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(device))
 
 
 def _numbers(version: str) -> list[int]:

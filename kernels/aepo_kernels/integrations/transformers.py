@@ -23,7 +23,6 @@ from aepo_kernels.integrations.heads import (
     relative_error,
     unwrapped,
 )
-from aepo_kernels.integrations.seams import in_autocast_dtype
 
 _IGNORED = -100
 _TEMPERATURE, _BASE = "_fused_temperature", "_fused_base"
@@ -119,7 +118,7 @@ def label_logprobs(
     outputs = backbone_of(model)(**inputs)
     hidden = outputs.last_hidden_state  # [B, L, H]
     weight, arguments = head_arguments(model)
-    hidden = in_autocast_dtype(hidden).to(weight.device)
+    hidden = hidden.to(weight.device)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(weight.device).expand(hidden.shape[:2])
     targets = shift_labels

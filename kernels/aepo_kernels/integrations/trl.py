@@ -77,7 +77,7 @@ def logprobs(
         )
     wanted: dict[str, Any] = {name: True for name in ("mean_logits", "is_top1") if name in outputs}
     found = linear_logprob(
-        seams.in_autocast_dtype(hidden),
+        hidden,
         weight,
         targets,
         temperature=temperature,

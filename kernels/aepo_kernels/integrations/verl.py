@@ -82,7 +82,7 @@ def fused_linear_for_ppo(
     if isinstance(temperature, Tensor):
         temperature = temperature.to(hidden_states.device).expand(shape).reshape(-1)
     found = linear_logprob(
-        seams.in_autocast_dtype(hidden_states).reshape(-1, hidden_size),
+        hidden_states.reshape(-1, hidden_size),
         vocab_weights,
         input_ids.long().reshape(-1),
         temperature=temperature,
@@ -115,7 +115,7 @@ def linear_cross_entropy(
         part: dict[str, Any] = {"reduce_hidden": False}
         options["shard"] = VocabShard(rank * rows, vocab, dist_process_group, **part)
     found = linear_logprob(
-        seams.in_autocast_dtype(hidden).reshape(-1, hidden.shape[-1]),
+        hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.long().reshape(-1),
         temperature=temperature,
