@@ -33,18 +33,28 @@ def combine(
     owned = targets >= 0
     top = stats.max_logit.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=shard.group)
+    # A rank of -inf alone, as of rows that pad the vocabulary, has no mass and no numbers.
+    nothing = stats.max_logit == -torch.inf  # [C]
     drop = stats.max_logit - top
-    below = [drop * inv_temperature + stats.log_sum]
-    logits = [stats.logprob + below[0]]
+
+    def relative(log_sum: Tensor, inverse: float | Tensor) -> Tensor:
+        return torch.where(nothing, -torch.inf, drop * inverse + log_sum)
+
+    def logit_of(logprob: Tensor, log_sum: Tensor) -> Tensor:
+        return torch.where(nothing, -torch.inf, logprob + log_sum)
+
+    below = [relative(stats.log_sum, inv_temperature)]
+    logits = [logit_of(stats.logprob, below[0])]
     if second_inv_temperature is not None:
         assert stats.second_logprob is not None and stats.second_log_sum is not None
-        below.append(drop * second_inv_temperature + stats.second_log_sum)
-        logits.append(stats.second_logprob + below[1])
+        below.append(relative(stats.second_log_sum, second_inv_temperature))
+        logits.append(logit_of(stats.second_logprob, below[1]))
     mass = torch.stack(below).exp()
-    moment = mass[0] * (stats.entropy - below[0])
+    moment = torch.where(nothing, 0.0, mass[0] * (stats.entropy - below[0]))
     parts = [mass, torch.where(owned, torch.stack(logits), 0.0), moment[None]]
     if stats.sum_squares is not None:
-        parts.append((mass[0].square() * stats.sum_squares)[None])
+        squares = mass[0].square() * stats.sum_squares
+        parts.append(torch.where(nothing, 0.0, squares)[None])
     if stats.logit_sum is not None and stats.is_top1 is not None:
         # Of the ranks with the largest logit, the one with the least token ids decides.
         is_at_top = stats.max_logit == top

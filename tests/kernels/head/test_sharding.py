@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from aepo_kernels import VocabShard, backends, linear_logprob
+from tests.kernels.fuzz.ranks import in_ranks
 from tests.kernels.head.test_logit_stats import at_largest, check
 from tests.kernels.head.test_lora import SCALE, factors, merged
 from tests.kernels.head.test_token_loss import by_autograd, grpo_like, make_columns, run
@@ -171,3 +172,39 @@ def test_a_shard_without_a_process_group_raises() -> None:
     case = make_case(5, 8, 30)
     with pytest.raises(ValueError, match="not initialised; call torch.distributed"):
         linear_logprob(case.hidden, case.weight, case.targets, shard=VocabShard(0, 60))
+
+
+@pytest.mark.parametrize("sum_squares", [False, True])
+def test_a_rank_whose_part_can_never_be_sampled(sum_squares: bool) -> None:
+    """Rows that pad a vocabulary have a bias of -inf, and a rank may have no others."""
+    case = make_case(20, 8, 30)
+    bias = torch.zeros(30)
+    bias[15:] = -torch.inf
+    targets = case.targets % 15
+    options = {"second_temperature": 1.4, "sum_squares": sum_squares}
+
+    def results(hidden: torch.Tensor, weight: torch.Tensor, rows: slice, **more: Any) -> list:
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight[rows])]
+        given = {"bias": bias[rows].to(hidden.dtype), **options, **more}
+        output = linear_logprob(*leaves, targets, **given)
+        assert output.second_logprob is not None
+        (output.logprob + output.entropy + output.lse + output.second_logprob).sum().backward()
+        return [output.logprob, output.entropy, output.lse, output.second_logprob] + [
+            *([output.sum_squares] if sum_squares else []), *(leaf.grad for leaf in leaves)
+        ]  # fmt: skip
+
+    whole = results(case.hidden.double(), case.weight.double(), slice(0, 30), backend="reference")
+    parts = in_ranks(
+        2,
+        lambda rank: results(
+            case.hidden,
+            case.weight,
+            slice(15 * rank, 15 * rank + 15),
+            shard=VocabShard(15 * rank, 30),
+        ),
+    )
+    for part in parts:
+        for found, truth in zip(part[:-1], whole[:-1], strict=True):
+            torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-5)
+    joined = torch.cat([part[-1] for part in parts])
+    torch.testing.assert_close(joined.double(), whole[-1], rtol=1e-4, atol=1e-5)
