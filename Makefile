@@ -42,7 +42,8 @@ test-vllm: $(VLLM_STAMP)
 test-peers: $(PEERS_STAMP)
 	for version in $(TRL_VERSIONS); do \
 		PYTHONPATH=.venv-peers/trl-$$version:.venv-peers/others OMP_NUM_THREADS=1 \
-			$(BIN)/python -m pytest -m peers -n 2 --dist worksteal tests/peers $(ARGS) || exit 1; \
+			$(BIN)/python -m pytest -m peers -n 2 --dist worksteal tests/peers tests/bench/e2e \
+			$(ARGS) || exit 1; \
 	done
 
 # 50 kills and two hours of watching; less: make soak ARGS='--kills 5 --seconds 60'
