@@ -111,13 +111,18 @@ def check_optimizer(cfg: TrainerConfig) -> None:
         raise ConfigError("trainer.optimizer", cfg.optimizer, "torchao is not installed", fix)
 
 
-def build_optimizer(model: nn.Module, cfg: TrainerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, cfg: TrainerConfig, *, compiles: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer of a model's trained parameters, with weight decay on matrices only.
 
-    "adamw" holds float32 copies of parameters of less than float32, see `MasterAdamW`.
+    "adamw" holds float32 copies of parameters of less than float32, see `MasterAdamW`. compiles:
+    torchao's steps are compiled, which pays on a GPU; it takes a minute.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = ([p for p in trained if (p.ndim > 1) is many] for many in (True, False))
+    if cfg.optimizer in _OF_TORCHAO:
+        return _torchao(_groups(matrices, vectors, cfg), cfg, compiles=compiles)
     if cfg.optimizer == "muon":
         ends = {id(p) for p in _ends(model)}
         inner = [p for p in matrices if p.ndim == 2 and id(p) not in ends]
@@ -136,28 +141,34 @@ def _ends(model: nn.Module) -> Iterator[Tensor]:
             yield module.weight
 
 
-def _adamw(
+def _groups(
     matrices: Sequence[Tensor], vectors: Sequence[Tensor], cfg: TrainerConfig
-) -> torch.optim.AdamW:
-    groups: list[dict[str, Any]] = [
+) -> list[dict[str, Any]]:
+    return [
         {"params": list(matrices), "weight_decay": cfg.weight_decay},
         {"params": list(vectors), "weight_decay": 0.0},
     ]
-    options: dict[str, Any] = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
-    if cfg.optimizer in _OF_TORCHAO:
-        return _torchao(cfg.optimizer, groups, options)
+
+
+def _options(cfg: TrainerConfig) -> dict[str, Any]:
+    return {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
+
+
+def _adamw(
+    matrices: Sequence[Tensor], vectors: Sequence[Tensor], cfg: TrainerConfig
+) -> torch.optim.AdamW:
     whole = all(p.dtype == torch.float32 for p in (*matrices, *vectors))
-    return (torch.optim.AdamW if whole else MasterAdamW)(groups, **options, fused=True)
+    kind = torch.optim.AdamW if whole else MasterAdamW
+    return kind(_groups(matrices, vectors, cfg), **_options(cfg), fused=True)
 
 
-def _torchao(name: str, groups: list[dict[str, Any]], options: dict[str, Any]) -> Any:
-    """An optimizer of torchao; on a CPU without its compiled step, which takes a minute to make."""
+def _torchao(groups: list[dict[str, Any]], cfg: TrainerConfig, *, compiles: bool) -> Any:
     from torchao.optim import AdamW8bit, _AdamW
 
     groups = [group for group in groups if group["params"]]
-    kind: Any = {"adamw_8bit": AdamW8bit, "adamw_bf16": _AdamW}[name]
-    made = kind(groups, **options, bf16_stochastic_round=True)
-    if all(p.device.type == "cpu" for group in groups for p in group["params"]):
+    kind: Any = {"adamw_8bit": AdamW8bit, "adamw_bf16": _AdamW}[cfg.optimizer]
+    made = kind(groups, **_options(cfg), bf16_stochastic_round=True)
+    if not compiles:
         made.step = torch.compiler.set_stance("force_eager")(made.step)
     return made
 

@@ -57,7 +57,7 @@ class Trainer:
         models = load_models(cfg, machine, inputs)
         self.model, self.policy = models.model, models.policy
         self.reference, self.engine = models.reference, models.engine
-        self.optimizer = build_optimizer(self.model, cfg.trainer)
+        self.optimizer = build_optimizer(self.model, cfg.trainer, compiles=machine.is_gpu)
         self.controller = make_controller(cfg.aepo, cfg.trainer)
         self.sampler = make_sampler(cfg, inputs.prompts)
         self.rollouts = Rollouts(cfg, self.engine, inputs.reward, inputs.decode, guard.check)
