@@ -123,5 +123,5 @@ def test_a_model_gives_the_same_before_and_after() -> None:
 
 def test_every_block_s_peer_is_known() -> None:
     needs = {block.needs for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))}
-    own = {"aepo_trl", "aepo_verl"}  # tests/peers run them
+    own = {"aepo_trl", "aepo_verl", "ranks"}  # of tests/peers and kernels/head/test_distributed
     assert needs == {"", "trl", "verl", "openrlhf", *own, *STAND_INS}

@@ -101,7 +101,7 @@ def test_vllm_is_let_go_when_sampling_fails(
     engines: list[weakref.ref[fake_vllm.LLM]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fake_vllm.Inner, "add_request", lambda *_: None)
+    monkeypatch.setattr(fake_vllm.Inner, "add_request", lambda *_, **__: None)
     with pytest.raises(RolloutError, match="answered 0 of 3") as caught:
         evaluate(tiny_model_dir, config_file, VLLM)
     assert engines[0]() is None

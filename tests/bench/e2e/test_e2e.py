@@ -229,6 +229,7 @@ def test_a_run_that_fails_is_listed(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["--skip", "TRL", "--set", "trainer.max_grad_norm=1e-9"]
+    (tmp_path / "bench.py").write_text("raise ImportError('not the benchmark')")
     monkeypatch.setattr(e2e, "child_environment", lambda first: {"env": {}, "cwd": tmp_path})
     record = run_tiny(tiny_model_dir, tmp_path, monkeypatch, *words)
     found = record["candidates"][OURS]

@@ -24,6 +24,7 @@ from torch.distributed.tensor import (
 )
 
 from aepo_kernels import VocabShard, linear_logprob, linear_token_loss
+from aepo_kernels.integrations import backbone_of, head_arguments
 from tests.kernels.head.test_lora import factors
 from tests.kernels.oracle import Case, assert_as_accurate, make_case, materialised
 
@@ -179,12 +180,14 @@ def refused_tensors(mesh: DeviceMesh) -> None:
 class Body(torch.nn.Linear):
     """A model without its head, as transformers returns its hidden states, [B, T, H]."""
 
-    def forward(self, inputs: Tensor) -> Any:
+    def forward(self, inputs: Tensor, use_cache: bool = False) -> Any:
         return SimpleNamespace(last_hidden_state=super().forward(inputs))
 
 
 class Model(torch.nn.Module):
     """What the documentation's example needs of a model."""
+
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(to_dict=dict))
 
     def __init__(self, body: Tensor, head: Tensor) -> None:
         super().__init__()
@@ -194,11 +197,19 @@ class Model(torch.nn.Module):
         )
         self.model.weight.data, self.lm_head.weight.data = body, head
 
+    @property
+    def base_model(self) -> torch.nn.Module:
+        return self.model
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.lm_head
+
 
 def documented(name: str) -> str:
     """The example of docs/kernels.md that has this text in it."""
     text = (Path(__file__).parents[3] / "docs" / "kernels.md").read_text()
-    (block,) = (x for x in re.findall("```python\n(.*?)```", text, re.DOTALL) if name in x)
+    blocks = re.findall("```python needs ranks\n(.*?)```", text, re.DOTALL)
+    (block,) = (x for x in blocks if name in x)
     return block
 
 
@@ -208,12 +219,14 @@ def data_parallel(rank: int) -> None:
     names: dict[str, Any] = {
         "torch": torch,
         "linear_token_loss": linear_token_loss,
+        "backbone_of": backbone_of,
+        "head_arguments": head_arguments,
         "grpo": weighted_sum,
     }
     names["model"] = Model(body.clone(), case.weight.clone())
     inputs = torch.cat([case.hidden.chunk(WORLD)[rank], torch.zeros(1, 16)])[None]  # [1, T, H]
     targets, weight = case.targets.chunk(WORLD)[rank], torch.full((30,), WORLD / 60)
-    more = dict.fromkeys(("old_logprob", "advantage", "weight"), weight)
+    more = dict.fromkeys(("old_logprob", "advantage", "token_weight"), weight)
     names |= {"input_ids": inputs, "targets": targets, **more}
     exec(documented("class PolicyLoss"), names)
     results = []
