@@ -22,6 +22,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from aepo_fast.integrations.trl.seams import HEAD_FUNCTION
 from aepo_kernels import linear_logprob
+from aepo_kernels.integrations.seams import refuse_zero3
 
 _IGNORED = -100
 _GIVEN_OUTPUTS = {"log_probs", "entropy"}
@@ -77,11 +78,7 @@ class _Head:
         """The five results of TRL's function; those that GRPO does not use are None."""
         if not set(outputs) <= _GIVEN_OUTPUTS:
             raise ValueError(f"outputs = {outputs}: AEPO's head gives {sorted(_GIVEN_OUTPUTS)}")
-        if hasattr(weight, "ds_id"):
-            raise ValueError(
-                "the head's weight is partitioned by DeepSpeed ZeRO-3, and is gone when its "
-                "gradient is computed: use ZeRO-2 or FSDP2"
-            )
+        refuse_zero3(weight)
         scored = self.scored.to(targets.device)
         # Without Triton, TRL asks for every position and drops what it does not want.
         everywhere = len(targets) == scored.numel()

@@ -88,6 +88,15 @@ def restore(peer: str) -> None:
         setattr(owner, name, original)
 
 
+def refuse_zero3(weight: Any) -> None:
+    """Raise ValueError for a head's weight that DeepSpeed ZeRO-3 takes away after its use."""
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            "the head's weight is partitioned by DeepSpeed ZeRO-3, and is gone when its gradient "
+            "is computed; use ZeRO-2 or FSDP2"
+        )
+
+
 def _numbers(version: str) -> list[int]:
     """The leading numbers of a version: [1, 15, 0] of "1.15.0.dev1"."""
     parts = []

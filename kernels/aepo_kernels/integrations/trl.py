@@ -70,11 +70,7 @@ def logprobs(
     chunk_size is not used. What `outputs` does not name is None; only log-prob and entropy have a
     gradient. Raises ValueError under ZeRO-3, which takes the weight away before the backward pass.
     """
-    if hasattr(weight, "ds_id"):
-        raise ValueError(
-            "weight is partitioned by DeepSpeed ZeRO-3, and is gone when its gradient is computed; "
-            "use ZeRO-2 or FSDP2, or uninstall()"
-        )
+    seams.refuse_zero3(weight)
     wanted: dict[str, Any] = {name: True for name in ("mean_logits", "is_top1") if name in outputs}
     found = linear_logprob(
         hidden,

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -200,6 +201,17 @@ inline std::vector<Bounded> gradient_of(const AepoLogits& logits, const AepoCoef
     g.off += kUnderflow;
   }
   return grad;
+}
+
+// Half a unit in the last place of an output of this size.
+double rounding_of(std::int32_t dtype, double size) {
+  if (dtype == kFloat32) return std::fmax(0x1p-24 * size, 0x1p-150);
+  return dtype == kBFloat16 ? std::fmax(0x1p-8 * size, 0x1p-134)
+                            : std::fmax(0x1p-11 * size, 0x1p-25);
+}
+
+bool same(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 }  // namespace

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <random>
 #include <string>
 #include <utility>
@@ -34,17 +33,6 @@ void near(float found, Bounded truth, double rounding, Name name) {
   const double error = std::fabs(found - truth.value);
   if (found != 0) worst = std::fmax(worst, (error - rounding) / truth.off);
   if (!(error <= bound)) expect(false, name(), found);
-}
-
-// Half a unit in the last place of an output of this size.
-double rounding_of(std::int32_t dtype, double size) {
-  if (dtype == kFloat32) return std::fmax(0x1p-24 * size, 0x1p-150);
-  return dtype == kBFloat16 ? std::fmax(0x1p-8 * size, 0x1p-134)
-                            : std::fmax(0x1p-11 * size, 0x1p-25);
-}
-
-bool same(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 // squares: ask for the sum of squared probabilities, and for the logits' own statistics.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,11 @@ from aepo_fast.model.load import load_model, resolve
 from aepo_fast.model.lora import save_adapter
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.canary import Canary, StaleWeightsError
-from aepo_kernels import multiplies_bfloat16
+from tests.aepo_fast.rollout.test_rollout_vllm import DTYPE, MODEL
+from tests.aepo_fast.rollout.test_rollout_vllm import pytestmark as vllm_marks
 from tests.tiny_run import a_machine
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
-]
-MODEL = "package:smollm2-135m-instruct"
-FAST = multiplies_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = "bfloat16" if FAST else "float32"
+pytestmark = vllm_marks
 
 
 @pytest.fixture(scope="module")
