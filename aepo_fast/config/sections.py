@@ -12,7 +12,6 @@ from os.path import expanduser
 from typing import Literal
 
 from aepo_fast.config.conditions import (
-    Needs,
     above_zero,
     one_of,
     refuse_across_sections,
@@ -29,9 +28,12 @@ from aepo_fast.config.method import (
     AepoConfig,
     LossConfig,
 )
+from aepo_fast.config.model import Attention, ComputeDtype, LoraConfig, ModelConfig
+from aepo_fast.config.trainer import TrainerConfig
 
 __all__ = [
     "AepoConfig",
+    "Attention",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -45,80 +47,6 @@ __all__ = [
     "RolloutConfig",
     "TrainerConfig",
 ]
-
-
-# "auto" is bfloat16 where the device has instructions for its GEMMs, else float32.
-ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "eager"]
-
-
-_WITH_LORA = above_zero("rank")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Train low-rank adapters in place of the weights (peft): W + alpha / rank * B A.
-
-    There is no dropout: it would make the ratio of new and old probabilities differ from 1 for the
-    very same weights.
-    """
-
-    rank: int = 0  # rank of the adapters; 0: no adapters, all weights are trained
-    # The adapters are scaled by alpha / rank.
-    alpha: float = setting(32.0, needs=_WITH_LORA)
-    # Names of the linear layers that get an adapter, e.g. "q_proj" or "lm_head". "all-linear" is
-    # all of them but the head.
-    targets: tuple[str, ...] = setting(("all-linear",), needs=_WITH_LORA)
-    rslora: bool = setting(False, needs=_WITH_LORA)  # scale by alpha / sqrt(rank) instead
-
-    def __post_init__(self) -> None:
-        require_not_negative("model.lora", self, "rank")
-        require_positive("model.lora", self, "alpha")
-        require(
-            bool(self.targets) and all(self.targets),
-            "model.lora.targets",
-            list(self.targets),
-            "names no layer",
-            'Use ["all-linear"], or names such as ["q_proj", "v_proj"]',
-        )
-        require(
-            len(self.targets) == 1 or "all-linear" not in self.targets,
-            "model.lora.targets",
-            list(self.targets),
-            '"all-linear" stands for all names but the head\'s',
-            "Use it alone, or name each layer",
-        )
-        refuse_what_does_nothing("model.lora", self)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which weights to train and how they are held."""
-
-    path: str = ""  # local folder, hub id, or package:NAME (see `aepo-fast doctor`)
-    # Dtype of the trained weights. Of bfloat16 weights the optimizer holds float32 copies.
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    # Dtype of the GEMMs, by autocast where the weights have another one. "auto" is bfloat16 where
-    # the device has instructions for its GEMMs, else float32.
-    compute_dtype: ComputeDtype = "auto"
-    # Attention of the layers. "varlen" and "flash_attention_2" need a GPU, "grouped" is for CPUs;
-    # "auto" chooses by device and model.
-    attention: Attention = "auto"
-    # Layers are computed again in the backward pass: slower, in less memory.
-    gradient_checkpointing: bool = True
-    liger: bool = False  # Liger-Kernel for the layers other than the head
-    # Backend of the head's kernels; `aepo-fast doctor` says which run here.
-    head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
-    lora: LoraConfig = field(default_factory=LoraConfig)
-
-    def __post_init__(self) -> None:
-        require(
-            bool(self.path),
-            "model.path",
-            self.path,
-            "no model is named",
-            "Set a folder, a hub id, or package:smollm2-135m-instruct",
-        )
 
 
 @dataclass(frozen=True)
@@ -213,68 +141,6 @@ class RolloutConfig:
             "Try 0.3; the trainer needs the rest",
         )
         refuse_what_does_nothing("rollout", self)
-
-
-# Of the step after the warm-up the rate is still lr, in every schedule.
-_LATER_STEPS = Needs(
-    ("steps", "warmup_steps"),
-    lambda steps, warmup_steps: steps > warmup_steps + 1,
-    "set {0} above {1} + 1",
-)
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Steps, batch shape and optimizer."""
-
-    steps: int = 100  # training steps of the run
-    prompts_per_step: int = 64  # prompts a step, without auxiliary ones
-    group_size: int = 8  # samples per prompt
-    minibatches: int = 1  # optimizer steps per pass over a rollout
-    epochs: int = 1  # passes over a rollout
-    # Most tokens, padding included, that the model takes at once; a longer sample goes alone.
-    tokens_per_microbatch: int = 16384
-    # How samples are laid out for the model: "packed" end to end (varlen attention), "shared" with
-    # one copy of the prompt for all its samples (sdpa), "padded" with one line per sample.
-    layout: Literal["auto", "packed", "shared", "padded"] = "auto"
-    # "adamw" holds 8 bytes a parameter, 12 of bfloat16 weights, and "adamw_8bit" 2 (torchao).
-    # "adamw_bf16" holds 4, of bfloat16 weights alone (torchao); it rounds them by chance, so that
-    # small steps count on average, and "adamw_8bit" does so with theirs. "muon" takes
-    # orthogonalised steps for the matrices of layers and AdamW's for all else.
-    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16", "muon"] = "adamw"
-    lr: float = 1e-6  # learning rate after the warm-up
-    # Course of the rate after the warm-up: it stays, or falls towards 0 at the end of the run.
-    lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", needs=_LATER_STEPS)
-    warmup_steps: int = 0  # steps in which the rate rises linearly to lr
-    weight_decay: float = 0.01  # weight decay, on matrices only
-    # AdamW's momentum: the share that its mean of gradients keeps at an update. A long memory makes
-    # the entropy follow its controller late.
-    beta1: float = 0.9
-    beta2: float = 0.999  # the same for AdamW's mean of squared gradients
-    eps: float = 1e-8  # added to AdamW's denominator
-    max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
-    max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
-    seed: int = 0  # seed of sampling and of the order of prompts and minibatches
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is the GPU where torch sees one
-
-    def __post_init__(self) -> None:
-        names = "steps prompts_per_step group_size minibatches epochs tokens_per_microbatch lr"
-        require_positive(
-            "trainer", self, *names.split(), "max_grad_norm", "max_skipped_steps", "eps"
-        )
-        require_not_negative("trainer", self, "warmup_steps", "weight_decay")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            reason = "is the share of its past that AdamW's average keeps"
-            require(0 <= value < 1, f"trainer.{name}", value, reason, "Use [0, 1), e.g. 0.9")
-        require(
-            self.minibatches <= self.prompts_per_step,
-            "trainer.minibatches",
-            self.minibatches,
-            f"more minibatches than the {self.prompts_per_step} prompts of a step",
-            "Lower minibatches or raise prompts_per_step",
-        )
-        refuse_what_does_nothing("trainer", self)
 
 
 _HELD_OUT = above_zero("data.holdout_fraction")

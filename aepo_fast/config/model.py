@@ -1,0 +1,82 @@
+"""The sections of the model: which weights, how they are held, and the adapters on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from aepo_fast.config.conditions import above_zero, refuse_what_does_nothing, setting
+from aepo_fast.config.errors import require, require_not_negative, require_positive
+
+# "auto" is bfloat16 where the device has instructions for its GEMMs, else float32.
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "eager"]
+
+
+_WITH_LORA = above_zero("rank")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train low-rank adapters in place of the weights (peft): W + alpha / rank * B A.
+
+    There is no dropout: it would make the ratio of new and old probabilities differ from 1 for the
+    very same weights.
+    """
+
+    rank: int = 0  # rank of the adapters; 0: no adapters, all weights are trained
+    # The adapters are scaled by alpha / rank.
+    alpha: float = setting(32.0, needs=_WITH_LORA)
+    # Names of the linear layers that get an adapter, e.g. "q_proj" or "lm_head". "all-linear" is
+    # all of them but the head.
+    targets: tuple[str, ...] = setting(("all-linear",), needs=_WITH_LORA)
+    rslora: bool = setting(False, needs=_WITH_LORA)  # scale by alpha / sqrt(rank) instead
+
+    def __post_init__(self) -> None:
+        require_not_negative("model.lora", self, "rank")
+        require_positive("model.lora", self, "alpha")
+        require(
+            bool(self.targets) and all(self.targets),
+            "model.lora.targets",
+            list(self.targets),
+            "names no layer",
+            'Use ["all-linear"], or names such as ["q_proj", "v_proj"]',
+        )
+        require(
+            len(self.targets) == 1 or "all-linear" not in self.targets,
+            "model.lora.targets",
+            list(self.targets),
+            '"all-linear" stands for all names but the head\'s',
+            "Use it alone, or name each layer",
+        )
+        refuse_what_does_nothing("model.lora", self)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights to train and how they are held."""
+
+    path: str = ""  # local folder, hub id, or package:NAME (see `aepo-fast doctor`)
+    # Dtype of the trained weights. Of bfloat16 weights the optimizer holds float32 copies.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Dtype of the GEMMs, by autocast where the weights have another one. "auto" is bfloat16 where
+    # the device has instructions for its GEMMs, else float32.
+    compute_dtype: ComputeDtype = "auto"
+    # Attention of the layers. "varlen" and "flash_attention_2" need a GPU, "grouped" is for CPUs;
+    # "auto" chooses by device and model.
+    attention: Attention = "auto"
+    # Layers are computed again in the backward pass: slower, in less memory.
+    gradient_checkpointing: bool = True
+    liger: bool = False  # Liger-Kernel for the layers other than the head
+    # Backend of the head's kernels; `aepo-fast doctor` says which run here.
+    head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.path),
+            "model.path",
+            self.path,
+            "no model is named",
+            "Set a folder, a hub id, or package:smollm2-135m-instruct",
+        )
