@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import LoraConfig
 from aepo_fast.model.folder import ADAPTER_CONFIG
+from aepo_fast.model.lora_layers import fuse_adapters
 from aepo_fast.report.unexpected import first_line
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -60,6 +61,7 @@ def add_adapter(model: PreTrainedModel, cfg: LoraConfig, *, seed: int) -> None:
             for parameter in model.parameters():
                 if parameter.requires_grad:  # a step is smaller than what bfloat16 tells apart
                     parameter.data = parameter.data.float()
+            fuse_adapters(model)
     except Exception as error:  # of peft, for layers that it does not know
         reason = f"peft cannot adapt {type(model).__name__}: {first_line(error)}"
         fix = "Name other layers, or set model.lora.rank = 0"

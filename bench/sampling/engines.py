@@ -18,6 +18,7 @@ ENGINES = ("hf", "vllm")
 # vocabulary, tied head.
 SHAPES = {
     "tiny": (128, 128, 2, 2, 1, 1000, True),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True),
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
     "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
 }

@@ -107,8 +107,12 @@ def load_problem(
     tokens: int,
     tokens_per_microbatch: int,
     seed: int,
+    dtype: str = "float32",
+    lora_rank: int = 0,
 ) -> Problem:
     """The model in `folder` with rows, the objective of an AEPO config and an optimizer.
+
+    dtype: of the weights. lora_rank: of an adapter that is trained in their place; 0: none.
 
     The loss is that config's before the first update, weight * advantage * ratio with the ratio
     exp(logprob - logprob.detach()); there are no auxiliary rows.
@@ -116,6 +120,8 @@ def load_problem(
     settings = [
         f"trainer.tokens_per_microbatch={tokens_per_microbatch}",
         f"trainer.lr={LEARNING_RATE}",
+        f'model.dtype="{dtype}"',
+        f"model.lora.rank={lora_rank}",
     ]
     cfg = load_config("first-light", settings)
     machine = resolve_machine(cfg)
@@ -173,6 +179,12 @@ def all_candidates(problem: Problem) -> list[Candidate]:
         ),
         plain_candidate(problem, "TRL chunked", trl_chunked, trl.unavailable_reason(*where)),
     ]
+
+
+def lora_candidate(problem: Problem, rank: int) -> Candidate:
+    """Our step over a problem whose policy has an adapter."""
+    step = functools.partial(our_step, problem, problem.ours)
+    return Candidate(f"{OURS}, LoRA rank {rank}", problem.ours, step)
 
 
 def plain_candidate(

@@ -36,6 +36,19 @@ def gated(
     return reference, found
 
 
+def gated_adapter(
+    exact: Problem, problem: Problem, candidate: Candidate
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """As `gated` for one candidate over a problem with an adapter on weights of bfloat16.
+
+    exact: the same problem with weights of float32.
+    """
+    truth, _ = observe(exact, functools.partial(reference_step, exact, torch.float32))
+    plain = functools.partial(reference_step, problem, problem.plain.machine.compute_dtype)
+    reference = errors_of(observe(problem, plain)[0], truth)
+    return reference, check(problem, candidate, truth, reference)
+
+
 def check(
     problem: Problem, candidate: Candidate, exact: Values, reference: dict[str, float]
 ) -> dict[str, Any]:

@@ -43,6 +43,13 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--tokens-per-microbatch", type=int, default=4096)
     parser.add_argument("--rounds", type=int, help="timed steps each (10)")
     parser.add_argument(
+        "--lora",
+        type=int,
+        default=0,
+        metavar="RANK",
+        help="our step with an adapter on bfloat16 weights, too",
+    )
+    parser.add_argument(
         "--skip", action="append", default=[], metavar="NAME", help="part of a name; repeatable"
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -54,14 +61,15 @@ def time_steps(arguments: argparse.Namespace) -> None:
     """Gate, memory and times of every candidate over the same rows from the same weights."""
     # The other benchmarks run without the trainer's packages.
     from bench.step import gate
-    from bench.step.candidates import FEWEST_TOKENS, all_candidates, load_problem
+    from bench.step.candidates import FEWEST_TOKENS, all_candidates, load_problem, lora_candidate
 
     for name, value in (QUICK if arguments.quick else FULL).items():
         if vars(arguments)[name] is None:
             setattr(arguments, name, value)
     if arguments.tokens < FEWEST_TOKENS:
         raise SystemExit(f"--tokens {arguments.tokens}: must be {FEWEST_TOKENS} at least")
-    problem = load_problem(
+    load = functools.partial(
+        load_problem,
         model_folder(arguments.model),
         prompts=arguments.prompts,
         samples=arguments.samples,
@@ -70,37 +78,55 @@ def time_steps(arguments: argparse.Namespace) -> None:
         tokens_per_microbatch=arguments.tokens_per_microbatch,
         seed=arguments.seed,
     )
-    device = problem.ours.device
+    problem = load()
     candidates = [
         one
         for one in all_candidates(problem)
         if not any(part.lower() in one.name.lower() for part in arguments.skip)
     ]
+    optimizers = {one.name: problem.optimizer for one in candidates}
     reference, found = gate.gated(problem, candidates)
+    errors = {"errors": reference}
+    if arguments.lora:
+        adapted = load(dtype="bfloat16", lora_rank=arguments.lora)
+        one = lora_candidate(adapted, arguments.lora)
+        exact = load(lora_rank=arguments.lora)
+        errors["lora_errors"], found[one.name] = gate.gated_adapter(exact, adapted, one)
+        del exact
+        candidates.append(one)
+        optimizers[one.name] = adapted.optimizer
     time_candidates(
         {one.name: one.step for one in candidates if found[one.name]["status"] == "ok"},
         found,
         functools.partial(problem.optimizer.zero_grad, set_to_none=True),
         num_tokens=problem.num_tokens,
-        device=device,
+        device=problem.ours.device,
         rounds=arguments.rounds,
         seed=arguments.seed,
     )
+    for name, optimizer in optimizers.items():
+        found[name]["optimizer_bytes"] = state_bytes(optimizer)
     print(table(found))
     write(
         "step",
         arguments,
         {
-            "clocks": clocks(device),
+            "clocks": clocks(problem.ours.device),
             "threads": torch.get_num_threads(),
             "row_kernels": problem.ours.row_kernels,
             "trl": installed_version("trl"),
             "learning_rate": problem.cfg.trainer.lr,
             "completion_tokens": problem.num_tokens,
-            "gate": {"limit": gate.LIMIT, "epsilon": gate.EPSILON, "errors": reference},
+            "gate": {"limit": gate.LIMIT, "epsilon": gate.EPSILON, **errors},
             "candidates": found,
         },
     )
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state."""
+    values = (one for state in optimizer.state.values() for one in state.values())
+    return sum(one.numel() * one.element_size() for one in values if torch.is_tensor(one))
 
 
 def time_candidates(
@@ -147,10 +173,10 @@ def time_candidates(
 def table(found: dict[str, dict[str, Any]]) -> str:
     """A row per candidate, as Markdown."""
     heads = ["candidate", "ms (p20 to p80)", f"/ {OURS}", "completion tokens/s", "model tokens"]
-    heads += ["peak extra memory", "says"]
+    heads += ["peak extra memory", "optimizer", "says"]
     rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, one in found.items():
-        cells = [one["status"], "-", "-", "-", "-", one["message"]]
+        cells = [one["status"], "-", "-", "-", "-", "-", one["message"]]
         if "median_ms" in one:
             memory, ratio = one["peak_extra_bytes"], one.get("ratio_to_ours")
             cells = [
@@ -158,11 +184,16 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                 "-" if ratio is None else f"{ratio:.2f}",
                 f"{one['tokens_per_s']:.0f}",
                 str(one["model_tokens"]),
-                "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB",
+                "not measured" if memory is None else _mib(memory),
+                _mib(one["optimizer_bytes"]) if "optimizer_bytes" in one else "-",
                 "",
             ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
 
 
 def _ms(value: float) -> str:

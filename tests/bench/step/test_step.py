@@ -103,14 +103,14 @@ def test_what_fails_is_listed_and_the_others_are_timed(problem: Problem) -> None
     assert record["late"]["status"] == "failed" and "median_ms" not in record["late"]
     assert len(record["ours"]["times_ms"]) == 2 and record["ours"]["ratio_to_ours"] == 1.0
     text = table({**found, **record})
-    assert "| missing | not available | - | - | - | - | not installed |" in text
+    assert "| missing | not available | - | - | - | - | - | not installed |" in text
     assert "| late | failed |" in text and "| ours | " in text
 
 
 def test_command_writes_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ["--quick", "--prompts", "1", "--samples", "2", "--rounds", "1"]
+    sizes = ["--quick", "--prompts", "1", "--samples", "2", "--rounds", "1", "--lora", "4"]
     chosen = ["--skip", "compiled", "--model", "random:tiny", "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", "step", *sizes, *chosen])
     main()
@@ -126,6 +126,10 @@ def test_command_writes_a_record(
         assert one["status"] == "ok" and len(one["times_ms"]) == 1
         assert one["ratio_to_ours"] > 0 and one["model_tokens"] > 0 and one["tokens_per_s"] > 0
         assert set(one["errors"]) == {"loss", "grad_norm", "entropy", "logprob", "gradient"}
+    lora = record["candidates"]["ours, LoRA rank 4"]
+    assert lora["status"] == "ok" and set(lora["errors"]) == set(record["gate"]["lora_errors"])
+    # Two moments in float32 of each of its parameters, and a step count.
+    assert 0 < lora["optimizer_bytes"] < record["candidates"]["ours"]["optimizer_bytes"] / 2
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     block = tables.step(on_cpu=record["environment"]["device"] == "cpu")
