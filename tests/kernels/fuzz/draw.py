@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aepo_kernels.cpu import library as cpu_library
-from aepo_kernels.head.plan import Budget
+from aepo_kernels.head.budget import Budget
 from tests.kernels.oracle import IGNORED
 
 F32, BF16, F64, F16 = torch.float32, torch.bfloat16, torch.float64, torch.float16
