@@ -113,7 +113,8 @@ def _forward_backward(
     policy: Policy, batch: MicroBatch, objective: Objective, columns: dict[str, torch.Tensor]
 ) -> _Done:
     if objective.sequence_loss is not None:
-        # The ratio of a sequence is known only after its last token: recompute (4 GEMMs).
+        # The ratio of a sequence is known only after its last token: recompute (4 GEMMs, or 2 with
+        # a frozen head and no second temperature).
         output = policy.logprobs(batch, second_temperature=objective.second_temperature)
         samples = batch.sample_of_token.to(policy.device)
         loss, metrics = objective.sequence_loss(
