@@ -89,13 +89,14 @@ def alone(direction: str, grads: Sequence[Tensor | None]) -> Tensor | None:
     return None
 
 
-def _without_zeros(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients, with None for what is all zeros, as of an entropy times a coefficient of 0.
+def _without_zeros(direction: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, with None for another output's that is all zeros, as of an entropy times 0.
 
     On a GPU, looking would wait for the device.
     """
     return [
-        None if x is not None and is_readable_at_once(x) and not x.any() else x for x in grads[:4]
+        x if x is None or name == direction or not is_readable_at_once(x) or x.any() else None
+        for name, x in zip(OUTPUTS, grads[:4], strict=True)
     ]
 
 
@@ -179,7 +180,8 @@ class _Logprob(torch.autograd.Function):
     @first_order("linear_logprob", 'use backend="reference", which is plain autograd')
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         along, *inputs, _ = ctx.saved_tensors
-        if along is not None and (grad := alone(ctx.direction, _without_zeros(grads))) is not None:
+        grad = None if along is None else alone(ctx.direction, _without_zeros(ctx.direction, grads))
+        if grad is not None:
             # What comes at an ignored token does not count, be it NaN.
             positions = ctx.tokens.positions
             factor = ctx.problem.spread(take(grad, positions), positions)  # [N]

@@ -191,6 +191,7 @@ def _draw_gradients(rng: random.Random, generator: torch.Generator, case: Draw) 
         cuts = sorted(rng.sample(range(1, len(weight)), world - 1))
         case.bounds = [0, *cuts, len(weight)]
     if not case.token_loss:
+        _freeze(random.Random(f"frozen {case.seed}"), case)
         return
     if rng.random() < 0.4:
         active = (case.coefs[0] != 0).nonzero().squeeze(1)
@@ -201,6 +202,20 @@ def _draw_gradients(rng: random.Random, generator: torch.Generator, case: Draw) 
         and "weight_slice" not in options
         and rng.random() < 0.2
     )
+
+
+def _freeze(rng: random.Random, case: Draw) -> None:
+    """A head that needs no gradient, and one output that has a gradient."""
+    if case.buffer is not None or rng.random() < 0.7:
+        return
+    case.wants = [True] + [False] * 4
+    names = ["logprob", "entropy", "second_logprob", "lse"]  # in the order of coefs
+    if "second_temperature" not in case.options:
+        names[2] = "logprob"
+    chosen = rng.choice(names)
+    case.options["grad_of"] = (chosen,)
+    for name, coef in zip(names, case.coefs, strict=True):
+        coef *= name == chosen
 
 
 def _small_budget(rng: random.Random, vocab: int, size: int) -> Budget:
