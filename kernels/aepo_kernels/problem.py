@@ -24,7 +24,8 @@ class VocabShard:
 
     start: the token id of this rank's first row of weight, bias and lora_b. vocab: the size of the
     whole vocabulary, all ranks together. group: a torch.distributed process group, or None for the
-    default one. Hidden states, targets and token tensors are equal on all ranks.
+    default one. Hidden states, targets and token tensors are equal on all ranks, and either all
+    ranks' heads need a gradient or none does.
 
     reduce_hidden: add up hidden's gradient over the ranks. Each rank's own part is only what its
     rows of the vocabulary bring. Pass False where the backward of whatever made hidden adds these
