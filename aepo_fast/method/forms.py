@@ -22,6 +22,7 @@ class AepoForm:
     """What AEPO adds to the loss of main samples: by itself nothing, as where it is off."""
 
     draws_auxiliary = False  # samples drawn at T, beside the main ones
+    differentiates_entropy = False  # its term has a gradient by the entropy
 
     def __init__(self, aepo: AepoConfig) -> None:
         self.aepo = aepo
@@ -115,6 +116,8 @@ class Split(AepoForm):
 
 class Rescue(AepoForm):
     """Raises the entropy of uncertain tokens in groups that are solved whole."""
+
+    differentiates_entropy = True
 
     def sample_columns(
         self, samples: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor

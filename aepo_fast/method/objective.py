@@ -32,7 +32,8 @@ class Objective:
 
     columns: name -> [total tokens of the step]; the losses take them by name.
     sequence_loss: replaces token_loss for losses over whole sequences. passive_samples: those
-    without a gradient, which are only measured.
+    without a gradient, which are only measured. differentiates_entropy: the loss has a gradient by
+    the entropy, as far as its settings say.
     """
 
     columns: dict[str, torch.Tensor]
@@ -40,6 +41,7 @@ class Objective:
     sequence_loss: SequenceLoss | None
     second_temperature: float | None
     passive_samples: frozenset[int]
+    differentiates_entropy: bool
 
 
 def needs_old_logprobs(loss: LossConfig, num_updates: int) -> bool:
@@ -96,6 +98,7 @@ def build_objective(
         sequence_loss=make_sequence_loss(loss, aepo, context) if whole else None,
         second_temperature=second_temperature(loss, aepo, context.temperature),
         passive_samples=_passive_samples(cfg, per_sample, minibatch, context),
+        differentiates_entropy=bool(context.bonus_coef) or make_form(aepo).differentiates_entropy,
     )
 
 

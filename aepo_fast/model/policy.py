@@ -138,12 +138,24 @@ class Policy:
         return states.index_select(0, batch.select.to(self.device)).to(self.machine.compute_dtype)
 
     def logprobs(
-        self, batch: MicroBatch, *, second_temperature: float | None = None
+        self,
+        batch: MicroBatch,
+        *,
+        second_temperature: float | None = None,
+        with_entropy_gradient: bool = False,
     ) -> LogprobOutput:
-        """Log-probs and entropies at temperature 1 of a micro-batch's completion tokens."""
+        """Log-probs and entropies at temperature 1 of a micro-batch's completion tokens.
+
+        with_entropy_gradient: a gradient will come by the entropy beside that by the log-probs. It
+        saves a GEMM of a frozen head to know it beforehand.
+        """
         inputs = self.hidden(batch), self.weight, batch.targets.to(self.device)
+        several = with_entropy_gradient and second_temperature is None
         return linear_logprob(
-            *inputs, second_temperature=second_temperature, **self._head_settings()
+            *inputs,
+            second_temperature=second_temperature,
+            grad_of=("logprob", "entropy") if several else None,
+            **self._head_settings(),
         )
 
     def token_loss(

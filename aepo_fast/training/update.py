@@ -113,8 +113,13 @@ def _forward_backward(
     policy: Policy, batch: MicroBatch, objective: Objective, columns: dict[str, torch.Tensor]
 ) -> _Done:
     if objective.sequence_loss is not None:
-        # The ratio of a sequence is known only after its last token: recompute (4 GEMMs).
-        output = policy.logprobs(batch, second_temperature=objective.second_temperature)
+        # The ratio of a sequence is known only after its last token: recompute (4 GEMMs, or 2 with
+        # a frozen head and no second temperature).
+        output = policy.logprobs(
+            batch,
+            second_temperature=objective.second_temperature,
+            with_entropy_gradient=objective.differentiates_entropy,
+        )
         samples = batch.sample_of_token.to(policy.device)
         loss, metrics = objective.sequence_loss(
             output.logprob, output.entropy, output.second_logprob, samples, columns

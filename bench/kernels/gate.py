@@ -32,8 +32,11 @@ def compute(peer: Peer, inputs: Inputs, mode: Mode) -> Values:
         outputs.loss.backward()
     values = named(outputs, mode)
     if mode.training:
-        assert inputs.hidden.grad is not None and inputs.weight.grad is not None
-        values |= {"dhidden": inputs.hidden.grad, "dweight": inputs.weight.grad}
+        assert inputs.hidden.grad is not None
+        values["dhidden"] = inputs.hidden.grad
+        if inputs.weight.requires_grad:
+            assert inputs.weight.grad is not None
+            values["dweight"] = inputs.weight.grad
         clear_gradients(inputs)
     return values
 
@@ -56,7 +59,9 @@ def clear_gradients(inputs: Inputs) -> None:
 def truth(inputs: Inputs, mode: Mode, loss: str | None) -> Values:
     """All values in float64, a chunk of tokens at a time."""
     parts: dict[str, list[Tensor]] = {}
-    dweight = torch.zeros_like(inputs.weight, dtype=torch.float64) if loss else None
+    dweight = None
+    if loss and inputs.weight.requires_grad:
+        dweight = torch.zeros_like(inputs.weight, dtype=torch.float64)
     with torch.no_grad():
         weight = inputs.weight.double()
         for rows in _chunks(inputs):
@@ -71,13 +76,14 @@ def truth(inputs: Inputs, mode: Mode, loss: str | None) -> Values:
             if mode.second:
                 second = torch.log_softmax(products / inputs.second_temperature, -1)
                 values["second_logprob"] = second.gather(1, target)[:, 0]
-            if dweight is not None:
+            if loss:
                 slope = _slope(inputs, rows, loss, values["logprob"])[:, None]
                 gradient = law.exp_().mul_(-slope)
                 gradient.scatter_add_(1, target, slope)
                 gradient /= inputs.temperature
                 values["dhidden"] = gradient @ weight
-                dweight.addmm_(gradient.T, hidden)
+                if dweight is not None:
+                    dweight.addmm_(gradient.T, hidden)
             for name, value in values.items():
                 parts.setdefault(name, []).append(value)
     joined = {name: torch.cat(part) for name, part in parts.items()}
@@ -106,22 +112,26 @@ def baseline(inputs: Inputs, mode: Mode, loss: str | None) -> Values:
 
 def _baseline(inputs: Inputs, mode: Mode, loss: str | None) -> Values:
     parts: dict[str, list[Tensor]] = {}
-    dweight = torch.zeros_like(inputs.weight, dtype=torch.float32) if loss else None
+    dweight = None
+    if loss and inputs.weight.requires_grad:
+        dweight = torch.zeros_like(inputs.weight, dtype=torch.float32)
     second = inputs.second_temperature if mode.second else None
     for rows in _chunks(inputs):
         hidden = inputs.hidden[rows].detach().requires_grad_()
-        weight = inputs.weight.detach().requires_grad_()
+        weight = inputs.weight.detach().requires_grad_(inputs.weight.requires_grad)
         with torch.set_grad_enabled(mode.training):
             scores = materialised.scores(
                 hidden, weight, inputs.targets[rows], inputs.temperature, second, True
             )
         values = named(Outputs(*scores), mode)
-        if dweight is not None:
+        if loss:
             slices = [x[rows] for x in (inputs.old_logprob, inputs.advantage, inputs.aux_weight)]
             total = loss_of(loss, scores[0], *slices)
             assert total is not None
-            values["dhidden"], product = torch.autograd.grad(total, (hidden, weight))
-            dweight += product
+            leaves = (hidden, weight) if dweight is not None else (hidden,)
+            values["dhidden"], *product = torch.autograd.grad(total, leaves)
+            if dweight is not None:
+                dweight += product[0]
         for name, value in values.items():
             parts.setdefault(name, []).append(value)
     joined = {name: torch.cat(part) for name, part in parts.items()}

@@ -60,10 +60,13 @@ def make_inputs(
 
 
 def inputs_for(inputs: Inputs, mode: Mode) -> Inputs:
-    """The same problem with zero advantages in 40% of its sequences where the mode wants them.
+    """The same problem with zero advantages in 40% of its sequences, or a frozen head.
 
-    Only then does `active` name tokens: to look for them would cost ours time in the other modes.
+    It has them where the mode wants them. Only with zero advantages does `active` name tokens: to
+    look for them would cost ours time in the other modes.
     """
+    if mode.frozen:
+        inputs = dataclasses.replace(inputs, weight=inputs.weight.detach())
     if not mode.sparse:
         return inputs
     length = len(inputs.targets) // inputs.num_sequences

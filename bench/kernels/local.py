@@ -27,8 +27,8 @@ class Local:
     def peak(self, name: str) -> int | None:
         """Bytes beside inputs and gradients, None where they cannot be measured."""
         self._step(name)  # warm-up beyond the gate's call, which may have compiled
-        gradients = self.inputs.hidden, self.inputs.weight
-        kept = sum(tensor.nbytes for tensor in gradients) if self.mode.training else 0
+        leaves = self.inputs.hidden, self.inputs.weight
+        kept = sum(x.nbytes for x in leaves if x.requires_grad) if self.mode.training else 0
         device = self.stopwatch.device
         return peak_extra_bytes(lambda: self._step(name), self.clear, kept, device)
 

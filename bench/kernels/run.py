@@ -296,18 +296,20 @@ def bare_gemms(inputs: Inputs, mode: Mode) -> tuple[str, Callable[[], None]]:
     kind = ""
     if hidden.dtype == torch.bfloat16 and not multiplies_bfloat16(hidden.device.type):
         hidden, weight, kind = hidden.float(), weight.float(), "float32 "
+    count = 1 + mode.training + (mode.training and not mode.frozen)
     outputs: list[torch.Tensor | None] = [None] * 3
     if hidden.device.type == "cpu":
         shapes = [(len(hidden), len(weight)), hidden.shape, weight.shape]
-        outputs = [hidden.new_empty(shape) for shape in shapes[: 3 if mode.training else 1]]
+        outputs = [hidden.new_empty(shape) for shape in shapes[:count]]
 
     def call() -> None:
         logits = torch.mm(hidden, weight.T, out=outputs[0])
-        if mode.training:
+        if count > 1:
             torch.mm(logits, weight, out=outputs[1])
+        if count > 2:
             torch.mm(logits.T, hidden, out=outputs[2])
 
-    return f"3 {kind}GEMMs" if mode.training else f"1 {kind}GEMM", call
+    return f"{count} {kind}GEMM{'s' * (count > 1)}", call
 
 
 def _settings(setup: Setup) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 UNTIMED = ("incorrect", "failed")
 # What the pages and the figure show of a run.
-SUMMARY_MODES = ("forward", "training")
+SUMMARY_MODES = ("forward", "training", "frozen")
 SUMMARY_TOKENS = 8192
 # The rows of the README's table, of training: those that compute entropy and a temperature too.
 HEADLINE_MODE = "training"
@@ -127,7 +127,7 @@ def _ms(value: float) -> str:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """A run in short: for two modes, time over the bare GEMMs' per candidate and shape."""
+    """A run in short: for three modes, time over the bare GEMMs' per candidate and shape."""
     return "\n".join(filter(None, (_by_shape(record, name) for name in SUMMARY_MODES)))
 
 

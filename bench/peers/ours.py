@@ -107,7 +107,8 @@ def run(backend: str, chunk_tokens: int | None, inputs: Inputs, mode: Mode) -> O
         ignore_index=None,
         active=inputs.active,
         chunk_tokens=chunk_tokens,
-        weight_slice=None if chunk_tokens is None else SMALL_SLICE,
+        # A frozen head has no gradient to slice.
+        weight_slice=None if chunk_tokens is None or mode.frozen else SMALL_SLICE,
         backend=backend,
     )
     return Outputs(result.logprob, result.entropy, result.second_logprob, result.loss)

@@ -20,7 +20,8 @@ class Mode:
     """What is computed: log-probs without gradient, or a loss with its gradients.
 
     second: also the log-probs at the second temperature. sparse: 40% of the sequences have a zero
-    advantage. loss: "grpo_aepo" or "ce", or None for no gradient.
+    advantage. frozen: hidden alone has a gradient, as beside adapters that leave the head out.
+    loss: "grpo_aepo" or "ce", or None for no gradient.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Mode:
     loss: str | None = None
     second: bool = False
     sparse: bool = False
+    frozen: bool = False
 
     @property
     def training(self) -> bool:
@@ -50,6 +52,12 @@ MODES = (
         sparse=True,
     ),
     Mode("ce", "cross entropy only, forward and backward", loss="ce"),
+    Mode(
+        "frozen",
+        "GRPO + AEPO loss with a frozen head, forward and backward",
+        loss="grpo_aepo",
+        frozen=True,
+    ),
 )
 
 
@@ -57,7 +65,8 @@ MODES = (
 class Inputs:
     """One problem, the same for every candidate.
 
-    hidden: [N, H] and weight: [V, H], leaves in the benchmark's dtype. targets: [N] int64.
+    hidden: [N, H] and weight: [V, H], leaves in the benchmark's dtype; a frozen weight requires no
+    gradient. targets: [N] int64.
     old_logprob, advantage, aux_weight: [N] float32. active: [A] int64, positions whose loss can
     have a gradient, or None for all. The advantage is constant over each of `num_sequences` equal
     runs of tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,12 +10,20 @@ from torch import Tensor
 
 from aepo_kernels import reference
 from aepo_kernels.backends import DEVICES, resolve_backend
-from aepo_kernels.checks import check_active, check_problem, check_row_sampling, check_token_tensors
+from aepo_kernels.checks import (
+    check_active,
+    check_grad_of,
+    check_problem,
+    check_row_sampling,
+    check_token_tensors,
+)
 from aepo_kernels.head.kept_ids import logprob as kept_logprob
 from aepo_kernels.head.kept_ids import token_loss as kept_token_loss
 from aepo_kernels.head.logprob import logprob as chunked_logprob
+from aepo_kernels.head.plan import direction_of
 from aepo_kernels.head.token_loss import token_loss as chunked_token_loss
 from aepo_kernels.problem import (
+    OUTPUTS,
     LogprobOutput,
     Problem,
     RowSampling,
@@ -50,6 +59,7 @@ def linear_logprob(
     sum_squares: bool = False,
     mean_logits: bool = False,
     is_top1: bool = False,
+    grad_of: Sequence[str] | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_tokens: int | None = None,
@@ -82,6 +92,16 @@ def linear_logprob(
     float32 copy of it exists (4 GEMMs in all); not of float16. chunk_tokens: tokens whose
     logits exist at once; None derives the number from a memory budget.
 
+    A frozen head, where hidden alone needs a gradient:
+    The forward pass also writes the derivative of logprob by each row of hidden, and backward only
+    multiplies the rows: 2 GEMMs in all. It takes 4 N H bytes (2 N H where a CPU's GEMMs round to
+    bfloat16, 8 N H in float64), and nothing under torch.no_grad. A gradient by another output makes
+    the logits again, with a warning: 4 GEMMs. grad_of: the names of the outputs whose gradients are
+    taken, such as ("logprob",); all others are detached. With one name it is this output's
+    derivative that is written, and hidden is not kept for backward. With several it takes 3 GEMMs
+    and no derivative is written, as with a second temperature where grad_of is None, with
+    weight_slice, and with "fused".
+
     Other options:
     sum_squares: give the sum of squared probabilities, too. mean_logits: give the mean over the
     vocabulary of logits / temperature. is_top1: tell whether the target is the first of the tokens
@@ -96,10 +116,24 @@ def linear_logprob(
     (fullgraph) unless there is a shard, weight_grad, weight_slice, sum_squares, mean_logits,
     is_top1 or kept_ids.
     """
+    chosen = None if grad_of is None else tuple(grad_of)
     if is_traced(hidden, weight, targets):
         from aepo_kernels import torch_op  # registering operators imports much of torch
 
         hidden = _follow_autocast(hidden, backend, logits_dtype)
+        names = torch_op.backend_names(backend, hidden.device.type, hidden.dtype)
+        known = Problem(
+            hidden,
+            weight,
+            targets,
+            second_temperature=second_temperature,
+            bias=bias,
+            backend=names[0],
+            lora_a=lora_a,
+            lora_b=lora_b,
+            grad_of=chosen,
+        )
+        check_grad_of(known)
         per_token, number = _split(temperature)
         second_per_token, second_number = _split(second_temperature)
         results = torch_op.linear_logprob(
@@ -120,10 +154,11 @@ def linear_logprob(
             logits_dtype,
             backend,
             chunk_tokens,
+            direction_of(known),
         )
         second = None if second_temperature is None else results[3]
-        names = torch_op.backend_names(backend, hidden.device.type, hidden.dtype)
-        return LogprobOutput(results[0], results[1], results[2], second, None, *names)
+        values = results[0], results[1], results[2], second
+        return _with_gradients_of(chosen, LogprobOutput(*values, None, *names))
     check_readable(
         hidden=hidden,
         weight=weight,
@@ -160,11 +195,13 @@ def linear_logprob(
         mean_logits=mean_logits,
         is_top1=is_top1,
         logits_dtype=logits_dtype,
+        grad_of=chosen,
     )
     check_problem(problem)
-    if problem.features.autograd:
-        return reference.logprob(problem)
-    return chunked_logprob(problem) if kept_ids is None else kept_logprob(problem)
+    check_grad_of(problem)
+    run = chunked_logprob if kept_ids is None else kept_logprob
+    run = reference.logprob if problem.features.autograd else run
+    return _with_gradients_of(chosen, run(problem))
 
 
 @breaks_graph(traced=partial(traced_token_loss, linear_logprob))
@@ -278,6 +315,18 @@ def _follow_autocast(hidden: Tensor, backend: str, logits_dtype: torch.dtype | N
     if own or device not in DEVICES or not torch.is_autocast_enabled(device):
         return hidden
     return hidden.to(torch.get_autocast_dtype(device))
+
+
+def _with_gradients_of(names: tuple[str, ...] | None, output: LogprobOutput) -> LogprobOutput:
+    """The output with all its differentiable tensors detached but the named ones."""
+    if names is None:
+        return output
+    values = output[: len(OUTPUTS)]
+    kept = [
+        x if x is None or name in names else x.detach()
+        for name, x in zip(OUTPUTS, values, strict=True)
+    ]
+    return LogprobOutput(*kept, *output[len(OUTPUTS) :])  # type: ignore[arg-type]
 
 
 def _tensor(temperature: float | Tensor | None) -> Tensor | None:

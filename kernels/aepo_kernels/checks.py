@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aepo_kernels.backends import is_readable_at_once, writes_float32
-from aepo_kernels.problem import Problem
+from aepo_kernels.problem import OUTPUTS, Problem
 from aepo_kernels.ranges import take
 from aepo_kernels.tensors import describe, is_recomputed
 
@@ -72,6 +72,22 @@ def check_problem(problem: Problem) -> None:
         )
     if is_readable_at_once(targets):
         _check_targets(problem)
+
+
+def check_grad_of(problem: Problem) -> None:
+    """Raise ValueError unless `grad_of` names outputs that there are."""
+    names = problem.grad_of
+    if names is None:
+        return
+    fix = f"pass some of {OUTPUTS}, or None for any of them"
+    if not names:
+        _fail("grad_of", names, "names no output", "call it under torch.no_grad")
+    for name in names:
+        if name not in OUTPUTS or names.count(name) > 1:
+            reason = f"{name!r} is no output with a gradient, or stands there twice"
+            _fail("grad_of", names, reason, fix)
+    if "second_logprob" in names and problem.second_temperature is None:
+        _fail("grad_of", names, "there is no second_logprob", "pass second_temperature")
 
 
 def check_token_tensors(problem: Problem, tensors: tuple[Tensor, ...]) -> None:

@@ -14,6 +14,8 @@ from aepo_kernels.backends import FEATURES, Features, row_kernels
 from aepo_kernels.tensors import rows_of_dtensor
 
 TokenLoss = Callable[..., Any]
+# The differentiable outputs of `linear_logprob`, in the order of `LogprobOutput` and `RowCoefs`.
+OUTPUTS = "logprob", "entropy", "lse", "second_logprob"
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class VocabShard:
 
     start: the token id of this rank's first row of weight, bias and lora_b. vocab: the size of the
     whole vocabulary, all ranks together. group: a torch.distributed process group, or None for the
-    default one. Hidden states, targets and token tensors are equal on all ranks.
+    default one. Hidden states, targets and token tensors are equal on all ranks, and either all
+    ranks' heads need a gradient or none does.
 
     reduce_hidden: add up hidden's gradient over the ranks. Each rank's own part is only what its
     rows of the vocabulary bring. Pass False where the backward of whatever made hidden adds these
@@ -105,8 +108,8 @@ class Problem:
     active: [A], int64, tokens at which a loss has a gradient, or None for all. lora_a [R, H] and
     lora_b [V, R] add lora_scale * lora_b @ lora_a to the weight. weight_grad: [V, H], the weight's
     gradient is added to it instead of returned. With a shard, V counts this rank's rows. kept_ids:
-    [N, K], int64, the only tokens of each row's distribution, padded with -1.
-    check_loss: see `loss_checks`.
+    [N, K], int64, the only tokens of each row's distribution, padded with -1. grad_of: names of the
+    outputs whose gradients are taken, or None for any of them. check_loss: see `loss_checks`.
     """
 
     hidden: Tensor
@@ -134,11 +137,18 @@ class Problem:
     weight_slice: int | None = None
     check_loss: bool = True
     kept_ids: Tensor | None = None
+    grad_of: tuple[str, ...] | None = None
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
         """The tensors that can have a gradient: hidden, weight, bias, lora_a, lora_b."""
         return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
+
+    @property
+    def needs(self) -> tuple[bool, ...]:
+        """Which of the `inputs` need a gradient."""
+        is_enabled = torch.is_grad_enabled()
+        return tuple(is_enabled and x is not None and x.requires_grad for x in self.inputs)
 
     def with_inputs(self, inputs: Sequence[Tensor | None]) -> Problem:
         """The same problem with other `inputs`, in the order of `inputs`."""

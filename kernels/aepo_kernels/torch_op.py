@@ -14,12 +14,15 @@ from torch import Tensor
 from aepo_kernels.backends import resolve_backend, row_kernels
 from aepo_kernels.checks import check_problem
 from aepo_kernels.head import logprob
+from aepo_kernels.head.plan import direction_dtype
+from aepo_kernels.head.scaling import scale_rows
 from aepo_kernels.head.tokens import tokens_of
 from aepo_kernels.problem import Problem
 from aepo_kernels.ranges import take
 from aepo_kernels.rows.interface import RowStats
 
 _NUM_OUTPUTS = 4  # then come the statistics that backward needs
+_DIRECTION = 17  # position of the argument
 
 
 @torch.library.custom_op("aepo_kernels::linear_logprob", mutates_args=())
@@ -41,31 +44,37 @@ def linear_logprob(
     logits_dtype: torch.dtype | None,
     backend: str,
     chunk_tokens: int | None,
+    direction: str | None,
 ) -> list[Tensor]:
     """Log-prob, entropy, lse and, with a second temperature, its log-prob; then row statistics.
 
     Every output is [N]. A temperature is the tensor [N], or the number where the tensor is None.
+    direction: see `head.plan.direction_of`; the direction itself is the last output, [N, H].
     """
     problem = _problem(locals())
     if problem.features.autograd:
         raise ValueError("backend = 'reference': is no operator; use it outside of torch.compile")
     check_problem(problem)
-    tokens, stats = logprob.forward(problem)
+    tokens, stats, along = logprob.forward(problem, direction)
     values = logprob.outputs(problem, tokens, stats)
     kept = [x for x in (stats.max_logit, stats.log_sum, stats.second_log_sum) if x is not None]
     saved = [problem.spread(x, tokens.positions) for x in kept]
     # No output may be another's memory.
-    return [x.clone() for x in (*values, *saved) if x is not None]
+    found = [x.clone() for x in (*values, *saved) if x is not None]
+    return found if along is None else [*found, along]
 
 
 @linear_logprob.register_fake
 def _(hidden: Tensor, *rest: Any) -> list[Tensor]:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     has_second = rest[7] is not None or rest[8] is not None
-    return [
+    made = [
         hidden.new_empty(hidden.shape[:1], dtype=dtype)
         for _ in range(_NUM_OUTPUTS + 3 if has_second else _NUM_OUTPUTS + 1)
     ]
+    if rest[_DIRECTION - 1] is not None:
+        made.append(hidden.new_empty(hidden.shape, dtype=direction_dtype(hidden)))
+    return made
 
 
 @torch.library.custom_op("aepo_kernels::linear_logprob_backward", mutates_args=())
@@ -118,18 +127,26 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors[: -ctx.num_results]
-    results = ctx.saved_tensors[-ctx.num_results :]
-    num_outputs = _NUM_OUTPUTS if ctx.num_results > _NUM_OUTPUTS + 1 else _NUM_OUTPUTS - 1
+    results = list(ctx.saved_tensors[-ctx.num_results :])
+    *numbers, direction = ctx.numbers
+    along = None if direction is None else results.pop()
+    num_outputs = _NUM_OUTPUTS if len(results) > _NUM_OUTPUTS + 1 else _NUM_OUTPUTS - 1
+    nothing = [None] * (len(tensors) + len(ctx.numbers) - 5)
+    if along is not None:
+        grad = logprob.alone(direction, grads[:num_outputs])
+        if grad is not None:
+            targets, ignore_index = tensors[5], ctx.numbers[_IGNORE_INDEX]
+            if ignore_index is not None:
+                grad = grad.masked_fill(targets == ignore_index, 0)
+            return scale_rows(along, grad, tensors[0].dtype), None, None, None, None, *nothing
     upstream = [
         torch.zeros_like(result) if grad is None else grad
         for grad, result in zip(grads[:num_outputs], results, strict=False)
     ]
     needs = list(ctx.needs_input_grad[:5])
-    found = iter(
-        linear_logprob_backward(upstream, list(results), needs, *_join(tensors, ctx.numbers))
-    )
+    found = iter(linear_logprob_backward(upstream, results, needs, *_join(tensors, numbers)))
     gradients = [next(found) if need else None for need in needs]
-    return *gradients, *[None] * (len(tensors) + len(ctx.numbers) - 5)
+    return *gradients, *nothing
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup_context)
@@ -162,8 +179,9 @@ def backend_names(backend: str, device_type: str, dtype: torch.dtype) -> tuple[s
     return name, row_kernels(device_type, dtype, name)
 
 
-# Positions of the arguments that are no tensors.
-_NUMBERS = (7, 9, 10, 11, 12, 13, 14, 15, 16)
+# Positions of the arguments that are no tensors; and of one in this list.
+_NUMBERS = (7, 9, 10, 11, 12, 13, 14, 15, 16, _DIRECTION)
+_IGNORE_INDEX = _NUMBERS.index(13)
 
 
 def _split(inputs: tuple) -> tuple[list[Tensor | None], list[Any]]:
@@ -173,7 +191,7 @@ def _split(inputs: tuple) -> tuple[list[Tensor | None], list[Any]]:
 
 def _join(tensors: Sequence[Tensor | None], numbers: list[Any]) -> list[Any]:
     joined = list(tensors)
-    for index, number in zip(_NUMBERS, numbers, strict=True):
+    for index, number in zip(_NUMBERS, numbers, strict=False):  # the direction may be left out
         joined.insert(index, number)
     return joined
 

@@ -54,7 +54,12 @@ def traced_token_loss(
                 f"token_tensors[{index}] = requires_grad: it would get no gradient; "
                 "pass tensor.detach()"
             )
-    rows = linear_logprob(hidden, weight, targets, ignore_index=None, **options)
+    # The loss may take the gradient of each: see `head.plan.direction_of`.
+    names = ["logprob", "entropy"]
+    if options.get("second_temperature") is not None:
+        names.append("second_logprob")
+    given = hidden, weight, targets
+    rows = linear_logprob(*given, ignore_index=None, grad_of=names, **options)
     values = rows.logprob, rows.entropy, rows.second_logprob  # [N]
     if active is not None:
         inside = torch.zeros_like(targets, dtype=torch.bool).index_fill(0, active, True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from aepo_kernels import LogprobOutput, TokenLossOutput, reference, resolve_backend
 from aepo_kernels.checks import check_active, check_problem, check_row_sampling
 from aepo_kernels.head import kept_ids, logprob, token_loss
-from aepo_kernels.head.plan import Budget
+from aepo_kernels.head.budget import Budget
 from aepo_kernels.problem import Problem
 
 

@@ -18,7 +18,7 @@ def _each_test_compiles_anew() -> None:
     torch._dynamo.reset()
 
 
-def operator_arguments(case: Case) -> tuple[Any, ...]:
+def operator_arguments(case: Case, direction: str | None = None) -> tuple[Any, ...]:
     def split(value: Any, default: float | None) -> tuple[Tensor | None, float | None]:
         return (value, default) if isinstance(value, Tensor) else (None, value)
 
@@ -39,6 +39,7 @@ def operator_arguments(case: Case) -> tuple[Any, ...]:
         None,
         "chunked",
         7,
+        direction,
     )
 
 
@@ -49,6 +50,16 @@ def test_opcheck(option: str) -> None:
     torch.library.opcheck(
         torch_op.linear_logprob, operator_arguments(make_case(20, 8, 30, option=option).fresh())
     )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("option", "direction"), [("plain", "logprob"), ("all", "second_logprob")])
+def test_opcheck_of_a_frozen_head(option: str, direction: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    case = make_case(20, 8, 30, option=option).fresh()
+    for tensor in case.tensors()[1:]:
+        tensor.requires_grad_(False)
+    torch.library.opcheck(torch_op.linear_logprob, operator_arguments(case, direction))
 
 
 @pytest.mark.parametrize("option", ["plain", "token_temperature", "second", "all"])
@@ -80,9 +91,11 @@ def test_a_frozen_weight_and_an_unused_output_need_no_gradient() -> None:
     def loss(hidden: Tensor) -> Tensor:
         return linear_logprob(hidden, case.weight, case.targets).entropy.sum()
 
-    loss(case.hidden).backward()
+    with pytest.warns(UserWarning, match=r"pass grad_of=\('entropy',\), which takes 2"):
+        loss(case.hidden).backward()
     found, case.hidden.grad = case.hidden.grad, None
-    linear_logprob(case.hidden, case.weight, case.targets).entropy.sum().backward()
+    with pytest.warns(UserWarning, match=r"a gradient came by entropy"):
+        linear_logprob(case.hidden, case.weight, case.targets).entropy.sum().backward()
     assert found is not None and case.hidden.grad is not None and case.weight.grad is None
     assert torch.equal(found, case.hidden.grad)
 

@@ -14,7 +14,8 @@ from aepo_kernels import backends, gemm
 from aepo_kernels.cpu import gemm as cpu_gemm
 from aepo_kernels.cpu import library as cpu_library
 from aepo_kernels.gemm import Gemms
-from aepo_kernels.head.plan import Budget, gemms_for
+from aepo_kernels.head.budget import Budget
+from aepo_kernels.head.plan import gemms_for
 
 SHAPES = [(1, 1, 1), (5, 130, 7), (130, 5, 7), (7, 5, 130), (64, 64, 64), (3, 200, 200)]
 DTYPES = [torch.bfloat16, torch.float32]

@@ -13,6 +13,7 @@ from aepo_kernels.integrations import backbone_of, head_arguments
 from aepo_kernels.integrations.heads import compare_logits, relative_error
 from aepo_kernels.integrations.tiny_models import tiny_model
 from aepo_kernels.integrations.transformers import fuse_head
+from tests.kernels.gemm_units import counted
 from tests.peers.heads import token_ids
 
 pytestmark = pytest.mark.peers
@@ -108,6 +109,26 @@ def test_several_adapters_and_other_methods_are_named() -> None:
     model = get_peft_model(tiny_model("llama"), config)
     with pytest.raises(ValueError, match="has no linear head but peft.tuners.ia3.layer.Linear"):
         head_arguments(model)
+
+
+def test_a_head_without_an_adapter_is_frozen_and_takes_two_gemms() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = get_peft_model(tiny_model("gemma2"), LoraConfig(r=4, target_modules=["q_proj"]))
+    adapter = [p for p in plain.parameters() if p.requires_grad]
+    torch.nn.init.normal_(adapter[1])
+    ids = token_ids()
+    logprobs = torch.log_softmax(plain(input_ids=ids).logits[:, :-1], -1)
+    wanted = logprobs.gather(2, ids[:, 1:, None])[..., 0].sin().sum()
+    expected = torch.autograd.grad(wanted, adapter)
+    fuse_head(plain)
+    weight = head_arguments(plain)[0]
+    with counted(ids[:, 1:].numel(), weight.shape[1], weight.shape[0]) as units:
+        out = plain(input_ids=ids, labels=ids, fused_logprobs=True)
+        found = torch.autograd.grad(out.logprobs.sin().sum(), adapter)
+    assert not weight.requires_grad and units.total == pytest.approx(2)
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
 def test_a_fused_model_under_peft() -> None:

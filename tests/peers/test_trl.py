@@ -15,6 +15,7 @@ from aepo_kernels import linear_logprob
 from aepo_kernels.integrations import seams
 from aepo_kernels.integrations import trl as ours
 from aepo_kernels.integrations.tiny_models import MODELS, VOCAB, tiny_model
+from tests.kernels.gemm_units import counted
 from tests.peers.heads import differentiate, errors, token_ids, truth
 
 pytestmark = pytest.mark.peers
@@ -140,6 +141,28 @@ def test_every_kind_of_head_against_float64(name: str) -> None:
     found = errors(scores_in_trl(name, 0.7), expected)
     assert max(theirs) < 1e-4, "the seam has changed"
     assert max(found) < 2e-5
+
+
+@pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "entropy")])
+def test_a_head_without_an_adapter_is_frozen_and_takes_two_gemms(outputs: tuple[str, ...]) -> None:
+    from peft import LoraConfig, get_peft_model
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, ids, found = tiny_model("qwen2"), token_ids(), []
+    add_fused_lm_head(model, temperature=0.7, outputs=outputs)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    leaves = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    torch.nn.init.normal_(leaves[1])
+    weight = model.get_output_embeddings().weight
+    for install in (None, ours.install):
+        if install is not None:
+            install()
+        with counted(ids[:, 1:].numel(), weight.shape[1], weight.shape[0]) as units:
+            out = adapted(input_ids=ids, labels=ids, fused_lm_head=True)
+            found.append(torch.autograd.grad(out.log_probs.sin().sum(), leaves))
+    assert not weight.requires_grad and units.total == pytest.approx(2)
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
 
 def test_install_says_what_it_replaced_and_uninstall_puts_it_back() -> None:

@@ -37,13 +37,11 @@ class Gradients:
         self.weight_shape, self.device = weight.shape, weight.device
         self.shard, self.lora_scale, self.needs_weight = problem.shard, problem.lora_scale, needs[1]
         self.sums_hidden = problem.shard is not None and problem.shard.reduce_hidden
-        # Over a sharded vocabulary, each rank has a part of the sum.
-        is_float16 = hidden.dtype == torch.float16
-        partial = wide if self.sums_hidden or is_float16 else hidden.dtype
-        self.hidden = _zeros(hidden, partial) if needs[0] else None
+        self.hidden = _zeros(hidden, plan.hidden_dtype) if needs[0] else None
         self.in_place = problem.weight_grad is not None
         self.weight = problem.weight_grad  # or else made by the first chunk, which need not add
         self.weight_dtype = wide
+        is_float16 = hidden.dtype == torch.float16
         once = plan.written_once and weight.dtype == hidden.dtype and not is_float16
         if once and self.weight is None:
             self.weight_dtype = hidden.dtype

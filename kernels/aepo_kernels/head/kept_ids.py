@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aepo_kernels import reference
 from aepo_kernels.backends import is_readable_at_once
-from aepo_kernels.head.plan import DEFAULT_BUDGET, Budget
+from aepo_kernels.head.budget import DEFAULT_BUDGET, Budget
 from aepo_kernels.problem import LogprobOutput, Problem, TokenLoss, TokenLossOutput
 from aepo_kernels.ranges import part_of, slices, take
 from aepo_kernels.tensors import first_order

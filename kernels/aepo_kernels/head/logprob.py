@@ -1,41 +1,103 @@
-"""`linear_logprob` by chunks: forward keeps statistics, backward makes logits again (4 GEMMs)."""
+"""`linear_logprob` by chunks: forward keeps statistics, backward makes logits again (4 GEMMs).
+
+With a frozen head, forward also writes the gradient's direction by each row of hidden. Backward
+then only scales the rows (2 GEMMs). See `plan.direction_of`.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aepo_kernels.backends import is_readable_at_once
 from aepo_kernels.gemm import computing_on
+from aepo_kernels.head.budget import DEFAULT_BUDGET, Budget
 from aepo_kernels.head.passes import pass_of
-from aepo_kernels.head.plan import DEFAULT_BUDGET, Budget, make_plan
+from aepo_kernels.head.plan import Plan, direction_of, make_plan
 from aepo_kernels.head.projection import Head, head_of
+from aepo_kernels.head.scaling import scale_rows
 from aepo_kernels.head.tokens import Tokens, tokens_of
-from aepo_kernels.problem import LogprobOutput, Problem
+from aepo_kernels.problem import OUTPUTS, LogprobOutput, Problem
 from aepo_kernels.ranges import slices, take
 from aepo_kernels.rows.interface import RowCoefs, RowStats
 from aepo_kernels.tensors import first_order
 
 
 def logprob(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> LogprobOutput:
-    """`linear_logprob`: backward makes the logits of rows with a gradient again."""
-    rows: Any = _Logprob.apply(problem, budget, *problem.inputs)
+    """`linear_logprob`: backward scales a direction, or makes the logits again."""
+    rows: Any = _Logprob.apply(problem, budget, direction_of(problem), *problem.inputs)
     *values, mean, top1 = rows
     names = problem.backend, problem.row_kernels
     return LogprobOutput(*values, *names, mean, top1)  # type: ignore[arg-type]
 
 
-def forward(problem: Problem, budget: Budget = DEFAULT_BUDGET) -> tuple[Tokens, RowStats]:
-    """The M tokens that are not ignored, and the statistics of their rows, [M] each."""
+def forward(
+    problem: Problem, direction: str | None = None, budget: Budget = DEFAULT_BUDGET
+) -> tuple[Tokens, RowStats, Tensor | None]:
+    """The M tokens that are not ignored, the statistics of their rows, [M] each, and a direction.
+
+    direction: the output whose derivative by hidden is the direction, [N, H] and 0 at ignored
+    tokens; None makes none.
+    """
     with computing_on(problem.hidden):
-        plan = make_plan(problem, budget=budget)
+        plan = make_plan(problem, direction=direction, budget=budget)
         head, tokens = head_of(problem, plan), tokens_of(problem)
+        if direction is not None:
+            return tokens, *_with_direction(problem, plan, head, tokens)
         count, size = len(tokens.targets), plan.stats_tokens
         workspace = head.stats_workspace(min(count, size))
         parts = [head.stats_alone(tokens.at(index), workspace) for index in slices(count, size)]
-        return tokens, join_stats(parts, head, tokens)
+        return tokens, join_stats(parts, head, tokens), None
+
+
+def _with_direction(
+    problem: Problem, plan: Plan, head: Head, tokens: Tokens
+) -> tuple[RowStats, Tensor | None]:
+    """Statistics, [M] each, and the direction, [N, H]: the gradient of the output's plain sum."""
+    gradients = pass_of(problem, plan, head, (True, False, False, False, False))
+    parts: list[RowStats] = []
+    for index in gradients.chunks(len(tokens.targets), len(tokens.targets)):
+        chunk = tokens.at(index)
+        stats = gradients.forward(chunk, True)
+        ones = torch.ones_like(stats.logprob)  # [C]
+        given = [ones if name == plan.direction else None for name in OUTPUTS]
+        gradients.backward(chunk, stats, RowCoefs(*given))
+        parts.append(stats)
+    return join_stats(parts, head, tokens), gradients.finish().hidden
+
+
+def alone(direction: str, grads: Sequence[Tensor | None]) -> Tensor | None:
+    """The gradient by the direction's output, [N], or None where another output has one, too.
+
+    grads: by the four outputs, [N] each or None.
+    """
+    found = [name for name, x in zip(OUTPUTS, grads, strict=False) if x is not None]
+    if found == [direction]:
+        return grads[OUTPUTS.index(direction)]
+    if not found:
+        return None
+    warnings.warn(
+        f"linear_logprob: a gradient came by {' and '.join(found)}, and the forward pass over this "
+        f"frozen head was ready for {direction} alone, so the logits are made again (4 GEMMs); "
+        f"pass grad_of=({', '.join(map(repr, found))},), which takes {min(len(found), 2) + 1}",
+        stacklevel=2,
+    )
+    return None
+
+
+def _without_zeros(direction: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, with None for another output's that is all zeros, as of an entropy times 0.
+
+    On a GPU, looking would wait for the device.
+    """
+    return [
+        x if x is None or name == direction or not is_readable_at_once(x) or x.any() else None
+        for name, x in zip(OUTPUTS, grads[:4], strict=True)
+    ]
 
 
 def backward(
@@ -87,18 +149,23 @@ def join_stats(parts: list[RowStats], head: Head, tokens: Tokens) -> RowStats:
 
 
 class _Logprob(torch.autograd.Function):
-    """Forward keeps [N] statistics; backward recomputes the logits of the rows that need it."""
+    """Forward keeps [N] statistics; backward recomputes the logits of the rows that need it.
+
+    With a direction, forward keeps this one, too, and backward scales its rows.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, budget: Budget, *inputs: Tensor | None
+        ctx: Any, problem: Problem, budget: Budget, direction: str | None, *inputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.budget = budget
-        ctx.tokens, ctx.stats = forward(problem, budget)
+        ctx.budget, ctx.direction = budget, direction
+        ctx.tokens, ctx.stats, along = forward(problem, direction, budget)
         # The inputs go through save_for_backward alone, so that saved-tensor hooks and the check
         # against in-place changes see them. So do the targets, whose memory `tokens` may share.
-        ctx.save_for_backward(*inputs, problem.targets)
+        # With `grad_of`, the direction is all that backward reads.
+        kept = [None] * len(inputs) if direction is not None and problem.grad_of else inputs
+        ctx.save_for_backward(along, *kept, problem.targets)
         nothing = problem.hidden.new_empty(0)
         ctx.problem = problem.with_inputs([nothing, nothing, None, None, None])
         # Copies, since ctx holds the statistics: a caller may write to what it gets, and an output
@@ -112,7 +179,14 @@ class _Logprob(torch.autograd.Function):
     @staticmethod
     @first_order("linear_logprob", 'use backend="reference", which is plain autograd')
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, _ = ctx.saved_tensors
+        along, *inputs, _ = ctx.saved_tensors
+        grad = None if along is None else alone(ctx.direction, _without_zeros(ctx.direction, grads))
+        if grad is not None:
+            # What comes at an ignored token does not count, be it NaN.
+            positions = ctx.tokens.positions
+            factor = ctx.problem.spread(take(grad, positions), positions)  # [N]
+            by_hidden = scale_rows(along, factor, ctx.problem.hidden.dtype)
+            return None, None, None, by_hidden, None, None, None, None
         problem: Problem = ctx.problem.with_inputs(inputs)
-        needs, known = ctx.needs_input_grad[2:], (ctx.tokens, ctx.stats)
-        return None, None, *backward(problem, *known, grads[:4], needs, ctx.budget)
+        needs, known = ctx.needs_input_grad[3:], (ctx.tokens, ctx.stats)
+        return None, None, None, *backward(problem, *known, grads[:4], needs, ctx.budget)

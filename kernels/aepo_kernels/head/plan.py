@@ -1,7 +1,7 @@
 """The decisions of one call: what is in memory at once, and which pass adds up gradients.
 
-`Budget` holds the tuned numbers. `make_plan` reads the problem's device, dtypes and backend once.
-It hands over a `Plan` of decisions, so that no later code asks for those again.
+`make_plan` reads the problem's device, dtypes and backend once. It hands over a `Plan` of
+decisions, so that no later code asks for those again.
 """
 
 from __future__ import annotations
@@ -18,75 +18,13 @@ from aepo_kernels import backends
 from aepo_kernels.cpu import rows as cpu_rows
 from aepo_kernels.gemm import Gemms
 from aepo_kernels.head import scaling
+from aepo_kernels.head.budget import DEFAULT_BUDGET, Budget
 from aepo_kernels.problem import Problem
 from aepo_kernels.rows import torch_rows
 
 # The C++ rows are added up in blocks of so many columns: kBlock of csrc/cpu/row_math.h. Slices that
 # are multiples of a block give the same bits as whole rows.
 _ROW_BLOCK = 2048
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bytes, tokens and columns that a call may have in memory at once.
-
-    "Not measured" says that no raw file under bench/results/ compares the number with others.
-    """
-
-    # Logits of a chunk on a CPU, and its most tokens. Larger chunks update the weight's float32
-    # gradient less often. Not measured: chosen for at most 64 MiB beside inputs and gradients.
-    chunk_bytes: int = 5 * 2**23
-    chunk_tokens: int = 1024
-    # Tokens and columns whose logits stay cached where no gradient follows. The tokens came with
-    # bench/results/cpu/kernels-20261123-190016.json. The columns: not measured.
-    stats_tokens: int = 256
-    stats_columns: int = 16384
-    # In float32, so many times the tokens by as many times fewer columns: float32 GEMMs repack the
-    # weight on every call. Not measured.
-    float32_stats_factor: int = 4
-    # Logits of a slice of the vocabulary, for all tokens. Not measured.
-    slice_bytes: int = 2**24
-    # Columns of a slice where they are rows of a GEMM's first operand. Not measured.
-    slice_columns: int = 16384
-    # The sum of hidden's gradient beside what slices need; with more, blocks take over. Not
-    # measured: chosen for at most 64 MiB.
-    sum_bytes: int = 28 * 2**20
-    # Stashed float16 logits beside the weight's gradient. Not measured: chosen for at most 64 MiB.
-    stash_bytes: int = 2**25
-    # Logits of a chunk on a GPU, and its most tokens. "train H N chunk" in
-    # bench/results/h200/launches-20261126-2.json has milliseconds and MiB of chunks of 2,048 to
-    # 8,192 tokens beside this default ("None").
-    gpu_chunk_bytes: int = 3 * 2**29
-    gpu_chunk_tokens: int = 8192
-    # "fused" is for small memory. Its forward pass needs some 20 KB a token, and logits of few
-    # tokens exist in its backward pass. Not measured against others:
-    # bench/results/h200/kernels-20261126-104727.json timed these alone.
-    fused_forward_tokens: int = 4096
-    fused_chunk_bytes: int = 2**28
-    # Blocks of some tokens by some rows of the vocabulary: a block's logits, its hidden states, a
-    # slice of the weight's gradient, its most tokens, and the part of hidden's sum that lies in
-    # memory of its own. Not measured: chosen for at most 64 MiB.
-    block_logits_bytes: int = 2**24
-    block_hidden_bytes: int = 2**23
-    block_weight_bytes: int = 2**23
-    block_tokens: int = 1024
-    block_sum_bytes: int = 20 * 2**20
-    # Rows of the weight that `kept_ids` gathers at once, and their gradient. Not measured.
-    kept_bytes: int = 2**25
-    gpu_kept_bytes: int = 2**28
-    # Memory that a chunk leaves to GEMMs on a CPU. Upcast GEMMs hold three blocks and a whole small
-    # operand. GEMMs in C++ hold the packed blocks of two threads. Not measured.
-    gemm_bytes: int = 2**23
-    # A block that stays cached: some rows of a bfloat16 product on its way to a float32 sum, or
-    # some rows of an operand as float32. Not measured.
-    gemm_block_bytes: int = 2**21
-    # Elements of a scratch buffer of torch's row operations. On a CPU the buffer should stay near
-    # the cache, yet every operation pays for waking up threads. Not measured.
-    torch_rows_elements: int = 2**22
-    gpu_torch_rows_elements: int = 2**26
-
-
-DEFAULT_BUDGET = Budget()
 
 
 class Strategy(Enum):
@@ -135,7 +73,8 @@ class Plan:
     pass. slice_rows: rows of the weight in a slice; most_slice_rows is the caller's
     limit. most_picked: most rows of hidden that slices may copy, or None for any. stash: where raw
     logits wait for slices. keeps_last: slices take the last chunk's logits instead of making them
-    again. written_once: the weight's gradient is written by a single GEMM.
+    again. written_once: the weight's gradient is written by a single GEMM. direction: see
+    `direction_of`. hidden_dtype: of hidden's gradient until it is finished.
     """
 
     budget: Budget
@@ -163,6 +102,8 @@ class Plan:
     stash: Stash | None
     keeps_last: bool
     written_once: bool
+    direction: str | None
+    hidden_dtype: torch.dtype
 
 
 def make_plan(
@@ -170,11 +111,13 @@ def make_plan(
     *,
     needs_weight: bool = False,
     rows: int = 0,
+    direction: str | None = None,
     budget: Budget = DEFAULT_BUDGET,
 ) -> Plan:
     """Decide how a call goes.
 
     needs_weight: the weight needs a gradient. rows: at most so many tokens have a gradient.
+    direction: see `direction_of`.
     """
     facts = _Facts(problem, budget)
     size = facts.gradient_tokens(needs_weight, rows)
@@ -215,7 +158,41 @@ def make_plan(
         stash=stash,
         keeps_last=keeps_last,
         written_once=slice_rows is not None or rows <= min(size, forward),
+        direction=direction,
+        hidden_dtype=facts.hidden_dtype(direction),
     )
+
+
+def direction_of(problem: Problem) -> str | None:
+    """The output of `linear_logprob` whose derivative by hidden its forward pass writes, or None.
+
+    With a frozen head, an output's gradient by a row of hidden is a fixed direction, [H], times a
+    number that backward brings. Written while the logits are there, it spares backward a GEMM: 2 in
+    all and not 3. A second direction would cost the GEMM that the first one spares. So there is one
+    at most: of the only output in `grad_of`, or where nothing is named of `logprob`. A call with a
+    second temperature must name it: its loss may well take the gradients of two outputs. None, so
+    that backward makes the logits again: where another input than hidden needs a gradient; with
+    "fused", whose forward pass has no logits; with `weight_slice`, whose gradients go by slices;
+    and with `kept_ids`, where no GEMM is to be spared.
+    """
+    if problem.needs != (True, False, False, False, False) or problem.features.fused:
+        return None
+    if problem.weight_slice is not None or problem.kept_ids is not None:
+        return None
+    if problem.grad_of is not None:
+        return problem.grad_of[0] if len(problem.grad_of) == 1 else None
+    return "logprob" if problem.second_temperature is None else None
+
+
+def direction_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of a direction by hidden, [N, H]: float32, or float64 of float64 hidden.
+
+    Backward multiplies it by a factor, and one rounding after that is enough. Where the GEMM that
+    writes it rounds to bfloat16 in any case, float32 would hold no more.
+    """
+    gemms = gemms_for(hidden, DEFAULT_BUDGET)
+    rounds = not (gemms.in_cpp or gemms.upcast or gemms.writes_float32)
+    return hidden.dtype if rounds else torch.promote_types(hidden.dtype, torch.float32)
 
 
 def gemms_for(hidden: Tensor, budget: Budget) -> Gemms:
@@ -264,6 +241,17 @@ class _Facts:
         from aepo_kernels.gpu.scale import scale  # the package imports without triton
 
         return scale
+
+    def hidden_dtype(self, direction: str | None) -> torch.dtype:
+        """Dtype of hidden's gradient until it is finished.
+
+        A sum over ranks is float32. So is the gradient of float16 tensors: the factor of the loss's
+        backward may be what lifts it into float16's range.
+        """
+        problem = self.problem
+        if problem.shard is not None and problem.shard.reduce_hidden or self.is_float16:
+            return problem.stats_dtype
+        return problem.hidden.dtype if direction is None else direction_dtype(problem.hidden)
 
     def logits_bytes(self) -> int:
         """Bytes of a logit in a chunk, with its gradient where that is beside it."""

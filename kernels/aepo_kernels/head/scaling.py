@@ -1,4 +1,4 @@
-"""A finished gradient times the factor that the loss's own backward brings, in torch."""
+"""A finished gradient times the factors that the loss's own backward brings, in torch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ def scale(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     for part, block in zip(scaled.split(_COPIED_ROWS), value.split(_COPIED_ROWS), strict=True):
         part.copy_(block.mul_(factor))
     return scaled
+
+
+def scale_rows(values: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each row of values [N, H] times its factor, [N]: a new tensor in `dtype`, rounded once.
+
+    A factor of 0 gives zeros, whatever the row holds.
+    """
+    scaled = torch.empty_like(values, dtype=dtype)
+    torch.mul(values, factors[:, None], out=scaled)
+    return scaled.masked_fill_((factors == 0)[:, None], 0)
 
 
 def scale_unless_one(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

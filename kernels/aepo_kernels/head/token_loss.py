@@ -15,9 +15,10 @@ from torch import Tensor
 
 from aepo_kernels.gemm import computing_on
 from aepo_kernels.head.accumulators import Gradients
+from aepo_kernels.head.budget import DEFAULT_BUDGET, Budget
 from aepo_kernels.head.logprob import join_stats, outputs
 from aepo_kernels.head.passes import pass_of
-from aepo_kernels.head.plan import DEFAULT_BUDGET, Budget, make_plan
+from aepo_kernels.head.plan import make_plan
 from aepo_kernels.head.projection import head_of
 from aepo_kernels.head.tokens import Tokens, tokens_of
 from aepo_kernels.loss_checks import check_closure, check_loss
@@ -36,8 +37,7 @@ def token_loss(
     budget: Budget = DEFAULT_BUDGET,
 ) -> TokenLossOutput:
     """`linear_token_loss`: gradients are computed here, and backward only scales them."""
-    inputs = problem.inputs
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    inputs, needs = problem.inputs, problem.needs
     with torch.no_grad(), computing_on(problem.hidden), without_saved_tensor_hooks():
         tokens, num_active = _active_first(problem, tokens_of(problem))  # [M]
         num_active = num_active if any(needs) else 0

@@ -82,6 +82,7 @@ def logprobs(
         logit_scale=logit_scale,
         ignore_index=None,
         sum_squares="log_sum_sq_probs" in outputs,
+        grad_of=None if "entropy" in outputs else ("logprob",),
         **wanted,
     )._asdict()
     squares = found["sum_squares"]

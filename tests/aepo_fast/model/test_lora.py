@@ -26,6 +26,7 @@ from aepo_fast.model.lora import (
 )
 from aepo_fast.model.policy import Policy
 from aepo_fast.samples import Completion, Sample
+from tests.kernels.gemm_units import counted
 from tests.tiny_run import a_machine
 
 IDS = torch.arange(8)[None]
@@ -80,7 +81,7 @@ def test_the_fused_head_s_gradients_are_those_of_the_model_s_own_logits(
     samples = [Sample(completion, 0, False, 1.0)]
     policy = Policy(model, a_machine(), TrainerConfig())
     (batch,) = policy.microbatches(samples, [0])
-    output = policy.logprobs(batch)
+    output = policy.logprobs(batch, with_entropy_gradient=True)
     trained = list(trained_of(model).values())
     found = torch.autograd.grad(output.logprob.sum() + output.entropy.sum(), trained)
 
@@ -91,6 +92,29 @@ def test_the_fused_head_s_gradients_are_those_of_the_model_s_own_logits(
     torch.testing.assert_close(output.logprob, chosen, rtol=1e-5, atol=1e-5)
     for one, other in zip(found, truth, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "log_probs", "with_entropy", "loss"),
+    [(("all-linear",), 2, 3, 2), (("q_proj", "lm_head"), 3, 3, 2)],
+)
+def test_gemms_of_a_frozen_head(
+    tiny_model_dir: Path, targets: tuple[str, ...], log_probs: int, with_entropy: int, loss: int
+) -> None:
+    model = adapted(tiny_model_dir, targets=targets)
+    completion = Completion((1, 2, 3), (4, 5, 6, 7), (0.0,) * 4, "stop", 1.0, 0)
+    policy = Policy(model, a_machine(), TrainerConfig())
+    (batch,) = policy.microbatches([Sample(completion, 0, False, 1.0)], [0])
+    shape = 4, policy.weight.shape[1], policy.weight.shape[0]
+    found = []
+    for wanted in (False, True):
+        with counted(*shape) as units:
+            output = policy.logprobs(batch, with_entropy_gradient=wanted)
+            (output.logprob.sum() + (output.entropy.sum() if wanted else 0)).backward()
+        found.append(units.whole)
+    with counted(*shape) as units:
+        policy.token_loss(batch, lambda logprob, *_: (logprob.sum(), {})).loss.backward()
+    assert [*found, units.whole] == [log_probs, with_entropy, loss]
 
 
 @pytest.mark.parametrize("targets", TARGETS)

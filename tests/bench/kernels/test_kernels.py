@@ -82,6 +82,7 @@ def test_sparse_inputs_name_the_tokens_with_an_advantage(inputs: Inputs) -> None
     left_out[sparse.active] = False
     assert not sparse.aux_weight[left_out].any()
     assert inputs_for(inputs, BY_NAME["training"]) is inputs
+    assert not inputs_for(inputs, BY_NAME["frozen"]).weight.requires_grad
 
 
 def test_truth_is_what_autograd_finds_in_float64(inputs: Inputs) -> None:
@@ -165,7 +166,7 @@ def test_the_bare_gemms_are_the_fastest_that_the_processor_has(
     made: list[torch.Tensor] = []
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, out: made.append(out) or mm(*a, out=out))
-    for name, count in (("forward", 1), ("training", 3)):
+    for name, count in (("forward", 1), ("frozen", 2), ("training", 3)):
         kind = "" if narrow else "float32 "
         found, call = kernels.bare_gemms(inputs, BY_NAME[name])
         assert found == f"{count} {kind}GEMM{'s' * (count > 1)}"

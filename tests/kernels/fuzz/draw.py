@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aepo_kernels.cpu import library as cpu_library
-from aepo_kernels.head.plan import Budget
+from aepo_kernels.head.budget import Budget
 from tests.kernels.oracle import IGNORED
 
 F32, BF16, F64, F16 = torch.float32, torch.bfloat16, torch.float64, torch.float16
@@ -191,6 +191,7 @@ def _draw_gradients(rng: random.Random, generator: torch.Generator, case: Draw) 
         cuts = sorted(rng.sample(range(1, len(weight)), world - 1))
         case.bounds = [0, *cuts, len(weight)]
     if not case.token_loss:
+        _freeze(random.Random(f"frozen {case.seed}"), case)
         return
     if rng.random() < 0.4:
         active = (case.coefs[0] != 0).nonzero().squeeze(1)
@@ -201,6 +202,20 @@ def _draw_gradients(rng: random.Random, generator: torch.Generator, case: Draw) 
         and "weight_slice" not in options
         and rng.random() < 0.2
     )
+
+
+def _freeze(rng: random.Random, case: Draw) -> None:
+    """A head that needs no gradient, and one output that has a gradient."""
+    if case.buffer is not None or rng.random() < 0.7:
+        return
+    case.wants = [True] + [False] * 4
+    names = ["logprob", "entropy", "second_logprob", "lse"]  # in the order of coefs
+    if "second_temperature" not in case.options:
+        names[2] = "logprob"
+    chosen = rng.choice(names)
+    case.options["grad_of"] = (chosen,)
+    for name, coef in zip(names, case.coefs, strict=True):
+        coef *= name == chosen
 
 
 def _small_budget(rng: random.Random, vocab: int, size: int) -> Budget:

@@ -15,10 +15,11 @@ import torch
 from aepo_kernels import backends, linear_logprob
 from aepo_kernels.gpu import launch
 from aepo_kernels.head import projection
-from aepo_kernels.head.plan import Budget
+from aepo_kernels.head.budget import Budget
 from aepo_kernels.head.tokens import Tokens
+from tests.kernels.gemm_units import counted
 from tests.kernels.gpu_gemms import float16_as_on_a_gpu
-from tests.kernels.head import test_float16, test_logprob, test_token_loss
+from tests.kernels.head import test_float16, test_frozen, test_logprob, test_token_loss
 from tests.kernels.head.test_token_loss import grpo_like, make_columns, policy_gradient
 from tests.kernels.oracle import IGNORED, OPTIONS, Case, make_case, output_weights
 
@@ -53,6 +54,16 @@ def test_logprob_matches_float64(option: str, backend: str) -> None:
 def test_logprob_at_ragged_shapes(shape: tuple[int, int, int], backend: str) -> None:
     case = make_case(*shape, option="all")
     test_logprob.check(case, output_weights(shape[0]), backend=backend, chunk_tokens=None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", test_frozen.NAMES)
+def test_a_frozen_head_matches_float64(name: str, backend: str) -> None:
+    case = make_case(40, 24, 300, option="all")
+    with counted(test_frozen.active(case), 24, 300) as count:
+        test_frozen.check(case, name, backend=backend, chunk_tokens=16, grad_of=(name,))
+    # The fused forward pass is a kernel of its own, and backward makes the logits.
+    assert count.total == pytest.approx(2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aepo_kernels.head.block_pass import Blocks
-from aepo_kernels.head.plan import Budget
+from aepo_kernels.head.budget import Budget
 from tests.kernels.budgets import logprob_within
 from tests.kernels.head.test_lora import SCALE, factors
 from tests.kernels.head.test_token_loss import policy_gradient, run

@@ -25,6 +25,7 @@ from torch.distributed.tensor import (
 
 from aepo_kernels import VocabShard, linear_logprob, linear_token_loss
 from aepo_kernels.integrations import backbone_of, head_arguments
+from tests.kernels.gemm_units import counted
 from tests.kernels.head.test_lora import factors
 from tests.kernels.oracle import Case, assert_as_accurate, make_case, materialised
 
@@ -41,6 +42,7 @@ def work(rank: int, folder: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for call in (by_logprob, by_token_loss, by_slices):
             sequence_parallel(mesh, call, dtype)
+    frozen_head(rank)
     low_rank(rank)
     for vocab in (1000, 999):
         head_of_a_dtensor(mesh, vocab)
@@ -80,6 +82,21 @@ def gradients(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
     logprob, entropy, *_ = materialised(leaves)
     assert logprob is not None and entropy is not None
     return torch.autograd.grad(minus_sum(logprob, entropy, None), leaves.tensors())
+
+
+def frozen_head(rank: int) -> None:
+    """A direction of each rank, added up in the forward pass."""
+    case = make_case(60, 32, 1000, option="ignored")
+    found = []
+    for shard in (VocabShard(500 * rank, 1000), None):
+        leaves = case.fresh()
+        weight = leaves.weight.detach()[500 * rank : 500 * rank + 500] if shard else leaves.weight
+        with counted(int((case.targets != -100).sum()), 32, 500) as units:
+            output = linear_logprob(leaves.hidden, weight, case.targets, shard=shard)
+            (found_here,) = torch.autograd.grad(output.logprob.sin().sum(), leaves.hidden)
+        assert not shard or units.total == pytest.approx(2)
+        found.append(found_here)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 class Gather(torch.autograd.Function):

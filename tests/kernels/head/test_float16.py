@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from aepo_kernels import RowSampling, linear_logprob, linear_token_loss
+from aepo_kernels.head.budget import Budget
 from aepo_kernels.head.gradient_scale import gradient_scale
-from aepo_kernels.head.plan import Budget, make_plan
+from aepo_kernels.head.plan import make_plan
 from aepo_kernels.head.projection import head_of
 from aepo_kernels.head.tokens import tokens_of
 from aepo_kernels.problem import Problem

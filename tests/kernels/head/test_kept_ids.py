@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from aepo_kernels import RowSampling, VocabShard, linear_logprob, linear_token_loss
+from aepo_kernels.head.budget import Budget
 from aepo_kernels.head.kept_ids import _chunks
-from aepo_kernels.head.plan import Budget
 from tests.kernels.budgets import logprob_within, token_loss_within
 from tests.kernels.oracle import IGNORED, OPTIONS, Case, make_case, output_weights
 

@@ -173,7 +173,6 @@ def test_rows_without_upstream_gradient_are_left_out(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Gradients, "add", counting)
     leaves = make_case(40, 16, 100).fresh()
-    leaves.weight.requires_grad_(False)
     upstream = torch.zeros(40)
     upstream[[3, 20, 39]] = torch.tensor([1.0, -2.0, 0.5])
     run(leaves)[0].backward(upstream)

@@ -54,6 +54,14 @@ def test_logprob(most_alive: list[int]) -> None:
     assert len(most_alive) == 12 and max(most_alive) == 1
 
 
+def test_logprob_of_a_frozen_head(most_alive: list[int]) -> None:
+    case = make_case(60, 16, 200).fresh()
+    case.weight.requires_grad_(False)
+    output = linear_logprob(case.hidden, case.weight, case.targets, chunk_tokens=10)
+    output.logprob.sum().backward()
+    assert len(most_alive) == 6 and max(most_alive) == 1
+
+
 LIMIT = 64 * 2**20
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # of malloc.h
 
@@ -88,18 +96,22 @@ def all_at_once() -> Iterator[None]:
 @pytest.mark.usefixtures("all_at_once")
 @pytest.mark.parametrize(("vocab", "size"), [(50_000, 16), (300_000, 16), (50_000, 320)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("call", ["score", "train", "slices"])
+@pytest.mark.parametrize("call", ["score", "train", "slices", "frozen"])
 def test_at_most_64_mib_on_a_cpu(vocab: int, size: int, dtype: torch.dtype, call: str) -> None:
     tokens = 1200
     hidden = torch.randn(tokens, size, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab, size, dtype=dtype, requires_grad=True)
     targets = torch.randint(vocab, (tokens,))
     weight_slice = 2_000 if call == "slices" else None
+    weight.requires_grad_(call != "frozen")
 
     def run() -> None:
         if call == "score":
             with torch.no_grad():
                 linear_logprob(hidden, weight, targets)
+            return
+        if call == "frozen":
+            linear_logprob(hidden, weight, targets).logprob.sum().backward()
             return
         output = linear_token_loss(
             hidden, weight, targets, lambda logprob, *_: logprob.sum(), weight_slice=weight_slice
@@ -107,6 +119,8 @@ def test_at_most_64_mib_on_a_cpu(vocab: int, size: int, dtype: torch.dtype, call
         output.loss.backward()
 
     kept = 0 if call == "score" else hidden.nbytes + weight.nbytes
+    if call == "frozen":
+        kept = hidden.nbytes + 4 * hidden.numel()  # the direction, as said
     assert 0 < least_extra(run, hidden, weight, kept=kept) <= LIMIT
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.multiprocessing as mp
 
 from aepo_kernels import VocabShard, backends, linear_logprob
 from tests.kernels.fuzz.ranks import in_ranks
+from tests.kernels.head import test_frozen
 from tests.kernels.head.test_logit_stats import at_largest, check
 from tests.kernels.head.test_lora import SCALE, factors, merged
 from tests.kernels.head.test_token_loss import by_autograd, grpo_like, make_columns, run
@@ -166,6 +168,34 @@ def check_lora(ranks: list) -> None:
         assert torch.equal(values[1], ranks[0][1])
     assert_as_accurate(ranks[0][1], base[1], truth[1], "lora_a")
     assert_as_accurate(torch.cat([v[2] for v in ranks]), base[2], truth[2], "lora_b")
+
+
+@pytest.mark.parametrize("reduce_hidden", [True, False])
+@pytest.mark.parametrize(
+    ("name", "option", "dtype"),
+    [(name, "all", torch.float32) for name in test_frozen.NAMES]
+    + [("logprob", "plain", torch.bfloat16)],
+)
+def test_a_frozen_head_over_ranks(
+    name: str, option: str, dtype: torch.dtype, reduce_hidden: bool
+) -> None:
+    case = make_case(60, 32, 1000, option=option, dtype=dtype)
+
+    def gradient(rank: int) -> torch.Tensor:
+        part, shard = shard_of(case, BOUNDS[2], rank)
+        shard = replace(shard, reduce_hidden=reduce_hidden)
+        part = test_frozen.frozen(part)
+        options = {**part.keywords(), "shard": shard, "chunk_tokens": 25, "grad_of": (name,)}
+        output = linear_logprob(part.hidden, part.weight, part.targets, **options)
+        return test_frozen.by_hidden(part, output, name)
+
+    parts = in_ranks(2, gradient)
+    if reduce_hidden:
+        assert torch.equal(*parts)
+    whole = parts[0] if reduce_hidden else parts[0].float() + parts[1].float()
+    exact, base = test_frozen.frozen(case, torch.float64), test_frozen.frozen(case)
+    expected = [test_frozen.by_hidden(x, materialised(x), name) for x in (base, exact)]
+    assert_as_accurate(whole, *expected, f"gradient by {name}")
 
 
 def test_a_shard_without_a_process_group_raises() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from aepo_kernels import TokenLossOutput, linear_token_loss
 from aepo_kernels.gemm import Gemms
 from aepo_kernels.head import accumulators
-from aepo_kernels.head.plan import Budget
+from aepo_kernels.head.budget import Budget
 from tests.kernels.budgets import token_loss_within
 from tests.kernels.oracle import (
     IGNORED,

@@ -12,7 +12,7 @@ from aepo_kernels import RowSampling, backends, linear_logprob, linear_token_los
 from aepo_kernels.cpu import library as cpu_library
 from aepo_kernels.head import projection
 from aepo_kernels.head.accumulators import Gradients
-from aepo_kernels.head.plan import Budget
+from aepo_kernels.head.budget import Budget
 from aepo_kernels.head.stashed_logits import StashedLogits
 from tests.kernels.head.test_lora import SCALE, factors
 from tests.kernels.head.test_token_loss import (
