@@ -34,6 +34,12 @@ from aepo_fast.model.cpu_layers import fuse_layers
 from aepo_fast.model.folder import check_folder
 from aepo_fast.model.lora import add_adapter, load_adapter
 from aepo_fast.model.packages import PREFIX, find_package, resolve_package
+from aepo_fast.model.quantized import (
+    check_layers,
+    check_whole,
+    keep_layout,
+    quantization_settings,
+)
 from aepo_fast.report.unexpected import first_line
 from aepo_kernels.integrations.heads import compare_logits, relative_error
 
@@ -166,21 +172,27 @@ def load_model(
     """Load a model onto the machine's device in its weights_dtype, in train mode, without dropout.
 
     Where the machine runs our C++ operations, its layers use them, see `fuse_layers`. With
-    cfg.lora, it has an adapter: that of the folder `adapter`, or a new one drawn by `seed`.
+    cfg.lora, it has an adapter: that of the folder `adapter`, or a new one drawn by `seed`. With
+    cfg.quantization, its linear layers but the head hold 4-bit weights.
 
-    Raises ConfigError where cfg.attention or cfg.liger cannot be had, or the folder's head is not
-    one that `head_arguments` describes.
+    Raises ConfigError where cfg.attention, cfg.liger or cfg.quantization cannot be had, or the
+    folder's head is not one that `head_arguments` describes.
     """
     check_folder(Path(folder), str(folder))
     config = _without_dropout(read_config(folder))
+    check_whole(config, str(folder))
     attention = choose_attention(cfg.attention, machine, config.model_type)
     if cfg.liger:
         _check_liger(cfg, machine)
+    quantization = quantization_settings(cfg, machine)
+    placed = {} if quantization is None else {"device_map": {"": machine.device}}
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     # Left to itself, transformers takes eager for the architectures that have no sdpa.
     wanted = None if (cfg.attention, attention) == ("auto", "sdpa") else attention
     try:
+        if quantization is not None:
+            check_layers(cfg, config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -189,8 +201,12 @@ def load_model(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            quantization_config=quantization,
+            **placed,
         )
         model: PreTrainedModel = loaded[0]
+    except ConfigError:
+        raise
     except Exception as error:  # of code that loads anything
         # Mostly an attention that the architecture lacks.
         if isinstance(error, ValueError | ImportError) and "atten" in str(error).lower():
@@ -203,6 +219,7 @@ def load_model(
         fix = "Check that config.json and weights are of one causal language model"
         raise ConfigError("model.path", str(folder), reason, fix) from error
     _check_complete(loaded[1]["missing_keys"], str(folder))
+    keep_layout(model)
     if cfg.lora.rank:
         add_adapter(model, cfg.lora, seed=seed)
         if adapter is not None:
