@@ -112,8 +112,12 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that pads on the left; raises ConfigError if it has no chat template."""
+def load_tokenizer(folder: Path | str, *, chat_template: str = "") -> PreTrainedTokenizerBase:
+    """Load a tokenizer that pads on the left.
+
+    chat_template: a template in place of its own, or a file with one. Raises ConfigError where it
+    has none, and for one that cannot be used.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -124,14 +128,43 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         reason = f"its tokenizer cannot be loaded: {_one_line(error)}"
         fix = "Add tokenizer.json and tokenizer_config.json to the folder"
         raise ConfigError("model.path", str(folder), reason, fix) from error
+    if chat_template:
+        tokenizer.chat_template = _template(chat_template)
+        _check_template(tokenizer, chat_template)
     if not tokenizer.chat_template:
         reason = "its tokenizer has no chat template, so prompts cannot be rendered"
-        fix = "Use an instruction-tuned model, or add chat_template.jinja to the folder"
+        fix = "Use an instruction-tuned model, or set model.chat_template"
         raise ConfigError("model.path", str(folder), reason, fix)
     tokenizer.padding_side = "left"  # some classes lose it when saved
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _template(value: str) -> str:
+    """The text of model.chat_template; what has no braces is the path of a file."""
+    if "{" in value:
+        return value
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"cannot be read as a file: {first_line(error)}"
+        fix = "Name a file with a template, or give the template itself"
+        raise ConfigError("model.chat_template", value, reason, fix) from error
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, value: str) -> None:
+    question, reason = "2 + 3 = ?", "prints no message"
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        if question in text:
+            return
+    except Exception as error:  # of code that somebody wrote
+        reason = f"is no template of a chat: {_one_line(error)}"
+    fix = "Print {{ message['content'] }} for each message of messages"
+    raise ConfigError("model.chat_template", value, reason, fix)
 
 
 def recurrent_layers(config: PretrainedConfig) -> list[str]:

@@ -207,7 +207,7 @@ def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None)
     """
     rendered_at = rendered_at or datetime.now()
     folder = resolve(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, chat_template=cfg.model.chat_template)
     ends = eos_ids(generation_config(folder), tokenizer)
     if not ends:
         reason = "neither its tokenizer nor its generation_config.json names an end token"
