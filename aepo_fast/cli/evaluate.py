@@ -16,6 +16,7 @@ from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config, EvalConfig, ModelConfig
 from aepo_fast.config.toml import load_config, with_overrides
 from aepo_fast.model.lora import check_same_adapter, holds_adapter
+from aepo_fast.model.quantized import check_same_quantization
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
 from aepo_fast.training.assemble import read_inputs, rendering_time
 from aepo_fast.training.checkpoint import STATE_NAME, load_state
@@ -50,6 +51,7 @@ def evaluate_model(
     adapter = Path(path) if state is not None and holds_adapter(Path(path)) else None
     if adapter is not None:
         check_same_adapter(adapter, cfg.model.lora)
+        check_same_quantization(adapter, cfg.model)
         path = cfg.model.path
     inputs = read_inputs(cfg, path, rendered_at=rendering_time(state))
     for note in inputs.prompts.notes:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.resolve import Machine
+from aepo_fast.config.resolve import Machine, auto_device
 from aepo_fast.config.toml import load_config
 from aepo_fast.model.load import load_model, load_tokenizer, resolve
 from aepo_fast.model.lora import check_lora, holds_adapter, merge_adapter
@@ -22,9 +22,10 @@ _OF_THE_RUN = (OPTIMIZER_NAME, STATE_NAME)
 def export_run(run: Path, folder: Path, *, merge: bool) -> str:
     """Write the last checkpoint of a run to a folder, in Hugging Face or peft format.
 
-    merge: the adapter is added to the weights of its model, in float32 or model.dtype; else an
-    adapter stays alone. Returns a line that says what was written. Raises ConfigError for a folder
-    that is in use, a run without a whole checkpoint, and for nothing to merge.
+    merge: the adapter is added to the weights of its model, in float32 or model.dtype, and to what
+    4-bit weights stand for; else an adapter stays alone. Returns a line that says what was written.
+    Raises ConfigError for a folder that is in use, a run without a whole checkpoint, and for
+    nothing to merge.
     """
     run, folder = run.expanduser(), folder.expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -57,11 +58,15 @@ def _merge(run: Path, checkpoint: Path, folder: Path) -> None:
     cfg = load_config(str(run / "config.toml"))
     check_lora(cfg.model.lora)
     dtype = torch.bfloat16 if cfg.model.dtype == "bfloat16" else torch.float32
-    machine = Machine(torch.device("cpu"), dtype, dtype, dtype, head_backend="auto")
+    device = torch.device("cpu")
+    if cfg.model.quantization != "none" and cfg.trainer.device != "cpu":
+        device = auto_device()  # where the run rounded to 4 bits
+    machine = Machine(device, dtype, dtype, dtype, head_backend="auto")
     # What only speeds training up, or needs its machine, has no place here.
     plain = dataclasses.replace(
         cfg.model, attention="auto", liger=False, gradient_checkpointing=False
     )
     model = load_model(plain, resolve(cfg.model.path), machine, adapter=checkpoint)
     merge_adapter(model)
+    model.to("cpu")  # type: ignore[arg-type]
     save_model(model, load_tokenizer(checkpoint), folder)

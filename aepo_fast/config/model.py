@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aepo_fast.config.conditions import above_zero, refuse_what_does_nothing, setting
+from aepo_fast.config.conditions import Needs, above_zero, refuse_what_does_nothing, setting
 from aepo_fast.config.errors import require, require_not_negative, require_positive
 
 # "auto" is bfloat16 where the device has instructions for its GEMMs, else float32.
@@ -14,6 +14,12 @@ Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "e
 
 
 _WITH_LORA = above_zero("rank")
+_WITH_ADAPTER = Needs(
+    ("model.lora.rank",),
+    lambda rank: rank > 0,
+    "set {} above 0",
+    without="{} = 0: weights of 4 bits are never trained themselves",
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,14 @@ class ModelConfig:
     """Which weights to train and how they are held."""
 
     path: str = ""  # local folder, hub id, or package:NAME (see `aepo-fast doctor`)
+    # Jinja template of a chat, or a file with one, in place of the tokenizer's own. Base models need
+    # one.
+    chat_template: str = ""
     # Dtype of the trained weights. Of bfloat16 weights the optimizer holds float32 copies.
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # "nf4" holds the weights of linear layers in 4 bits (bitsandbytes), all but the head's; what is
+    # trained is the adapter (QLoRA).
+    quantization: Literal["none", "nf4"] = setting("none", needs=_WITH_ADAPTER)
     # Dtype of the GEMMs, by autocast where the weights have another one. "auto" is bfloat16 where
     # the device has instructions for its GEMMs, else float32.
     compute_dtype: ComputeDtype = "auto"

@@ -88,8 +88,9 @@ def _is_swiglu(module: Any) -> bool:
     names = {name for name, _ in module.named_children()}
     if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
-    weight = module.gate_proj.weight
-    x = _numbers(3, weight.shape[1]).to(weight.dtype)
+    gate = module.gate_proj
+    dtype = gate.weight.dtype if gate.weight.is_floating_point() else torch.float32  # of 4 bits
+    x = _numbers(3, gate.in_features).to(dtype)
     # Some cut off what is large.
     return all(_close(module(size * x), _swiglu(module, size * x)) for size in (1, 1000))
 

@@ -34,6 +34,12 @@ from aepo_fast.model.cpu_layers import fuse_layers
 from aepo_fast.model.folder import check_folder
 from aepo_fast.model.lora import add_adapter, load_adapter
 from aepo_fast.model.packages import PREFIX, find_package, resolve_package
+from aepo_fast.model.quantized import (
+    check_layers,
+    check_whole,
+    keep_layout,
+    quantization_settings,
+)
 from aepo_fast.report.unexpected import first_line
 from aepo_kernels.integrations.heads import compare_logits, relative_error
 
@@ -106,8 +112,12 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that pads on the left; raises ConfigError if it has no chat template."""
+def load_tokenizer(folder: Path | str, *, chat_template: str = "") -> PreTrainedTokenizerBase:
+    """Load a tokenizer that pads on the left.
+
+    chat_template: a template in place of its own, or a file with one. Raises ConfigError where it
+    has none, and for one that cannot be used.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -118,14 +128,43 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         reason = f"its tokenizer cannot be loaded: {_one_line(error)}"
         fix = "Add tokenizer.json and tokenizer_config.json to the folder"
         raise ConfigError("model.path", str(folder), reason, fix) from error
+    if chat_template:
+        tokenizer.chat_template = _template(chat_template)
+        _check_template(tokenizer, chat_template)
     if not tokenizer.chat_template:
         reason = "its tokenizer has no chat template, so prompts cannot be rendered"
-        fix = "Use an instruction-tuned model, or add chat_template.jinja to the folder"
+        fix = "Use an instruction-tuned model, or set model.chat_template"
         raise ConfigError("model.path", str(folder), reason, fix)
     tokenizer.padding_side = "left"  # some classes lose it when saved
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _template(value: str) -> str:
+    """The text of model.chat_template; what has no braces is the path of a file."""
+    if "{" in value:
+        return value
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"cannot be read as a file: {first_line(error)}"
+        fix = "Name a file with a template, or give the template itself"
+        raise ConfigError("model.chat_template", value, reason, fix) from error
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, value: str) -> None:
+    question, reason = "2 + 3 = ?", "prints no message"
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        if question in text:
+            return
+    except Exception as error:  # of code that somebody wrote
+        reason = f"is no template of a chat: {_one_line(error)}"
+    fix = "Print {{ message['content'] }} for each message of messages"
+    raise ConfigError("model.chat_template", value, reason, fix)
 
 
 def recurrent_layers(config: PretrainedConfig) -> list[str]:
@@ -166,21 +205,27 @@ def load_model(
     """Load a model onto the machine's device in its weights_dtype, in train mode, without dropout.
 
     Where the machine runs our C++ operations, its layers use them, see `fuse_layers`. With
-    cfg.lora, it has an adapter: that of the folder `adapter`, or a new one drawn by `seed`.
+    cfg.lora, it has an adapter: that of the folder `adapter`, or a new one drawn by `seed`. With
+    cfg.quantization, its linear layers but the head hold 4-bit weights.
 
-    Raises ConfigError where cfg.attention or cfg.liger cannot be had, or the folder's head is not
-    one that `head_arguments` describes.
+    Raises ConfigError where cfg.attention, cfg.liger or cfg.quantization cannot be had, or the
+    folder's head is not one that `head_arguments` describes.
     """
     check_folder(Path(folder), str(folder))
     config = _without_dropout(read_config(folder))
+    check_whole(config, str(folder))
     attention = choose_attention(cfg.attention, machine, config.model_type)
     if cfg.liger:
         _check_liger(cfg, machine)
+    quantization = quantization_settings(cfg, machine)
+    placed = {} if quantization is None else {"device_map": {"": machine.device}}
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     # Left to itself, transformers takes eager for the architectures that have no sdpa.
     wanted = None if (cfg.attention, attention) == ("auto", "sdpa") else attention
     try:
+        if quantization is not None:
+            check_layers(cfg, config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -189,8 +234,12 @@ def load_model(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            quantization_config=quantization,
+            **placed,
         )
         model: PreTrainedModel = loaded[0]
+    except ConfigError:
+        raise
     except Exception as error:  # of code that loads anything
         # Mostly an attention that the architecture lacks.
         if isinstance(error, ValueError | ImportError) and "atten" in str(error).lower():
@@ -203,6 +252,7 @@ def load_model(
         fix = "Check that config.json and weights are of one causal language model"
         raise ConfigError("model.path", str(folder), reason, fix) from error
     _check_complete(loaded[1]["missing_keys"], str(folder))
+    keep_layout(model)
     if cfg.lora.rank:
         add_adapter(model, cfg.lora, seed=seed)
         if adapter is not None:

@@ -18,6 +18,7 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import LoraConfig
 from aepo_fast.model.folder import ADAPTER_CONFIG
 from aepo_fast.model.lora_layers import fuse_adapters
+from aepo_fast.model.quantized import dequantize, dequantized, is_4bit
 from aepo_fast.report.unexpected import first_line
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -143,7 +144,11 @@ def without_adapter(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_adapter(model: PreTrainedModel) -> None:
-    """Add the adapter to the weights that it stands beside, and take it out of the model."""
+    """Add the adapter to the weights that it stands beside, and take it out of the model.
+
+    Weights of 4 bits become what they stand for, in the dtype that they were made from, on the CPU:
+    the sum has more digits than 4 bits hold, and the run never had the weights before them.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     head: Any = model.get_output_embeddings()
@@ -154,7 +159,13 @@ def merge_adapter(model: PreTrainedModel) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             merged: Any = module
-            merged.merge(safe_merge=True)
-            model.set_submodule(name, merged.get_base_layer())
+            if is_4bit(merged.get_base_layer()):  # peft would round the sum to 4 bits
+                plain = dequantized(merged.get_base_layer())
+                plain.weight += merged.get_delta_weight(_NAME).cpu()
+                model.set_submodule(name, plain)
+            else:
+                merged.merge(safe_merge=True)
+                model.set_submodule(name, merged.get_base_layer())
+    dequantize(model)
     model._hf_peft_config_loaded = False
     del model.peft_config  # type: ignore[attr-defined]

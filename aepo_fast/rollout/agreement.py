@@ -16,6 +16,7 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.model.policy import Policy
+from aepo_fast.model.quantized import computing_in
 from aepo_fast.rollout.hf import HfRollout
 from aepo_fast.samples import Request, Sample, sampler_logprobs
 
@@ -47,7 +48,7 @@ def check_agreement(
         own = dataclasses.replace(exact, rollout_dtype=model.dtype)
         engine = HfRollout(model, own, eos_ids=(), batch_rows=8, pack=False)
         chance = _random_state(machine)
-        with exact.autocast():
+        with exact.autocast(), computing_in(model, exact.compute_dtype):
             found, spread = _difference(engine, policy, some)
     except (torch.OutOfMemoryError, ConfigError):
         raise

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from aepo_fast.config.resolve import Machine
 from aepo_fast.model.load import takes_positions
+from aepo_fast.model.quantized import computing_in
 from aepo_fast.rollout.cache import make_room
 from aepo_fast.rollout.engine import BrokenWeightsError
 from aepo_fast.rollout.packed_linear import can_pack, packed_linears
@@ -70,14 +71,17 @@ class HfRollout:
         if self.shared and not packs:
             self.model = model
         else:  # modules of its own, which packing changes
-            kept = {id(weight): weight for weight in model.parameters()} if self.shared else {}
-            self.model = copy.deepcopy(model, kept)
+            # 4-bit weights never change.
+            kept = [w for w in model.parameters() if self.shared or not w.is_floating_point()]
+            self.model = copy.deepcopy(model, {id(weight): weight for weight in kept})
         if not self.shared:
-            for parameter in self.model.parameters():
-                parameter.data = parameter.data.to(dtype)  # not buffers: rotary angles need float32
+            for parameter in self.model.parameters():  # no buffers: rotary angles need float32
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
         self._linears = packed_linears(self.model) if packs else []
         for linear in self._linears:
             linear.pack()
+        self._dtype = dtype
         self._in_cpp = machine.runs_cpp
         grouped = self.model.config._attn_implementation == "grouped"
         self._in_place = grouped and machine.runs_cpp  # its cache is read where it lies
@@ -141,9 +145,10 @@ class HfRollout:
         was_training = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(rows), self.batch_rows):
-                batch = rows[start : start + self.batch_rows]
-                self._decode(batch, requests, max_new_tokens, on_tokens, finish)
+            with computing_in(self.model, self._dtype):
+                for start in range(0, len(rows), self.batch_rows):
+                    batch = rows[start : start + self.batch_rows]
+                    self._decode(batch, requests, max_new_tokens, on_tokens, finish)
         finally:
             self.model.train(was_training)
         finish()  # requests without samples

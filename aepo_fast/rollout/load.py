@@ -18,6 +18,7 @@ from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.hf import HfRollout
 
 VLLM_TESTED = SpecifierSet(">=0.26,!=0.27.*,<0.30")
+_WITH_4_BITS = SpecifierSet("<0.28")  # where bitsandbytes is part of vLLM
 
 
 def check_rollout_backend(cfg: Config) -> None:
@@ -38,6 +39,14 @@ def check_rollout_backend(cfg: Config) -> None:
             f"vLLM {version} is installed, and this is tested with {VLLM_TESTED}",
             "Install one of those, or set rollout.allow_untested_vllm = true and see whether "
             "the canary agrees",
+        )
+    plugged = importlib.util.find_spec("vllm_bnb_plugin") is not None
+    if cfg.model.quantization != "none" and version not in _WITH_4_BITS and not plugged:
+        raise ConfigError(
+            "rollout.backend",
+            "vllm",
+            f"vLLM {version} takes 4-bit weights with vllm-bnb-plugin, which is not installed",
+            "pip install --no-deps 'vllm-bnb-plugin' (0.0.2 for vLLM 0.28), or set it to \"hf\"",
         )
 
 
@@ -86,6 +95,7 @@ def load_engine(
             seed=cfg.trainer.seed,
             on_gpu=machine.vllm_on_gpu,
             lora_rank=cfg.model.lora.rank,
+            quantization=cfg.model.quantization,
         )
         if adapter is not None:
             engine.load_adapter(adapter, engine.weights_version)
@@ -99,7 +109,10 @@ def load_engine(
         reason = f"cannot take rows out of the state of {', '.join(kinds)} layers"
         raise ConfigError("rollout.backend", "hf", reason, 'Use "vllm"')
     if model is None:
-        model = load_model(cfg.model, folder, machine.only_sampling(), adapter=adapter)
+        # Weights of another dtype would give other 4-bit ones than those of the run.
+        quantized = cfg.model.quantization != "none"
+        loads = machine if quantized else machine.only_sampling()
+        model = load_model(cfg.model, folder, loads, adapter=adapter)
     ids = eos_ids(model.generation_config, tokenizer)
     return HfRollout(model, machine, eos_ids=ids, batch_rows=cfg.rollout.batch_rows)
 

@@ -40,6 +40,8 @@ from aepo_fast.samples import Completion, Request
 
 _ADAPTER = "policy"
 _LORA_RANKS = get_args(MaxLoRARanks)
+# Its loader rounds to NF4, in blocks of 64 with scales of 8 bits, as `model.quantized` asks for.
+_IN_4_BITS = {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
 
 
 class VllmRollout:
@@ -47,7 +49,8 @@ class VllmRollout:
 
     folder: the model's, with its tokenizer. eos_ids: ids that end a completion. on_gpu: whether
     this vLLM runs on a GPU. lora_rank: of the adapter that is trained, 0 without one; the folder's
-    weights then stay as they are, and a sync hands over the adapter.
+    weights then stay as they are, and a sync hands over the adapter. quantization: of the folder's
+    weights, as `model.quantization` names it; vLLM rounds them in the same way.
 
     The completions' log-probs are those after temperature, of the very ids that were sampled. The
     same requests with the same seeds and weights give the same samples; one request alone may give
@@ -65,6 +68,7 @@ class VllmRollout:
         seed: int,
         on_gpu: bool,
         lora_rank: int = 0,
+        quantization: str = "none",
     ) -> None:
         self.cfg, self.eos_ids, self.on_gpu = cfg, list(eos_ids), on_gpu
         self.weights_version = 0
@@ -82,6 +86,11 @@ class VllmRollout:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cfg.cpu_kv_cache_gib)))
         register()
         self._sleeps = on_gpu and cfg.sleep and not cfg.steps_ahead
+        failures: tuple[type[Exception], ...] = (RuntimeError, ValueError)
+        fix = "Change rollout.gpu_memory_utilization, rollout.cpu_kv_cache_gib or the lengths"
+        if quantization != "none":
+            failures += (AttributeError, ImportError)  # of a plugin for another vLLM
+            fix += ", install the vllm-bnb-plugin that goes with this vLLM"
         try:
             self.llm = LLM(
                 model=folder,
@@ -96,16 +105,13 @@ class VllmRollout:
                 disable_log_stats=True,
                 skip_tokenizer_init=True,  # ids go in and come out
                 **_lora_settings(lora_rank),
+                **({} if quantization == "none" else _IN_4_BITS),
                 **({} if on_gpu else _cache_blocks()),
             )
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(
-                "rollout.backend",
-                "vllm",
-                f"vLLM did not start: {error}",
-                "Change rollout.gpu_memory_utilization, rollout.cpu_kv_cache_gib or the lengths, "
-                'or set it to "hf"',
-            ) from error
+        except failures as error:
+            reason = f"vLLM did not start: {error}"
+            fix += ', or set it to "hf"'
+            raise ConfigError("rollout.backend", "vllm", reason, fix) from error
 
     @torch.no_grad()
     def sync_weights(self, model: nn.Module, version: int) -> None:

@@ -30,6 +30,7 @@ from aepo_fast.model.load import (
 )
 from aepo_fast.model.lora import check_lora, check_same_adapter
 from aepo_fast.model.policy import Policy
+from aepo_fast.model.quantized import check_quantization, check_same_quantization
 from aepo_fast.report.json_lines import is_step, lines_of
 from aepo_fast.report.logger import check_tensorboard
 from aepo_fast.report.unexpected import TRACEBACK_NAME, doing
@@ -108,6 +109,7 @@ def load_inputs(
     if cfg.logging.tensorboard:
         check_tensorboard()
     check_lora(cfg.model.lora)
+    check_quantization(cfg.model)
     check_optimizer(cfg.trainer)
     folder = Path(cfg.output_dir)
     check_rollout_backend(cfg)
@@ -129,6 +131,7 @@ def load_inputs(
         state = load_state(checkpoint)
         check_same_model(state, cfg.model.path, checkpoint)
         check_same_adapter(checkpoint, cfg.model.lora)
+        check_same_quantization(checkpoint, cfg.model)
         check_same_optimizer(state, cfg.trainer.optimizer, checkpoint)
     rendered_at = rendering_time(state)
     with doing("reading the tokenizer and the data"):
@@ -204,7 +207,7 @@ def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None)
     """
     rendered_at = rendered_at or datetime.now()
     folder = resolve(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, chat_template=cfg.model.chat_template)
     ends = eos_ids(generation_config(folder), tokenizer)
     if not ends:
         reason = "neither its tokenizer nor its generation_config.json names an end token"

@@ -24,7 +24,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Imported only where the user asked for it, after saying which extra it takes; or for a GPU, where
 # torch brings its triton.
-BY_CHOICE = {"tensorboard", "liger_kernel", "peft", "torchao", "triton", "trl", "vllm"}
+BY_CHOICE = {
+    "bitsandbytes",
+    "liger_kernel",
+    "peft",
+    "tensorboard",
+    "torchao",
+    "triton",
+    "trl",
+    "vllm",
+}
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -73,7 +82,7 @@ def test_installed_versions_are_pinned_and_within_the_ranges() -> None:
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     pinned = {canonicalize_name(pin.name): pin.specifier for pin in pins}
     wanted = [Requirement(text) for text in PROJECT["dependencies"]]
-    extras = ("train", "tensorboard", "lora", "torchao", "dev")
+    extras = ("train", "tensorboard", "lora", "qlora", "torchao", "dev")
     wanted += [Requirement(text) for extra in extras for text in EXTRAS[extra]]
     for requirement in wanted:
         if requirement.name == PROJECT["name"]:

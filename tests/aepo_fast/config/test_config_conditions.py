@@ -110,6 +110,7 @@ CASES = [
     Case("model.lora.alpha", 8.0, "model.lora.rank", (1, 16), (0,)),
     Case("model.lora.targets", ("q_proj",), "model.lora.rank", (1, 16), (0,)),
     Case("model.lora.rslora", True, "model.lora.rank", (1, 16), (0,)),
+    Case("model.quantization", "nf4", "model.lora.rank", (1, 16), (0,)),
     choices("rollout.batch_rows", 64, "rollout.backend", "hf", BACKENDS),
     choices("rollout.gpu_memory_utilization", 0.5, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.cpu_kv_cache_gib", 2.0, "rollout.backend", "vllm", BACKENDS),

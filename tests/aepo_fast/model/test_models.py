@@ -86,6 +86,32 @@ def test_tokenizer_without_chat_template(tmp_path):
         load.load_tokenizer(tmp_path)
 
 
+def test_a_template_takes_the_place_of_the_tokenizer_s_own(tmp_path):
+    template = "{% for message in messages %}Q: {{ message['content'] }}\nA:{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    for name, value in (("none", template), ("own", str(tmp_path / "chat.jinja"))):
+        tokenizer = build_tiny_tokenizer(chat_template=name == "own")
+        tokenizer.save_pretrained(tmp_path / name)
+        loaded = load.load_tokenizer(tmp_path / name, chat_template=value)
+        asked = [{"role": "user", "content": "why?"}]
+        assert loaded.apply_chat_template(asked, tokenize=False) == "Q: why?\nA:"
+        loaded.save_pretrained(tmp_path / "saved")  # as a checkpoint has it
+        assert load.load_tokenizer(tmp_path / "saved").chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("no/such/file.jinja", r"'no/such/file.jinja': cannot be read as a file: .*No such file"),
+        ("{% for message in messages %}", "is no template of a chat: TemplateSyntaxError"),
+        ("Question: {{ prompt }}", "prints no message"),
+    ],
+)
+def test_a_template_that_cannot_be_used(tiny_model_dir, template, said):
+    with pytest.raises(ConfigError, match=f"model.chat_template = .*{said}"):
+        load.load_tokenizer(tiny_model_dir, chat_template=template)
+
+
 def test_tokenizer_pads_left_whatever_was_saved(tmp_path):
     tokenizer = build_tiny_tokenizer()
     tokenizer.padding_side = "right"

@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any, Generic, Literal, TypeVar
 
+import bitsandbytes  # noqa: F401  # before there seems to be a GPU: it looks for one
 import pytest
 import torch
 from torch import nn

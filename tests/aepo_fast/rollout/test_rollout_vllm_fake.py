@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import LoraConfig, RolloutConfig
 from aepo_fast.model.lora import ADAPTER_WEIGHTS, add_adapter
 from aepo_fast.rollout.engine import RolloutError
+from aepo_fast.rollout.load import check_rollout_backend
 from aepo_fast.samples import Request
 from tests.aepo_fast.rollout import fake_vllm
+from tests.tiny_run import tiny_config
 
 REQUESTS = [Request((1, 2), 2, 1.0, 0), Request((3,), 3, 1.3, 1)]
 
@@ -27,11 +30,14 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> fake_vllm.Allocator:
     return fake_vllm.install(monkeypatch)
 
 
-def build(*, on_gpu: bool = True, lora_rank: int = 0, **settings: Any) -> Any:
+def build(
+    *, on_gpu: bool = True, lora_rank: int = 0, quantization: str = "none", **settings: Any
+) -> Any:
     from aepo_fast.rollout.vllm import VllmRollout
 
     cfg = RolloutConfig("vllm", max_prompt_tokens=8, max_new_tokens=4, **settings)
-    return VllmRollout("folder", cfg, eos_ids=[2], seed=0, on_gpu=on_gpu, lora_rank=lora_rank)
+    own = {"on_gpu": on_gpu, "lora_rank": lora_rank, "quantization": quantization}
+    return VllmRollout("folder", cfg, eos_ids=[2], seed=0, **own)
 
 
 class Trained(nn.Module):
@@ -150,6 +156,43 @@ def test_an_engine_that_does_not_start(
         ConfigError, match="rollout.backend = 'vllm'.*no cache blocks.*gpu_memory_utilization"
     ):
         build()
+
+
+def test_4_bit_weights_are_rounded_by_vllm_itself(
+    allocator: fake_vllm.Allocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, plain = build(lora_rank=4, quantization="nf4"), build(lora_rank=4)
+    added = engine.llm.arguments.keys() - plain.llm.arguments.keys()
+    assert {engine.llm.arguments[name] for name in added} == {"bitsandbytes"}
+    assert added == {"quantization", "load_format"}
+    error = AttributeError("'WeightsMapper' has no attribute")
+    monkeypatch.setattr(fake_vllm.LLM, "failure", error)
+    with pytest.raises(ConfigError, match="WeightsMapper.*vllm-bnb-plugin that goes with"):
+        build(lora_rank=4, quantization="nf4")
+    with pytest.raises(AttributeError):
+        build(lora_rank=4)
+
+
+@pytest.mark.parametrize(
+    ("version", "plugged", "refused"),
+    [("0.26.0", False, False), ("0.28.0", True, False), ("0.28.0", False, True)],
+)
+def test_4_bit_weights_need_a_plugin_of_newer_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, plugged: bool, refused: bool
+) -> None:
+    there = {"vllm"} | ({"vllm_bnb_plugin"} if plugged else set())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in there or None)
+    monkeypatch.setattr("aepo_fast.rollout.load.vllm_version", lambda: version)
+    cfg = tiny_config(tmp_path, tmp_path)
+    cfg = replace(cfg, rollout=RolloutConfig("vllm"))
+    check_rollout_backend(cfg)
+    in_4_bits = replace(cfg.model, quantization="nf4", lora=LoraConfig(rank=4))
+    cfg = replace(cfg, model=in_4_bits)
+    if not refused:
+        check_rollout_backend(cfg)
+        return
+    with pytest.raises(ConfigError, match="0.28.0 takes 4-bit weights with vllm-bnb-plugin"):
+        check_rollout_backend(cfg)
 
 
 def test_an_engine_that_dies_while_sampling(allocator: fake_vllm.Allocator) -> None:

@@ -22,8 +22,15 @@ from tests.tiny_run import a_machine
 pytestmark = vllm_marks
 
 
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def quantization(request: pytest.FixtureRequest) -> str:
+    if request.param != "none":
+        pytest.importorskip("vllm_bnb_plugin")
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Any]:
+def engine(quantization: str) -> Iterator[Any]:
     from aepo_fast.rollout.vllm import VllmRollout
 
     folder = str(resolve(MODEL))
@@ -31,14 +38,21 @@ def engine() -> Iterator[Any]:
         backend="vllm", max_prompt_tokens=300, max_new_tokens=32, dtype=DTYPE, enforce_eager=True
     )
     ids, on_gpu = [AutoTokenizer.from_pretrained(folder).eos_token_id], a_machine().vllm_on_gpu
-    made = VllmRollout(folder, cfg, eos_ids=ids, seed=0, on_gpu=on_gpu, lora_rank=4)
+    made = VllmRollout(
+        folder, cfg, eos_ids=ids, seed=0, on_gpu=on_gpu, lora_rank=4, quantization=quantization
+    )
     yield made
     made.close()
 
 
 @pytest.fixture
-def model() -> PreTrainedModel:
-    cfg = ModelConfig(path=MODEL, gradient_checkpointing=False, lora=LoraConfig(rank=4))
+def model(quantization: Any) -> PreTrainedModel:
+    cfg = ModelConfig(
+        path=MODEL,
+        gradient_checkpointing=False,
+        lora=LoraConfig(rank=4),
+        quantization=quantization,
+    )
     machine = a_machine(compute=getattr(torch, DTYPE))
     return load_model(cfg, resolve(MODEL), machine)
 
