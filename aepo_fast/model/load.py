@@ -29,6 +29,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine, dtype_name
 from aepo_fast.config.sections import Attention, ModelConfig
+from aepo_fast.model.activations import checkpoint_layers
 from aepo_fast.model.attention import register, varlen_groups_heads
 from aepo_fast.model.cpu_layers import fuse_layers
 from aepo_fast.model.folder import check_folder
@@ -212,10 +213,7 @@ def load_model(
         _apply_liger(model)
     if machine.runs_cpp:
         fuse_layers(model)
-    if cfg.gradient_checkpointing:
-        name = "activation_checkpointing_enable"  # transformers 5.17 has the older name alone
-        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    checkpoint_layers(model, cfg.gradient_checkpointing)
     model.train()
     _check_head(model, str(folder), machine)
     return model

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import TrainerConfig
+from aepo_fast.model.activations import OffloadedActivations
 from aepo_fast.model.batch import (
     BATCH_TOKENS,
     GPU_BATCH_TOKENS,
@@ -82,9 +83,14 @@ class Policy:
         trainer: TrainerConfig,
         *,
         adapter: bool = True,
+        activation_offloading: bool = False,
     ) -> None:
-        """adapter: False leaves out the model's adapter: the policy before any training."""
+        """adapter: False leaves out the model's adapter: the policy before any training.
+
+        activation_offloading: the layers' activations lie in CPU memory until the backward pass.
+        """
         self.model, self.machine = model, machine
+        self.activation_offloading = activation_offloading
         self.backbone = backbone_of(model)
         self._adapted = nullcontext if adapter else partial(without_adapter, model)
         with self._adapted():
@@ -126,7 +132,11 @@ class Policy:
             # Eager attention adds its mask to the scores.
             low = torch.finfo(self.machine.compute_dtype).min
             mask = torch.zeros(mask.shape, dtype=self.machine.compute_dtype).masked_fill(~mask, low)
-        with self.machine.autocast(), self._adapted():
+        # Not the head: its kernels save gradients, among them that of its weight, for the very next
+        # pass.
+        moves = self.activation_offloading and torch.is_grad_enabled()
+        saved = OffloadedActivations(self.model) if moves else nullcontext()
+        with self.machine.autocast(), self._adapted(), saved:
             output = self.backbone(
                 input_ids=batch.input_ids.to(self.device),
                 position_ids=batch.position_ids.to(self.device),

@@ -300,7 +300,8 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     if inputs.checkpoint is not None and not lora:
         source, adapter = str(inputs.checkpoint), None
     model = load_model(cfg.model, source, machine, adapter=adapter, seed=cfg.trainer.seed)
-    policy = Policy(model, machine, cfg.trainer)
+    offloads = cfg.model.activation_offloading
+    policy = Policy(model, machine, cfg.trainer, activation_offloading=offloads)
     reference = None
     if cfg.loss.kl_coef > 0 and lora:
         reference = Policy(model, machine, cfg.trainer, adapter=False)
