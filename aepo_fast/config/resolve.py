@@ -136,10 +136,13 @@ def _model_dtypes(cfg: Config, device: torch.device) -> tuple[torch.dtype, torch
 
 def check_no_offloading(cfg: Config) -> None:
     """Raise ConfigError for a setting that moves something from a GPU to the CPU."""
-    if cfg.model.activation_offloading:
-        reason = "on a CPU the activations lie in its memory anyway"
-        fix = "Leave it out, or train on a GPU"
-        raise ConfigError("model.activation_offloading", True, reason, fix)
+    for key, value in (
+        ("model.activation_offloading", cfg.model.activation_offloading),
+        ("trainer.offload", cfg.trainer.offload),
+    ):
+        if value not in (False, "none"):
+            reason = "moves something from a GPU to CPU memory, and the device is a CPU"
+            raise ConfigError(key, value, reason, "Leave it out, or train on a GPU")
 
 
 def _check_world() -> None:

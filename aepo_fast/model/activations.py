@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -41,35 +41,32 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
     """While it is open, what autograd saves goes to the CPU, and comes back in the backward pass.
 
     torch's save_on_cpu does so with weights, too, although they stay on the GPU in any case. Here
-    a model's weights, what autocast keeps of them and small tensors stay. All that is moved comes
-    back with its strides, so that gradients stay bit for bit what they were. From a GPU to pinned
-    memory and back, copies run in order with the other work of the stream.
+    weights, what autocast keeps of them and small tensors stay. All that is moved comes back with
+    its strides, so that gradients stay bit for bit what they were. From a GPU to pinned memory and
+    back, copies run in order with the other work of the stream.
     """
 
-    def __init__(self, model: PreTrainedModel, *, least_bytes: int = _LEAST_BYTES) -> None:
+    def __init__(self, *, least_bytes: int = _LEAST_BYTES) -> None:
         """least_bytes: smaller tensors stay."""
-        self.weights = {id(weight) for weight in model.parameters()}
-        self.storages = {_address(weight) for weight in model.parameters()}
         self.least_bytes = least_bytes
-        self.num_bytes = 0  # moved so far
         super().__init__(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if tensor.nbytes < self.least_bytes or self._of_a_weight(tensor):
+        if tensor.nbytes < self.least_bytes or _is_of_a_weight(tensor):
             return tensor
         on_gpu = tensor.is_cuda
         copy = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
-        copy.copy_(tensor, non_blocking=on_gpu)
-        self.num_bytes += copy.nbytes
-        return tensor.device, copy
+        return tensor.device, copy.copy_(tensor, non_blocking=on_gpu)
 
-    def _of_a_weight(self, tensor: Tensor) -> bool:
-        if _address(tensor) in self.storages:
-            return True
-        node: Any = tensor.grad_fn
-        while node is not None and node.name() in _OF_WEIGHTS:
-            node = node.next_functions[0][0]
-        return id(getattr(node, "variable", None)) in self.weights
+
+def _is_of_a_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is a weight, its transpose, or the cast of one that is trained."""
+    if isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+        return True
+    node: Any = tensor.grad_fn
+    while node is not None and node.name() in _OF_WEIGHTS:
+        node = node.next_functions[0][0]
+    return isinstance(getattr(node, "variable", None), nn.Parameter)
 
 
 def _unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
@@ -77,7 +74,3 @@ def _unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
         return packed
     device, copy = packed
     return copy.to(device, non_blocking=True)
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

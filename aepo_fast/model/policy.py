@@ -23,6 +23,7 @@ from aepo_fast.model.batch import (
 )
 from aepo_fast.model.load import recurrent_layers, takes_positions
 from aepo_fast.model.lora import without_adapter
+from aepo_fast.model.sharded import inside_forward, is_sharded, reshard
 from aepo_fast.samples import Sample, TokenValues, token_index, token_offsets
 from aepo_kernels import (
     LogprobOutput,
@@ -116,6 +117,8 @@ class Policy:
         # Autocast forgets its casts at the end of the outermost context.
         with self.machine.autocast(), torch.autocast(self.device.type, enabled=False):
             yield
+        if is_sharded(self.model):
+            reshard(self.model)
 
     def microbatches(self, samples: Sequence[Sample], indices: Sequence[int]) -> list[MicroBatch]:
         """Lay samples[indices] out for the model."""
@@ -135,7 +138,7 @@ class Policy:
         # Not the head: its kernels save gradients, among them that of its weight, for the very next
         # pass.
         moves = self.activation_offloading and torch.is_grad_enabled()
-        saved = OffloadedActivations(self.model) if moves else nullcontext()
+        saved = OffloadedActivations() if moves else nullcontext()
         with self.machine.autocast(), self._adapted(), saved:
             output = self.backbone(
                 input_ids=batch.input_ids.to(self.device),
@@ -151,10 +154,18 @@ class Policy:
         self, batch: MicroBatch, *, second_temperature: float | None = None
     ) -> LogprobOutput:
         """Log-probs and entropies at temperature 1 of a micro-batch's completion tokens."""
-        inputs = self.hidden(batch), self.weight, batch.targets.to(self.device)
-        return linear_logprob(
-            *inputs, second_temperature=second_temperature, **self._head_settings()
-        )
+
+        def run() -> LogprobOutput:
+            hidden, (weight, settings) = self.hidden(batch), self._whole_head()
+            return linear_logprob(
+                hidden,
+                weight,
+                batch.targets.to(self.device),
+                second_temperature=second_temperature,
+                **settings,
+            )
+
+        return inside_forward(self.model, run) if is_sharded(self.model) else run()
 
     def token_loss(
         self,
@@ -167,22 +178,33 @@ class Policy:
 
         loss, columns: as `linear_token_loss` takes them; each column is [N], on the device.
         """
-        inputs = self.hidden(batch), self.weight, batch.targets.to(self.device)
-        return linear_token_loss(
-            *inputs,
-            loss,
-            *columns,
-            second_temperature=second_temperature,
-            **self._head_settings(),
-        )
 
-    def _head_settings(self) -> dict[str, Any]:
-        """What the kernels must know of the head besides its weight."""
-        return {
-            **self.head,
+        def run() -> TokenLossOutput:
+            hidden, (weight, settings) = self.hidden(batch), self._whole_head()
+            return linear_token_loss(
+                hidden,
+                weight,
+                batch.targets.to(self.device),
+                loss,
+                *columns,
+                second_temperature=second_temperature,
+                **settings,
+            )
+
+        return inside_forward(self.model, run) if is_sharded(self.model) else run()
+
+    def _whole_head(self) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The head's weight, and all that the kernels must know besides it."""
+        weight, head = self.weight, self.head
+        if is_sharded(self.model):  # whole only now, in tensors of its own
+            with self._adapted():
+                weight, head = head_arguments(self.model)
+        settings = {
+            **head,
             "ignore_index": None,  # a micro-batch selects its completion tokens itself
             "backend": self.machine.head_backend,
         }
+        return weight, settings
 
     @torch.no_grad()
     def token_values(

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from aepo_fast.config.resolve import Machine
 from aepo_fast.model.load import takes_positions
+from aepo_fast.model.sharded import whole
 from aepo_fast.rollout.cache import make_room
 from aepo_fast.rollout.engine import BrokenWeightsError
 from aepo_fast.rollout.packed_linear import can_pack, packed_linears
@@ -75,6 +76,7 @@ class HfRollout:
         if not self.shared:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.to(dtype)  # not buffers: rotary angles need float32
+            self.model.to(machine.device)  # type: ignore[arg-type]  # from where weights wait
         self._linears = packed_linears(self.model) if packs else []
         for linear in self._linears:
             linear.pack()
@@ -93,7 +95,7 @@ class HfRollout:
             ours = dict(self.model.named_parameters())
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    ours[name].copy_(parameter)
+                    ours[name].copy_(whole(parameter))
         for linear in self._linears:
             if linear.weight.requires_grad:
                 linear.pack()
