@@ -11,8 +11,8 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType, SimpleNamespace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -133,8 +133,8 @@ def _values(hint: Any) -> str:
     members = [one for one in get_args(hint) if one is not NoneType]
     if get_origin(hint) is Literal:
         return ", ".join(_toml(one) for one in members)
-    if NoneType in get_args(hint):
-        return _values(members[0])
+    if get_origin(hint) in (Union, UnionType):
+        return ", ".join(map(_values, members))
     if get_origin(hint) is dict:
         return "table"
     if get_origin(hint) is tuple:

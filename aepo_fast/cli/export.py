@@ -64,7 +64,7 @@ def _merge(run: Path, checkpoint: Path, folder: Path) -> None:
     machine = Machine(device, dtype, dtype, dtype, head_backend="auto")
     # What only speeds training up, or needs its machine, has no place here.
     plain = dataclasses.replace(
-        cfg.model, attention="auto", liger=False, gradient_checkpointing=False
+        cfg.model, attention="auto", liger=False, gradient_checkpointing="none"
     )
     model = load_model(plain, resolve(cfg.model.path), machine, adapter=checkpoint)
     merge_adapter(model)

@@ -65,14 +65,16 @@ def setting(
     default_factory: Any = dataclasses.MISSING,
     needs: Needs | tuple[Needs, ...] = (),
     chosen: Callable[[Any], Any] | None = None,
+    older: dict[bool, Any] | None = None,
 ) -> Any:
     """The field of a setting that acts only while all of `needs` hold.
 
     chosen: gives the default that other settings of the section choose, from the section; the
-    field's own is None then, and its type that of the value once it is settled.
+    field's own is None then, and its type that of the value once it is settled. older: what the
+    booleans that it had in earlier versions, and in their runs, mean today.
     """
     conditions = (needs,) if isinstance(needs, Needs) else needs
-    metadata = {"needs": conditions, "chosen": chosen}
+    metadata = {"needs": conditions, "chosen": chosen, "older": older}
     if default_factory is not dataclasses.MISSING:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -88,6 +90,19 @@ def settle_defaults(section: Any) -> None:
     for item in fields(section):
         if item.metadata.get("chosen") and getattr(section, item.name) is None:
             settle(section, item.name, _default_of(section, item))
+
+
+def settle_older(section: Any) -> None:
+    """Give what has a boolean of an earlier version the value that it means today."""
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if was_boolean(item) and isinstance(value, bool):
+            settle(section, item.name, item.metadata["older"][value])
+
+
+def was_boolean(item: dataclasses.Field[Any]) -> bool:
+    """Whether a field had booleans in earlier versions, which `settle_older` understands."""
+    return bool(item.metadata.get("older"))
 
 
 def settle(section: Any, name: str, value: Any) -> None:

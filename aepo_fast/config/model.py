@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aepo_fast.config.conditions import Needs, above_zero, refuse_what_does_nothing, setting
+from aepo_fast.config.conditions import (
+    Needs,
+    above_zero,
+    refuse_what_does_nothing,
+    setting,
+    settle_older,
+)
 from aepo_fast.config.errors import require, require_not_negative, require_positive
 
 # "auto" is bfloat16 where the device has instructions for its GEMMs, else float32.
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "grouped", "eager"]
+Checkpointing = Literal["none", "full"] | int
 
 
 _WITH_LORA = above_zero("rank")
@@ -77,14 +84,28 @@ class ModelConfig:
     # Attention of the layers. "varlen" and "flash_attention_2" need a GPU, "grouped" is for CPUs;
     # "auto" chooses by device and model.
     attention: Attention = "auto"
-    # Layers are computed again in the backward pass: slower, in less memory.
-    gradient_checkpointing: bool = True
+    # Layers keep only their inputs and are computed again in the backward pass: slower, in less
+    # memory. "full" is all layers; a number n, 2 or more, is the layers 0, n, 2n and so on, and the
+    # others keep all.
+    gradient_checkpointing: Checkpointing = setting("full", older={True: "full", False: "none"})
+    # What is kept for the backward pass lies in pinned CPU memory until then. Needs a GPU; moves
+    # least with gradient_checkpointing = "full".
+    activation_offloading: bool = False
     liger: bool = False  # Liger-Kernel for the layers other than the head
     # Backend of the head's kernels; `aepo-fast doctor` says which run here.
     head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
+        settle_older(self)
+        layers = self.gradient_checkpointing
+        require(
+            isinstance(layers, str) or layers > 1,
+            "model.gradient_checkpointing",
+            layers,
+            "is no number of layers from one that is computed again to the next",
+            'Use "none", "full", or 2 or more',
+        )
         require(
             bool(self.path),
             "model.path",

@@ -82,7 +82,7 @@ def resolve_machine(cfg: Config, *, trains: bool = True) -> Machine:
     checked, and other processes may run beside this one.
 
     Raises ConfigError for a GPU that is not there, dtypes that do not go together, more than one
-    process, and a head backend that cannot run.
+    process, a head backend that cannot run, and offloading without a GPU.
     """
     device = _device(cfg.trainer.device)
     weights, compute = _model_dtypes(cfg, device)
@@ -91,6 +91,8 @@ def resolve_machine(cfg: Config, *, trains: bool = True) -> Machine:
     backend = cfg.model.head_backend
     if trains:
         _check_world()
+        if device.type != "cuda":
+            check_no_offloading(cfg)
         backend = _head_backend(backend, device, compute)
     return Machine(device, weights, compute, rollout, backend)
 
@@ -130,6 +132,17 @@ def _model_dtypes(cfg: Config, device: torch.device) -> tuple[torch.dtype, torch
         fix = 'Set model.dtype to "float32", or this to "bfloat16"'
         raise ConfigError("model.compute_dtype", "float32", reason, fix)
     return weights, compute
+
+
+def check_no_offloading(cfg: Config) -> None:
+    """Raise ConfigError for a setting that moves something from a GPU to the CPU."""
+    for key, value in (
+        ("model.activation_offloading", cfg.model.activation_offloading),
+        ("trainer.offload", cfg.trainer.offload),
+    ):
+        if value not in (False, "none"):
+            reason = "moves something from a GPU to CPU memory, and the device is a CPU"
+            raise ConfigError(key, value, reason, "Leave it out, or train on a GPU")
 
 
 def _check_world() -> None:

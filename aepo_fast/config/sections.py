@@ -239,6 +239,7 @@ class Config:
             'Set aepo.enabled = false, or form = "split" or "resample"',
         )
         self._check_optimizer()
+        self._check_offload()
         require(
             self.reward.soft_overlong_tokens < self.rollout.max_new_tokens,
             "reward.soft_overlong_tokens",
@@ -247,6 +248,22 @@ class Config:
             "Lower it",
         )
         refuse_across_sections(self)
+
+    def _check_offload(self) -> None:
+        reason = fix = ""
+        if self.trainer.offload != "all":
+            return
+        whole = not self.model.lora.rank
+        if self.model.liger:
+            reason = "a model whose weights stay on the CPU is checked there, without Liger"
+            fix = 'Set model.liger = false, or use "optimizer"'
+        elif self.trainer.optimizer == "muon":
+            reason = "the processor would take Muon's step, which is made of matrix products"
+            fix = 'Use "optimizer", or trainer.optimizer = "adamw"'
+        elif self.trainer.optimizer == "adamw" and whole and self.model.dtype == "bfloat16":
+            reason = "float32 copies are not made of bfloat16 weights in shards"
+            fix = 'Set model.dtype = "float32": the GPU holds a layer in model.compute_dtype'
+        require(not reason, "trainer.offload", "all", reason, fix)
 
     def _check_optimizer(self) -> None:
         optimizer, trained = self.trainer.optimizer, self.model.dtype

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import tomli_w
 
+from aepo_fast.config.conditions import was_boolean
 from aepo_fast.config.errors import ConfigError, suggest
 from aepo_fast.config.sections import Config
 from aepo_fast.config.shipped import config_path
@@ -93,6 +94,7 @@ def _value(text: str) -> Any:
 
 def _build(cls: type[Any], data: dict[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
+    older = {field.name for field in dataclasses.fields(cls) if was_boolean(field)}
     for key, value in data.items():
         if key not in hints:
             where = f"[{prefix.rstrip('.')}]" if prefix else "the configuration"
@@ -104,7 +106,13 @@ def _build(cls: type[Any], data: dict[str, Any], prefix: str) -> Any:
         if field.name not in data and (field.default, field.default_factory) == missing:
             # A section without defaults: built empty, it says itself what it needs.
             data = {**data, field.name: {}}
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in data.items()})
+    values = {
+        key: value
+        if key in older and isinstance(value, bool)
+        else _convert(value, hints[key], prefix + key)
+        for key, value in data.items()
+    }
+    return cls(**values)
 
 
 def _other_section(key: str, hints: dict[str, Any]) -> str | None:
@@ -141,8 +149,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             raise ConfigError(key, value, "is not one of its values", suggest(value, arguments))
         return value
     if origin in (types.UnionType, typing.Union):
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _convert(value, inner, key)
+        members = [argument for argument in arguments if argument is not type(None)]
+        # Of choices or a number, whatever is no number is meant to be a choice.
+        fits = [member for member in members if typing.get_origin(member) or type(value) is member]
+        return _convert(value, fits[-1] if fits else members[0], key)
     if origin is dict:
         hint = dict
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

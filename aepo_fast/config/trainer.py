@@ -35,6 +35,10 @@ class TrainerConfig:
     # small steps count on average, and "adamw_8bit" does so with theirs. "muon" takes
     # orthogonalised steps for the matrices of layers and AdamW's for all else.
     optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16", "muon"] = "adamw"
+    # What lies in pinned CPU memory; needs a GPU. "optimizer": the optimizer's state, which comes
+    # to the GPU a part at a time for a step. "all": weights and gradients, too; layers come to the
+    # GPU one after the other, and the processor takes the optimizer's step.
+    offload: Literal["none", "optimizer", "all"] = "none"
     lr: float = 1e-6  # learning rate after the warm-up
     # Course of the rate after the warm-up: it stays, or falls towards 0 at the end of the run.
     lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", needs=_LATER_STEPS)

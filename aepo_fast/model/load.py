@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine, dtype_name
 from aepo_fast.config.sections import Attention, ModelConfig
+from aepo_fast.model.activations import checkpoint_layers
 from aepo_fast.model.attention import register, varlen_groups_heads
 from aepo_fast.model.cpu_layers import fuse_layers
 from aepo_fast.model.folder import check_folder
@@ -40,6 +42,7 @@ from aepo_fast.model.quantized import (
     keep_layout,
     quantization_settings,
 )
+from aepo_fast.model.sharded import on_cpu
 from aepo_fast.report.unexpected import first_line
 from aepo_kernels.integrations.heads import compare_logits, relative_error
 
@@ -201,12 +204,14 @@ def load_model(
     *,
     adapter: Path | None = None,
     seed: int = 0,
+    stays_on_cpu: bool = False,
 ) -> PreTrainedModel:
     """Load a model onto the machine's device in its weights_dtype, in train mode, without dropout.
 
     Where the machine runs our C++ operations, its layers use them, see `fuse_layers`. With
     cfg.lora, it has an adapter: that of the folder `adapter`, or a new one drawn by `seed`. With
-    cfg.quantization, its linear layers but the head hold 4-bit weights.
+    cfg.quantization, its linear layers but the head hold 4-bit weights. stays_on_cpu: its weights
+    do not go to the device, where all of them may be too much: `shard` comes next.
 
     Raises ConfigError where cfg.attention, cfg.liger or cfg.quantization cannot be had, or the
     folder's head is not one that `head_arguments` describes.
@@ -257,17 +262,16 @@ def load_model(
         add_adapter(model, cfg.lora, seed=seed)
         if adapter is not None:
             load_adapter(model, adapter)
-    model.to(machine.device)  # type: ignore[arg-type]
+    if not stays_on_cpu:
+        model.to(machine.device)  # type: ignore[arg-type]
     if cfg.liger:
         _apply_liger(model)
     if machine.runs_cpp:
         fuse_layers(model)
-    if cfg.gradient_checkpointing:
-        name = "activation_checkpointing_enable"  # transformers 5.17 has the older name alone
-        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    checkpoint_layers(model, cfg.gradient_checkpointing)
     model.train()
-    _check_head(model, str(folder), machine)
+    with on_cpu(model, machine) if stays_on_cpu else nullcontext(machine) as where:
+        _check_head(model, str(folder), where)
     return model
 
 

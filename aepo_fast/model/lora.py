@@ -19,6 +19,7 @@ from aepo_fast.config.sections import LoraConfig
 from aepo_fast.model.folder import ADAPTER_CONFIG
 from aepo_fast.model.lora_layers import fuse_adapters
 from aepo_fast.model.quantized import dequantize, dequantized, is_4bit
+from aepo_fast.model.sharded import whole
 from aepo_fast.report.unexpected import first_line
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -79,7 +80,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     from safetensors.torch import save_file
 
     state = get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
-    tensors = {f"base_model.model.{name}": one.contiguous() for name, one in state.items()}
+    tensors = {f"base_model.model.{name}": whole(one).contiguous() for name, one in state.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     model.peft_config[_NAME].save_pretrained(folder)  # type: ignore[index]
 

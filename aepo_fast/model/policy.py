@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import TrainerConfig
+from aepo_fast.model.activations import OffloadedActivations
 from aepo_fast.model.batch import (
     BATCH_TOKENS,
     GPU_BATCH_TOKENS,
@@ -22,6 +23,7 @@ from aepo_fast.model.batch import (
 )
 from aepo_fast.model.load import recurrent_layers, takes_positions
 from aepo_fast.model.lora import without_adapter
+from aepo_fast.model.sharded import inside_forward, is_sharded, reshard
 from aepo_fast.samples import Sample, TokenValues, token_index, token_offsets
 from aepo_kernels import (
     LogprobOutput,
@@ -82,9 +84,14 @@ class Policy:
         trainer: TrainerConfig,
         *,
         adapter: bool = True,
+        activation_offloading: bool = False,
     ) -> None:
-        """adapter: False leaves out the model's adapter: the policy before any training."""
+        """adapter: False leaves out the model's adapter: the policy before any training.
+
+        activation_offloading: the layers' activations lie in CPU memory until the backward pass.
+        """
         self.model, self.machine = model, machine
+        self.activation_offloading = activation_offloading
         self.backbone = backbone_of(model)
         self._adapted = nullcontext if adapter else partial(without_adapter, model)
         with self._adapted():
@@ -110,6 +117,8 @@ class Policy:
         # Autocast forgets its casts at the end of the outermost context.
         with self.machine.autocast(), torch.autocast(self.device.type, enabled=False):
             yield
+        if is_sharded(self.model):
+            reshard(self.model)
 
     def microbatches(self, samples: Sequence[Sample], indices: Sequence[int]) -> list[MicroBatch]:
         """Lay samples[indices] out for the model."""
@@ -126,7 +135,11 @@ class Policy:
             # Eager attention adds its mask to the scores.
             low = torch.finfo(self.machine.compute_dtype).min
             mask = torch.zeros(mask.shape, dtype=self.machine.compute_dtype).masked_fill(~mask, low)
-        with self.machine.autocast(), self._adapted():
+        # Not the head: its kernels save gradients, among them that of its weight, for the very next
+        # pass.
+        moves = self.activation_offloading and torch.is_grad_enabled()
+        saved = OffloadedActivations() if moves else nullcontext()
+        with self.machine.autocast(), self._adapted(), saved:
             output = self.backbone(
                 input_ids=batch.input_ids.to(self.device),
                 position_ids=batch.position_ids.to(self.device),
@@ -149,14 +162,20 @@ class Policy:
         with_entropy_gradient: a gradient will come by the entropy beside that by the log-probs. It
         saves a GEMM of a frozen head to know it beforehand.
         """
-        inputs = self.hidden(batch), self.weight, batch.targets.to(self.device)
         several = with_entropy_gradient and second_temperature is None
-        return linear_logprob(
-            *inputs,
-            second_temperature=second_temperature,
-            grad_of=("logprob", "entropy") if several else None,
-            **self._head_settings(),
-        )
+
+        def run() -> LogprobOutput:
+            hidden, (weight, settings) = self.hidden(batch), self._whole_head()
+            return linear_logprob(
+                hidden,
+                weight,
+                batch.targets.to(self.device),
+                second_temperature=second_temperature,
+                grad_of=("logprob", "entropy") if several else None,
+                **settings,
+            )
+
+        return inside_forward(self.model, run) if is_sharded(self.model) else run()
 
     def token_loss(
         self,
@@ -169,22 +188,33 @@ class Policy:
 
         loss, columns: as `linear_token_loss` takes them; each column is [N], on the device.
         """
-        inputs = self.hidden(batch), self.weight, batch.targets.to(self.device)
-        return linear_token_loss(
-            *inputs,
-            loss,
-            *columns,
-            second_temperature=second_temperature,
-            **self._head_settings(),
-        )
 
-    def _head_settings(self) -> dict[str, Any]:
-        """What the kernels must know of the head besides its weight."""
-        return {
-            **self.head,
+        def run() -> TokenLossOutput:
+            hidden, (weight, settings) = self.hidden(batch), self._whole_head()
+            return linear_token_loss(
+                hidden,
+                weight,
+                batch.targets.to(self.device),
+                loss,
+                *columns,
+                second_temperature=second_temperature,
+                **settings,
+            )
+
+        return inside_forward(self.model, run) if is_sharded(self.model) else run()
+
+    def _whole_head(self) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The head's weight, and all that the kernels must know besides it."""
+        weight, head = self.weight, self.head
+        if is_sharded(self.model):  # whole only now, in tensors of its own
+            with self._adapted():
+                weight, head = head_arguments(self.model)
+        settings = {
+            **head,
             "ignore_index": None,  # a micro-batch selects its completion tokens itself
             "backend": self.machine.head_backend,
         }
+        return weight, settings
 
     @torch.no_grad()
     def token_values(

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from aepo_fast.config.resolve import Machine
 from aepo_fast.model.load import takes_positions
 from aepo_fast.model.quantized import computing_in
+from aepo_fast.model.sharded import whole
 from aepo_fast.rollout.cache import make_room
 from aepo_fast.rollout.engine import BrokenWeightsError
 from aepo_fast.rollout.packed_linear import can_pack, packed_linears
@@ -78,6 +79,7 @@ class HfRollout:
             for parameter in self.model.parameters():  # no buffers: rotary angles need float32
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(dtype)
+            self.model.to(machine.device)  # type: ignore[arg-type]  # from where weights wait
         self._linears = packed_linears(self.model) if packs else []
         for linear in self._linears:
             linear.pack()
@@ -97,7 +99,7 @@ class HfRollout:
             ours = dict(self.model.named_parameters())
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    ours[name].copy_(parameter)
+                    ours[name].copy_(whole(parameter))
         for linear in self._linears:
             if linear.weight.requires_grad:
                 linear.pack()

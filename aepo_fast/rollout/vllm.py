@@ -34,6 +34,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import RolloutConfig
 from aepo_fast.model.lora import ADAPTER_WEIGHTS, save_adapter
+from aepo_fast.model.sharded import whole_weights
 from aepo_fast.rollout.engine import RolloutError
 from aepo_fast.rollout.vllm_weights import BACKEND, register
 from aepo_fast.samples import Completion, Request
@@ -123,7 +124,7 @@ class VllmRollout:
         if self._adapter is not None:
             self.load_adapter(self._adapter.written(model), version)
             return
-        weights = list(model.named_parameters())
+        weights = list(whole_weights(model))  # type: ignore[arg-type]
         if model is not self._connected:
             share = self.cfg.share_weights and not self.cfg.steps_ahead
             info = {"weights": weights, "share": share, "on_gpu": self.on_gpu}

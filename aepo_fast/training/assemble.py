@@ -8,7 +8,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from aepo_fast.model.load import (
 from aepo_fast.model.lora import check_lora, check_same_adapter
 from aepo_fast.model.policy import Policy
 from aepo_fast.model.quantized import check_quantization, check_same_quantization
+from aepo_fast.model.sharded import on_cpu, shard
 from aepo_fast.report.json_lines import is_step, lines_of
 from aepo_fast.report.logger import check_tensorboard
 from aepo_fast.report.unexpected import TRACEBACK_NAME, doing
@@ -114,6 +115,7 @@ def load_inputs(
     folder = Path(cfg.output_dir)
     check_rollout_backend(cfg)
     _check_samples_ahead(cfg)
+    _check_offload(cfg)
     found = complete_checkpoints(folder / "checkpoints")
     used = found or (folder / "metrics.jsonl").exists()
     if used and not (resume or overwrite):
@@ -241,6 +243,18 @@ def _check_samples_ahead(cfg: Config) -> None:
         )
 
 
+def _check_offload(cfg: Config) -> None:
+    same_weights = cfg.rollout.backend == "hf" and cfg.rollout.dtype == cfg.model.dtype
+    if cfg.trainer.offload == "all" and same_weights:
+        raise ConfigError(
+            "trainer.offload",
+            "all",
+            f"with rollout.dtype = model.dtype = {cfg.model.dtype!r} the samples come from the "
+            "very weights that lie in CPU memory, all of them for each token",
+            'Set rollout.backend = "vllm" or rollout.dtype to another dtype, or use "optimizer"',
+        )
+
+
 def _check_lengths(cfg: Config, prompts: PromptSet, model_folder: Path | str) -> None:
     config = read_config(model_folder).get_text_config()
     most = max(getattr(config, "max_position_embeddings", None) or 0, 0)  # XLNet has -1: no limit
@@ -302,8 +316,11 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     source, adapter, lora = inputs.model_folder, inputs.checkpoint, cfg.model.lora.rank > 0
     if inputs.checkpoint is not None and not lora:
         source, adapter = str(inputs.checkpoint), None
-    model = load_model(cfg.model, source, machine, adapter=adapter, seed=cfg.trainer.seed)
-    policy = Policy(model, machine, cfg.trainer)
+    offload = cfg.trainer.offload == "all"
+    where: Any = {"machine": machine, "stays_on_cpu": offload}
+    model = load_model(cfg.model, source, **where, adapter=adapter, seed=cfg.trainer.seed)
+    offloads = cfg.model.activation_offloading
+    policy = Policy(model, machine, cfg.trainer, activation_offloading=offloads)
     reference = None
     if cfg.loss.kl_coef > 0 and lora:
         reference = Policy(model, machine, cfg.trainer, adapter=False)
@@ -311,10 +328,14 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
         if inputs.checkpoint is None:
             frozen = copy.deepcopy(model)
         else:
-            frozen = load_model(cfg.model, inputs.model_folder, machine)
+            frozen = load_model(cfg.model, inputs.model_folder, **where)
         reference = Policy(frozen.requires_grad_(False).eval(), machine, cfg.trainer)
     engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model, adapter=adapter)
     if not engine.verify:  # a canary compares others
         some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
-        check_agreement(cfg, machine, model, some)
+        with on_cpu(model, machine) if offload else nullcontext(machine) as checks:
+            check_agreement(cfg, checks, model, some)
+    if offload:  # now that everything is made of the model that is made of it
+        for one in {id(one.model): one.model for one in (policy, reference) if one}.values():
+            shard(one, machine, offload=True)
     return Models(model, policy, reference, engine)

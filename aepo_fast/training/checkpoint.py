@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.model.folder import same_model
 from aepo_fast.model.lora import has_adapter, save_adapter
+from aepo_fast.model.sharded import is_sharded, state_in_shards, whole_state
 
 _COMPLETE = re.compile(r"step_(\d+)")
 STATE_NAME, OPTIMIZER_NAME = "state.pt", "optimizer.pt"
@@ -88,7 +89,7 @@ def save_checkpoint(
             shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
         save_model(model, tokenizer, partial)
-        torch.save(optimizer.state_dict(), partial / OPTIMIZER_NAME)
+        torch.save(whole_state(optimizer.state_dict()), partial / OPTIMIZER_NAME)
         torch.save(state, partial / STATE_NAME)
         _flush(partial)
         if final.exists():  # a run that starts anew in an old folder
@@ -118,7 +119,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         save_adapter(model, folder)
         model.config.save_pretrained(folder)
     else:
-        model.save_pretrained(folder)
+        kept: dict[str, Any] = (
+            {"state_dict": whole_state(model.state_dict())} if is_sharded(model) else {}
+        )
+        model.save_pretrained(folder, **kept)
     tokenizer.save_pretrained(folder)
     _make_portable(folder)
 
@@ -176,7 +180,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     for part, own_part in parts:
         for group, own in zip(part["param_groups"], own_part["param_groups"], strict=True):
             group |= {**own, "params": group["params"]}
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(state_in_shards(optimizer, saved))
 
 
 def check_same_optimizer(state: dict[str, Any], name: str, checkpoint: Path) -> None:

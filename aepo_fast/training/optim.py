@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import TrainerConfig
+from aepo_fast.model.sharded import whole
 
 _OF_TORCHAO = ("adamw_8bit", "adamw_bf16")
 
@@ -28,6 +29,7 @@ class MasterAdamW(torch.optim.AdamW):
         self.rounded = [p for group in groups for p in group["params"]]
         self.masters = [p.detach().float().clone() for p in self.rounded]
         self._master = dict(zip(self.rounded, self.masters, strict=True))
+        self._rounded = dict(zip(self.masters, self.rounded, strict=True))
         groups = [
             {**group, "params": [self._master[p] for p in group["params"]]} for group in groups
         ]
@@ -45,8 +47,9 @@ class MasterAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the copies and round them into the parameters, in place."""
         super().step(closure)
-        for parameter, master in zip(self.rounded, self.masters, strict=True):
-            parameter.copy_(master)
+        for group in self.param_groups:
+            for master in group["params"]:
+                self._rounded[master].copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's, and the copies."""
@@ -77,7 +80,10 @@ class MuonAndAdamW:
             adjust_lr_fn="match_rms_adamw",
         )
         self.adamw = others
-        self._parts = {"muon": self.muon, "adamw": self.adamw}
+
+    @property
+    def _parts(self) -> dict[str, torch.optim.Optimizer]:
+        return {"muon": self.muon, "adamw": self.adamw}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -203,7 +209,7 @@ def guarded_step(
     either way.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
+    norm = whole(nn.utils.clip_grad_norm_(trained, max_grad_norm)).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         optimizer.step()

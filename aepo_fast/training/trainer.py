@@ -27,6 +27,7 @@ from aepo_fast.method.objective import (
     second_temperature,
 )
 from aepo_fast.method.tokens import StepContext
+from aepo_fast.model.sharded import leave
 from aepo_fast.report.moving_mean import MovingMean
 from aepo_fast.rewards.reward import RewardError
 from aepo_fast.rollout.canary import Canary
@@ -35,6 +36,7 @@ from aepo_fast.samples import Rollout, RolloutPlan, Sample, TokenValues, seed_of
 from aepo_fast.training.assemble import Inputs, load_models
 from aepo_fast.training.checkpoint import load_optimizer, rng_state, set_rng_state
 from aepo_fast.training.interrupt import InterruptGuard
+from aepo_fast.training.offload import offloaded
 from aepo_fast.training.optim import build_optimizer, learning_rate, set_learning_rate
 from aepo_fast.training.plan import plan_rollout
 from aepo_fast.training.step_metrics import StepResult, StepTimes, step_metrics
@@ -57,7 +59,13 @@ class Trainer:
         models = load_models(cfg, machine, inputs)
         self.model, self.policy = models.model, models.policy
         self.reference, self.engine = models.reference, models.engine
-        self.optimizer = build_optimizer(self.model, cfg.trainer, compiles=machine.is_gpu)
+        offload = cfg.trainer.offload
+        compiles = machine.is_gpu and offload != "all"
+        self.optimizer = build_optimizer(self.model, cfg.trainer, compiles=compiles)
+        if offload == "optimizer":
+            self.optimizer, parts = offloaded(self.optimizer)
+            for part in parts:
+                part.to_cpu()
         self.controller = make_controller(cfg.aepo, cfg.trainer)
         self.sampler = make_sampler(cfg, inputs.prompts)
         self.rollouts = Rollouts(cfg, self.engine, inputs.reward, inputs.decode, guard.check)
@@ -144,6 +152,8 @@ class Trainer:
         """End what is still being sampled, and the rollout engine."""
         self.rollouts.close()
         self.engine.close()
+        if self.cfg.trainer.offload == "all":
+            leave()
 
     @property
     def unchanged(self) -> bool:

@@ -94,7 +94,7 @@ def grpo_settings(cfg: Config, machine: Machine, *, longest: int) -> dict[str, A
         "adam_epsilon": trainer.eps,
         "max_grad_norm": trainer.max_grad_norm,
         "bf16": machine.compute_dtype == torch.bfloat16,
-        "gradient_checkpointing": cfg.model.gradient_checkpointing,
+        "gradient_checkpointing": cfg.model.gradient_checkpointing != "none",
         "use_cpu": not machine.is_gpu,
         "seed": trainer.seed,
         "logging_steps": 1,

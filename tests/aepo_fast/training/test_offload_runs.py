@@ -1,0 +1,168 @@
+"""Whole runs with offloading, on a CPU: they end as runs without, and their checkpoints go on."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aepo_fast.config import resolve
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import Config, LoraConfig
+from aepo_fast.training.run import train
+from tests.aepo_fast.training.test_run import metrics_of
+from tests.tiny_run import copy_until, tiny_config
+
+LORA = LoraConfig(rank=4, targets=("q_proj", "down_proj", "lm_head"))
+ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offloading as on a GPU, from CPU memory to CPU memory.
+
+    Gradients of tied embeddings are added up as on a GPU, too: as sparse ones they come in another
+    order.
+    """
+    monkeypatch.setattr(resolve, "check_no_offloading", lambda cfg: None)
+    dense = property(lambda self: False, lambda self, value: None)
+    monkeypatch.setattr(torch.nn.Embedding, "sparse", dense, raising=False)
+
+
+def config(folder: Path, output: Path, offload: Any, /, **changes: Any) -> Config:
+    """4 steps of 2 updates. The sampler has a copy of the weights, in another dtype."""
+    cfg = tiny_config(folder, output)
+    sections = {
+        "trainer": {"offload": offload},
+        "rollout": {"dtype": "bfloat16"},
+        "checkpoint": {"keep": 9},
+    }
+    for name, values in changes.items():
+        sections[name] = sections.get(name, {}) | values
+    parts: dict[str, Any] = {
+        name: replace(getattr(cfg, name), **values) for name, values in sections.items()
+    }
+    return replace(cfg, **parts)
+
+
+def saved(cfg: Config) -> dict[str, torch.Tensor]:
+    folder = Path(cfg.output_dir) / "checkpoints" / f"step_{cfg.trainer.steps}"
+    return load_file(folder / (ADAPTER if cfg.model.lora.rank else WEIGHTS))
+
+
+def assert_same_end(one: Config, other: Config) -> None:
+    ours, theirs = saved(one), saved(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert metrics_of(one) == metrics_of(other)
+
+
+# Passive samples, of AEPO as published, are measured without a backward pass: the head that was
+# whole for them must not be taken for the next update's.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw": {"model": {"gradient_checkpointing": "full"}},
+    "one update": {"loss": {"kl_coef": 0.1}, "trainer": {"minibatches": 1, "steps": 3}},
+    "lora": {
+        "model": {"lora": LORA},
+        "loss": {"kl_coef": 0.1},
+        "trainer": {"minibatches": 1, "steps": 3},
+    },
+    "8 bit": {"trainer": {"optimizer": "adamw_8bit", "steps": 2}},
+}
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_weights_in_cpu_memory_end_as_those_on_the_device(
+    no_gpu_needed: None, tiny_model_dir: Path, tmp_path: Path, variant: str
+) -> None:
+    plain, offloaded = (
+        config(tiny_model_dir, tmp_path / name, name, **VARIANTS[variant])
+        for name in ("none", "all")
+    )
+    assert train(plain) == train(offloaded) == 0
+    assert_same_end(plain, offloaded)
+    assert not torch.distributed.is_initialized()
+
+
+def test_in_bfloat16_they_differ_by_rounding(
+    no_gpu_needed: None, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    steps = []
+    for name in ("none", "all"):
+        dtypes = {"model": {"compute_dtype": "bfloat16"}, "trainer": {"steps": 1}}
+        cfg = config(tiny_model_dir, tmp_path / name, name, **dtypes)
+        assert train(cfg) == 0
+        steps.append(metrics_of(cfg)[-1])
+    for key in ("loss", "grad_norm", "entropy"):
+        assert steps[0][key] == pytest.approx(steps[1][key], rel=0.02), key
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_a_checkpoint_goes_on_with_and_without_offloading(
+    no_gpu_needed: None, tiny_model_dir: Path, tmp_path: Path, offload: str
+) -> None:
+    plain = config(tiny_model_dir, tmp_path / "plain", "none")
+    assert train(plain) == 0
+    away = config(tiny_model_dir, tmp_path / "away", offload)
+    copy_until(1, plain, away)
+    assert train(away, resume=True) == 0
+    assert_same_end(plain, away)
+    back = config(tiny_model_dir, tmp_path / "back", "none")
+    copy_until(3, away, back)
+    assert train(back, resume=True) == 0
+    assert_same_end(plain, back)
+
+
+def test_alone_and_without_offloading_no_process_group_is_made(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "init_process_group", None)
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", None)  # importing it fails
+    cfg = tiny_config(tiny_model_dir, tmp_path)
+    assert train(replace(cfg, trainer=replace(cfg.trainer, steps=1))) == 0
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_offloading_needs_a_gpu(tmp_path: Path, offload: str) -> None:
+    cfg = config(tmp_path / "no model", tmp_path / "run", offload)
+    with pytest.raises(ConfigError, match=rf"trainer\.offload = '{offload}': .* is a CPU"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"trainer": {"optimizer": "muon"}}, "the processor would take Muon's step"),
+        ({"model": {"dtype": "bfloat16", "compute_dtype": "auto"}}, "float32 copies are not made"),
+        ({"model": {"liger": True}}, "is checked there, without Liger"),
+    ],
+)
+def test_what_weights_in_cpu_memory_cannot_be_is_refused(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    config(tmp_path, tmp_path, "optimizer", **changes)
+    with pytest.raises(ConfigError, match=rf"trainer\.offload = 'all': .*{reason}"):
+        config(tmp_path, tmp_path, "all", **changes)
+
+
+def test_samples_from_weights_in_cpu_memory_are_refused(
+    no_gpu_needed: None, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    cfg = config(tiny_model_dir, tmp_path / "run", "all", rollout={"dtype": "float32"})
+    with pytest.raises(ConfigError, match="'all': with rollout.dtype = model.dtype = 'float32'"):
+        train(cfg)
+
+
+def test_a_model_whose_layers_cannot_be_told_apart(
+    no_gpu_needed: None, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aepo_fast.model.sharded.GradientCheckpointingLayer", ())
+    with pytest.raises(ConfigError, match="'all': the layers of LlamaForCausalLM cannot be told"):
+        train(config(tiny_model_dir, tmp_path / "run", "all"))
