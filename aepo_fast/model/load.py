@@ -172,7 +172,7 @@ def load_model(
     one that `head_arguments` describes.
     """
     check_folder(Path(folder), str(folder))
-    config = _without_dropout(read_config(folder))
+    config = without_dropout(read_config(folder))
     attention = choose_attention(cfg.attention, machine, config.model_type)
     if cfg.liger:
         _check_liger(cfg, machine)
@@ -212,13 +212,18 @@ def load_model(
         _apply_liger(model)
     if machine.runs_cpp:
         fuse_layers(model)
+    enable_checkpointing(model, cfg)
+    model.train()
+    _check_head(model, str(folder), machine)
+    return model
+
+
+def enable_checkpointing(model: PreTrainedModel, cfg: ModelConfig) -> None:
+    """Let layers be computed again in the backward pass, as cfg says."""
     if cfg.gradient_checkpointing:
         name = "activation_checkpointing_enable"  # transformers 5.17 has the older name alone
         enable = getattr(model, name, None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    model.train()
-    _check_head(model, str(folder), machine)
-    return model
 
 
 def _check_complete(missing: Collection[str], folder: str) -> None:
@@ -261,7 +266,8 @@ def choose_attention(requested: Attention, machine: Machine, model_type: str = "
     return requested
 
 
-def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The settings of a model with each dropout at 0."""
     # With dropout, pi / pi_old would differ from 1 for the very same weights.
     for part in (config, config.get_text_config()):
         for key, value in part.to_dict().items():
