@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
-from aepo_fast.memory.devices import this_device
+from aepo_fast.memory.devices import import_packages, this_device
 from aepo_fast.memory.fit import cheapest_changes, gib, planner
 from aepo_fast.memory.model_pass import Shape
 from aepo_fast.memory.plan import Device, MemoryPlan, plan_memory, shape_of
@@ -41,7 +41,9 @@ def predict(
 
     Raises ConfigError where the plan needs more than `MARGIN` above what there is.
     """
-    config, device = read_config(folder), this_device(is_gpu=machine.is_gpu)
+    config = read_config(folder)
+    import_packages(cfg)
+    device = this_device(is_gpu=machine.is_gpu)
     if device.counted:
         most = _upper_bound(cfg, config, folder, shape_of(cfg, prompt_tokens))
         if most < _SMALL * device.process:

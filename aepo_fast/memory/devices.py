@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import Config
 from aepo_fast.memory.plan import Device
+from aepo_fast.training.optim import OF_TORCHAO
 
 # Libraries, threads and caches that a process on a CPU adds once a model loads, bytes; and what of
 # the heap lies in holes, as a share of tensors. Fitted to bench/results/cpu/memory-*.json.
@@ -40,6 +44,18 @@ def named_device(size: str) -> Device:
 
 def _gpu(memory: int) -> Device:
     return Device(memory, _CONTEXT, counted=False, holes=_UNUSABLE)
+
+
+def import_packages(cfg: Config) -> None:
+    """Import what a run of a configuration needs, so that the process has it when it is measured.
+
+    What is not installed is left to the run's own checks.
+    """
+    names = [("torchao.optim", "torch._dynamo")] if cfg.trainer.optimizer in OF_TORCHAO else []
+    names += [("peft",)] if cfg.model.lora.rank else []
+    for name in (name for group in names for name in group):
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def resident_bytes() -> int:

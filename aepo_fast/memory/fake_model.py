@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,11 +94,12 @@ def fake_policy(
     Raises ConfigError for a model that cannot be built from its settings.
     """
     machine = planned(machine)
-    with mode:
+    with torch.device("meta"):  # where peft can add layers, as among fake tensors it cannot
         model = _model(cfg, machine, config)
         if cfg.model.lora.rank:
-            with _settled_randomness():
-                add_adapter(model, cfg.model.lora, seed=0)
+            add_adapter(model, cfg.model.lora, seed=0)
+    with mode:
+        _make_fake(model)
         if machine.runs_cpp:
             fuse_layers(model, _with_numbers)
         enable_checkpointing(model, cfg.model)
@@ -110,6 +109,22 @@ def fake_policy(
         _register_stand_in()
         model.config._attn_implementation = _STAND_IN
     return policy
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Replace the tensors of a model without memory by fake ones of the CPU; ties stay."""
+    made: dict[Tensor, Any] = {}
+    for module in model.modules():
+        for group in (module._parameters, module._buffers):
+            for name, old in group.items():
+                if old is None:
+                    continue
+                if old not in made:
+                    new: Any = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=old.requires_grad)
+                    made[old] = new
+                group[name] = made[old]
 
 
 def _model(cfg: Config, machine: Machine, config: PretrainedConfig) -> PreTrainedModel:
@@ -133,13 +148,6 @@ def _model(cfg: Config, machine: Machine, config: PretrainedConfig) -> PreTraine
         fix = "Check config.json, and model.attention"
         raise ConfigError("model.path", cfg.model.path, reason, fix) from error
     return model
-
-
-@contextmanager
-def _settled_randomness() -> Iterator[None]:
-    """Leave the random state as it is: fake tensors draw no numbers, but peft seeds."""
-    with torch.random.fork_rng(devices=[]):
-        yield
 
 
 def _with_numbers(module: nn.Module) -> nn.Module:

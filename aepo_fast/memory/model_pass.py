@@ -19,7 +19,7 @@ from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.memory.fake_model import fake_policy, layer_period, num_layers, with_layers
 from aepo_fast.memory.live_storages import LiveStorages
-from aepo_fast.model.batch import MicroBatch
+from aepo_fast.model.batch import Element, MicroBatch, split_elements
 from aepo_fast.model.policy import Policy
 from aepo_fast.samples import Completion, Sample
 from aepo_fast.training.optim import MasterAdamW, build_optimizer
@@ -82,11 +82,10 @@ def _traced(cfg: Config, machine: Machine, config: PretrainedConfig, shape: Shap
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     policy = fake_policy(cfg, machine, config, mode)
     with mode:
-        batches = policy.microbatches(_samples(shape), range(shape.prompts * shape.group_size))
-        batch = max(batches, key=lambda one: one.input_ids.numel())
+        batch, count = _largest(policy, shape)
         score = _score(policy, batch)
         counter = LiveStorages(512 if policy.machine.is_gpu else 64)
-        _prepare(cfg, policy, counter, again=len(batches) > 1)
+        _prepare(cfg, policy, counter, again=count > 1)
         _run(policy, batch, counter, period=layer_period(config, cfg))
     peaks = counter.peaks
     lines, width = batch.input_ids.shape
@@ -99,7 +98,7 @@ def _traced(cfg: Config, machine: Machine, config: PretrainedConfig, shape: Shap
         lines=lines,
         width=width,
         tokens=len(batch.targets),
-        again=int(len(batches) > 1),
+        again=int(count > 1),
     )
 
 
@@ -176,6 +175,36 @@ def _begins(counter: LiveStorages, name: str) -> Callable[..., None]:
 def _layers(backbone: nn.Module, count: int) -> nn.ModuleList | None:
     lists = (one for one in backbone.modules() if isinstance(one, nn.ModuleList))
     return next((one for one in lists if len(one) == count), None)
+
+
+def _largest(policy: Policy, shape: Shape) -> tuple[MicroBatch, int]:
+    """The largest micro-batch of samples of a shape, in fake tensors, and how many there are."""
+    samples = _samples(shape)
+    batches = split_elements(
+        samples,
+        range(len(samples)),
+        layout=policy.layout,
+        max_tokens=policy.max_tokens,
+        batch_tokens=policy.batch_tokens,
+    )
+
+    def size(batch: list[Element]) -> int:
+        lengths = [element.length for element in batch]
+        return sum(lengths) if policy.layout == "packed" else len(batch) * max(lengths)
+
+    batch = max(batches, key=size)
+    packed = policy.layout == "packed"
+    lines = 1 if packed else len(batch)
+    width = size(batch) // lines
+    mask = None
+    if any(len(element.samples) > 1 for element in batch):
+        mask = torch.empty(lines, 1, width, width, dtype=torch.bool)
+    elif not packed:
+        mask = torch.empty(lines, width, dtype=torch.long)
+    ids = torch.empty(lines, width, dtype=torch.long)
+    tokens = shape.new_tokens * sum(len(element.samples) for element in batch)
+    some = torch.empty(tokens, dtype=torch.long)
+    return MicroBatch(ids, torch.empty_like(ids), mask, some, some, some, ()), len(batches)
 
 
 def _samples(shape: Shape) -> Sequence[Sample]:
