@@ -17,6 +17,7 @@ from aepo_fast.memory.plan import Device, MemoryPlan, plan_memory
 
 Planner = Callable[[Config], MemoryPlan]
 
+_MOST_TRIES = 40  # half a second each
 _FEWEST_TOKENS, _MOST_TOKENS = 1024, 2**18
 
 
@@ -54,18 +55,17 @@ def cheapest_changes(cfg: Config, plan: Planner, count: int = 3) -> list[Change]
     few.
     """
     found: list[Change] = []
-    options = [option for option in _options(cfg) if option]
-    for size in (1, 2, 3):
-        for chosen in combinations(options, size):
-            if any(set(one.settings) <= set(sum(chosen, ())) for one in found):
-                continue
-            change = _tried(cfg, plan, sum(chosen, ()))
-            if change is not None:
-                found.append(change)
-            if len(found) == count:
-                return found
-        if found:
-            return found
+    options = list(_options(cfg))
+    tries = [chosen for size in (1, 2, 3) for chosen in combinations(options, size)]
+    for chosen in tries[:_MOST_TRIES]:
+        settings = tuple(one for option in chosen for one in option)
+        if any(set(one.settings) <= set(settings) for one in found):
+            continue
+        change = _tried(cfg, plan, settings)
+        if change is not None:
+            found.append(change)
+        if len(found) == count:
+            break
     return found
 
 

@@ -10,6 +10,8 @@ from aepo_fast.config.resolve import Machine
 from aepo_kernels.head.plan import Plan, Strategy, make_plan
 from aepo_kernels.problem import Problem
 
+_FUSED_TOKEN = 20 * 2**10  # bytes a token of the fused forward pass, see head.plan.Budget
+
 
 @dataclass(frozen=True)
 class HeadBytes:
@@ -65,7 +67,7 @@ def head_bytes(
             weight_grad=final * trained,
             score=tokens * vocab * 2 * wide,
         )
-    stats = _stats(plan, vocab, logits)
+    stats = _stats(plan, tokens, vocab, logits)
     once = plan.written_once and weight.dtype == hidden.dtype
     sum_width = own if once else wide
     sums = tokens * width * own * logit_grads + vocab * width * sum_width * trained
@@ -80,14 +82,15 @@ def head_bytes(
     )
 
 
-def _stats(plan: Plan, vocab: int, logits: int) -> int:
+def _stats(plan: Plan, tokens: int, vocab: int, logits: int) -> int:
     """The workspace of a call that makes statistics alone."""
+    count = min(plan.stats_tokens, tokens)
     if plan.fused:
-        return plan.stats_tokens * 20480
+        return count * _FUSED_TOKEN
     if not plan.sliced_stats or not plan.reuses_memory:
-        return plan.stats_tokens * logits
+        return count * logits
     columns = min(plan.stats_columns, vocab)
-    return plan.stats_tokens * columns * plan.logits_dtype.itemsize
+    return count * columns * plan.logits_dtype.itemsize
 
 
 def _work(plan: Plan, tokens: int, vocab: int, width: int, own: int, stats: int) -> int:

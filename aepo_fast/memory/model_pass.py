@@ -58,17 +58,19 @@ class PassBytes:
     again: int
 
 
-def pass_bytes(cfg: Config, machine: Machine, config: PretrainedConfig, shape: Shape) -> PassBytes:
-    """Trace the update's and the scoring's largest micro-batch of a model with settings `config`.
+def pass_bytes(
+    cfg: Config, machine: Machine, config: PretrainedConfig, samples: Sequence[Sample]
+) -> PassBytes:
+    """Trace the largest micro-batch of some samples through a model with settings `config`.
 
     Raises ConfigError for a model that cannot be built from its settings.
     """
     total, period = num_layers(config), layer_period(config, cfg)
     few = period + total % period
     if few + 2 * period >= total:
-        return _traced(cfg, machine, config, shape)
+        return _traced(cfg, machine, config, samples)
     few, many = few + (period == 1), few + period + (period == 1)
-    one, two = (_traced(cfg, machine, with_layers(config, n), shape) for n in (few, many))
+    one, two = (_traced(cfg, machine, with_layers(config, n), samples) for n in (few, many))
     share = (total - few) / (many - few)
 
     def grown(name: str) -> float:
@@ -78,11 +80,13 @@ def pass_bytes(cfg: Config, machine: Machine, config: PretrainedConfig, shape: S
     return PassBytes(**{item.name: grown(item.name) for item in fields(PassBytes)})
 
 
-def _traced(cfg: Config, machine: Machine, config: PretrainedConfig, shape: Shape) -> PassBytes:
+def _traced(
+    cfg: Config, machine: Machine, config: PretrainedConfig, samples: Sequence[Sample]
+) -> PassBytes:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     policy = fake_policy(cfg, machine, config, mode)
     with mode:
-        batch, count = _largest(policy, shape)
+        batch, count = _largest(policy, samples)
         score = _score(policy, batch)
         counter = LiveStorages(512 if policy.machine.is_gpu else 64)
         _prepare(cfg, policy, counter, again=count > 1)
@@ -177,9 +181,8 @@ def _layers(backbone: nn.Module, count: int) -> nn.ModuleList | None:
     return next((one for one in lists if len(one) == count), None)
 
 
-def _largest(policy: Policy, shape: Shape) -> tuple[MicroBatch, int]:
-    """The largest micro-batch of samples of a shape, in fake tensors, and how many there are."""
-    samples = _samples(shape)
+def _largest(policy: Policy, samples: Sequence[Sample]) -> tuple[MicroBatch, int]:
+    """The largest micro-batch of samples, in fake tensors, and how many there are."""
     batches = split_elements(
         samples,
         range(len(samples)),
@@ -202,12 +205,12 @@ def _largest(policy: Policy, shape: Shape) -> tuple[MicroBatch, int]:
     elif not packed:
         mask = torch.empty(lines, width, dtype=torch.long)
     ids = torch.empty(lines, width, dtype=torch.long)
-    tokens = shape.new_tokens * sum(len(element.samples) for element in batch)
+    tokens = sum(samples[index].length for element in batch for index in element.samples)
     some = torch.empty(tokens, dtype=torch.long)
     return MicroBatch(ids, torch.empty_like(ids), mask, some, some, some, ()), len(batches)
 
 
-def _samples(shape: Shape) -> Sequence[Sample]:
+def samples_of(shape: Shape) -> Sequence[Sample]:
     """Samples of the shape's lengths, as micro-batches are made of."""
     new = shape.new_tokens
     samples = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from aepo_fast.memory.fake_model import fake_policy, num_layers
 from aepo_fast.memory.head_pass import HeadBytes, head_bytes
 from aepo_fast.memory.model_pass import PassBytes, Shape, pass_bytes
 from aepo_fast.memory.states import StateBytes, gradient_width, state_bytes
+from aepo_fast.samples import Sample
 
 # What holds bytes, in the order of a bar.
 PARTS = (
@@ -54,14 +56,16 @@ class Traced:
     head: HeadBytes
 
 
-def trace(cfg: Config, machine: Machine, config: PretrainedConfig, shape: Shape) -> Traced:
-    """Trace a run's model of settings `config` over its largest micro-batch.
+def trace(
+    cfg: Config, machine: Machine, config: PretrainedConfig, samples: Sequence[Sample]
+) -> Traced:
+    """Trace a run's model of settings `config` over the largest micro-batch of some samples.
 
     Raises ConfigError for a model that cannot be built from its settings.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     policy = fake_policy(cfg, machine, config, mode)
-    found = pass_bytes(cfg, machine, config, shape)
+    found = pass_bytes(cfg, machine, config, samples)
     trained = policy.weight.requires_grad
     with mode:
         states = state_bytes(cfg, policy)
@@ -92,11 +96,12 @@ def phases(
     held["sampler"] = states.sampler
     loading = Phase("load", {**held, "activations": states.loading})
     held["optimizer"] = states.optimizer
+    update = {**held, **update_bytes(traced)}
     found = [
         loading,
         _sample(cfg, machine, config, shape, held, device_bytes),
         Phase("score", {**held, **_score(traced)}),
-        _update(held, traced),
+        Phase("update", update),
         Phase("step", {**held, "gradients": states.gradients, "activations": states.step}),
     ]
     return [replace(one, parts=_in_order(one.parts, holes)) for one in found]
@@ -112,8 +117,8 @@ def _score(traced: Traced) -> dict[str, int]:
     return {"activations": round(traced.activations.score), "head": traced.head.score}
 
 
-def _update(held: dict[str, int], traced: Traced) -> Phase:
-    """The update's worst moment: at the head, or at either end of the backward pass."""
+def update_bytes(traced: Traced) -> dict[str, int]:
+    """The update's worst moment, by part: at the head, or at either end of the backward pass."""
     found, head, gradients = traced.activations, traced.head, traced.states.gradients
     before = gradients if found.again else 0
     own = 0 if found.again else head.weight_grad
@@ -130,7 +135,7 @@ def _update(held: dict[str, int], traced: Traced) -> Phase:
     else:
         moments = [{**one, "gradients": before} for one in moments]
     worst = max(moments, key=lambda one: sum(one.values()))
-    return Phase("update", {**held, **{name: round(size) for name, size in worst.items()}})
+    return {name: round(size) for name, size in worst.items()}
 
 
 def _split(bottom: float, own: int, gradients: int) -> dict[str, float]:

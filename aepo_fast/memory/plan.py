@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
-from aepo_fast.memory.model_pass import PassBytes, Shape
+from aepo_fast.memory.model_pass import PassBytes, Shape, samples_of
 from aepo_fast.memory.phases import Phase, phases, trace
 
 
@@ -35,6 +35,8 @@ class MemoryPlan:
     phases: tuple[Phase, ...]
     shape: Shape
     activations: PassBytes
+    num_weights: int
+    num_trained: int
 
     @property
     def worst(self) -> Phase:
@@ -75,7 +77,7 @@ def plan_memory(
     Raises ConfigError for a model that cannot be built from its settings.
     """
     shape = shape_of(cfg, prompt_tokens)
-    traced = trace(cfg, machine, config, shape)
+    traced = trace(cfg, machine, config, samples_of(shape))
     found = phases(
         cfg,
         machine,
@@ -86,7 +88,9 @@ def plan_memory(
         holes=device.holes if device.counted else 0.0,
         device_bytes=device.memory,
     )
-    return MemoryPlan(device, tuple(found), shape, traced.activations)
+    states = traced.states
+    counts = states.num_weights, states.num_trained
+    return MemoryPlan(device, tuple(found), shape, traced.activations, *counts)
 
 
 def shape_of(cfg: Config, prompt_tokens: int | None = None) -> Shape:

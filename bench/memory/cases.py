@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 SHAPES = {
-    # Qwen2.5-0.5B with a quarter of its layers and the vocabulary of the tokenizer that is at hand.
-    "qwen2.5-0.5b, 6 layers": (896, 4864, 6, 14, 2, 49152),
-    # SmolLM2-135M with a third of its layers.
-    "smollm2-135m, 10 layers": (576, 1536, 10, 9, 3, 49152),
+    # Qwen2.5-0.5B with a sixth of its layers and the vocabulary of the tokenizer that is at hand.
+    "qwen2.5-0.5b, 4 layers": (896, 4864, 4, 14, 2, 49152),
+    # SmolLM2-135M with a quarter of its layers.
+    "smollm2-135m, 8 layers": (576, 1536, 8, 9, 3, 49152),
     # The model of the recipes; GPU only.
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936),
 }
@@ -70,7 +70,7 @@ def runs(*, on_gpu: bool) -> list[tuple[str, tuple[str, ...]]]:
 
 def settings(model: Path, output: Path, *, on_gpu: bool, steps: int = 2) -> dict[str, Any]:
     """The configuration that all runs share, of a model's folder."""
-    new, prompts, tokens = (1024, 8, 16384) if on_gpu else (64, 4, 1024)
+    new, prompts, tokens = (1024, 8, 16384) if on_gpu else (32, 4, 1024)
     return {
         "output_dir": str(output),
         "model": {"path": str(model)},
