@@ -7,6 +7,7 @@ import argparse
 from bench import entropy, tables
 from bench.e2e import run as e2e
 from bench.kernels import run as kernels
+from bench.memory import run as memory
 from bench.sampling import rollout, sync
 from bench.step import run as step
 from bench.triton import compiled, launches
@@ -16,7 +17,7 @@ def main() -> None:
     """Run the benchmark named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench")
     commands = parser.add_subparsers(required=True)
-    for command in (kernels, compiled, launches, rollout, step, e2e, sync, entropy, tables):
+    for command in (kernels, compiled, launches, rollout, step, memory, e2e, sync, entropy, tables):
         command.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

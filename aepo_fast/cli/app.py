@@ -1,4 +1,4 @@
-"""The command line: train, eval, export, plot, configs, doctor, bench."""
+"""The command line: train, plan, eval, export, plot, configs, doctor, bench."""
 
 from __future__ import annotations
 
@@ -88,6 +88,30 @@ def train(
 
     code = train_run(cfg, resume=resume, overwrite=overwrite, start_from=start_from)
     raise SystemExit(code)
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="A TOML file or the name of a shipped config.")],
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help='A card of that memory, e.g. "24GiB"; else this machine.'),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the longest prompt; else rollout.max_prompt_tokens."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the model and run two steps to compare.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Say what a run needs in memory, whether it fits, and what would make it fit."""
+    from aepo_fast.cli.plan import plan_text
+
+    options = {"gpu": gpu, "prompt_tokens": prompt_tokens, "measure": measure, "as_json": as_json}
+    print(plan_text(config, set_ or [], **options))
 
 
 @app.command("eval")

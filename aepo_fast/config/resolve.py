@@ -84,17 +84,25 @@ def resolve_machine(cfg: Config, *, trains: bool = True) -> Machine:
     Raises ConfigError for a GPU that is not there, dtypes that do not go together, more than one
     process, a head backend that cannot run, and offloading without a GPU.
     """
-    device = _device(cfg.trainer.device)
+    machine = machine_on(_device(cfg.trainer.device), cfg)
+    if not trains:
+        return machine
+    _check_world()
+    if not machine.is_gpu:
+        check_no_offloading(cfg)
+    backend = _head_backend(cfg.model.head_backend, machine.device, machine.compute_dtype)
+    return dataclasses.replace(machine, head_backend=backend)
+
+
+def machine_on(device: torch.device, cfg: Config) -> Machine:
+    """The machine of a configuration on some device, which need not be there.
+
+    Raises ConfigError for dtypes that do not go together.
+    """
     weights, compute = _model_dtypes(cfg, device)
     auto = cfg.rollout.dtype == "auto"
     rollout = fast_dtype(device) if auto else _DTYPES[cfg.rollout.dtype]
-    backend = cfg.model.head_backend
-    if trains:
-        _check_world()
-        if device.type != "cuda":
-            check_no_offloading(cfg)
-        backend = _head_backend(backend, device, compute)
-    return Machine(device, weights, compute, rollout, backend)
+    return Machine(device, weights, compute, rollout, cfg.model.head_backend)
 
 
 def auto_device() -> torch.device:

@@ -41,8 +41,8 @@ class MicroBatch:
 
 
 @dataclass
-class _Element:
-    """One line of the batch: a prompt and the completions that follow it."""
+class Element:
+    """One line of a batch, or a part of a packed one: a prompt and the completions after it."""
 
     prompt: tuple[int, ...]
     samples: list[int]
@@ -63,15 +63,31 @@ def make_microbatches(
     completion tokens are left out. Tensors are on the CPU. batch_tokens: padding that one
     micro-batch fewer is worth.
     """
+    batches = split_elements(
+        samples, indices, layout=layout, max_tokens=max_tokens, batch_tokens=batch_tokens
+    )
+    make = _packed if layout == "packed" else _lines
+    return [make(samples, batch) for batch in batches]
+
+
+def split_elements(
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    *,
+    layout: Layout,
+    max_tokens: int,
+    batch_tokens: int,
+) -> list[list[Element]]:
+    """What each micro-batch of `make_microbatches` holds, before any tensor is made."""
     elements = _elements(samples, indices, shared=layout == "shared", max_tokens=max_tokens)
     elements.sort(key=lambda element: -element.length)
     if layout == "packed":
-        return [_packed(samples, batch) for batch in _fill(elements, max_tokens)]
-    return [_lines(samples, batch) for batch in _split(elements, max_tokens, batch_tokens)]
+        return _fill(elements, max_tokens)
+    return _split(elements, max_tokens, batch_tokens)
 
 
-def _fill(elements: list[_Element], max_tokens: int) -> list[list[_Element]]:
-    batches: list[list[_Element]] = []
+def _fill(elements: list[Element], max_tokens: int) -> list[list[Element]]:
+    batches: list[list[Element]] = []
     used = 0
     for element in elements:
         if not batches or used + element.length > max_tokens:
@@ -82,7 +98,7 @@ def _fill(elements: list[_Element], max_tokens: int) -> list[list[_Element]]:
     return batches
 
 
-def _split(elements: list[_Element], max_tokens: int, batch_tokens: int) -> list[list[_Element]]:
+def _split(elements: list[Element], max_tokens: int, batch_tokens: int) -> list[list[Element]]:
     """Split elements, longest first, so that lines padded to their batch's first cost the least."""
     costs, starts = [0], [0]  # of the best split of the elements before each; its last batch
     for stop in range(1, len(elements) + 1):
@@ -104,9 +120,9 @@ def _split(elements: list[_Element], max_tokens: int, batch_tokens: int) -> list
 
 def _elements(
     samples: Sequence[Sample], indices: Sequence[int], *, shared: bool, max_tokens: int
-) -> list[_Element]:
-    elements: list[_Element] = []
-    open_for: dict[tuple[int, ...], _Element] = {}
+) -> list[Element]:
+    elements: list[Element] = []
+    open_for: dict[tuple[int, ...], Element] = {}
     for index in indices:
         completion = samples[index].completion
         if not completion.completion_ids:
@@ -115,7 +131,7 @@ def _elements(
         extra = len(completion.completion_ids) - 1
         element = open_for.get(completion.prompt_ids)
         if not shared or element is None or element.length + extra > max_tokens:
-            element = _Element(completion.prompt_ids, [], len(completion.prompt_ids))
+            element = Element(completion.prompt_ids, [], len(completion.prompt_ids))
             elements.append(element)
             open_for[completion.prompt_ids] = element
         element.samples.append(index)
@@ -155,7 +171,7 @@ class _Tokens:
         )
 
 
-def _lines(samples: Sequence[Sample], batch: list[_Element]) -> MicroBatch:
+def _lines(samples: Sequence[Sample], batch: list[Element]) -> MicroBatch:
     width = batch[0].length
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     positions = torch.zeros(len(batch), width, dtype=torch.long)
@@ -185,7 +201,7 @@ def _lines(samples: Sequence[Sample], batch: list[_Element]) -> MicroBatch:
     return tokens.finish(ids, positions, mask)
 
 
-def _packed(samples: Sequence[Sample], batch: list[_Element]) -> MicroBatch:
+def _packed(samples: Sequence[Sample], batch: list[Element]) -> MicroBatch:
     width = sum(element.length for element in batch)
     ids = torch.zeros(1, width, dtype=torch.long)
     positions = torch.zeros(1, width, dtype=torch.long)

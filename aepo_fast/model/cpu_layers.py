@@ -21,16 +21,19 @@ _ROTARY = "apply_rotary_pos_emb"  # what transformers' attention modules call
 _KIND = "fused_kind"
 
 
-def fuse_layers(model: PreTrainedModel) -> None:
+def fuse_layers(
+    model: PreTrainedModel, tried: Callable[[nn.Module], nn.Module] = lambda module: module
+) -> None:
     """Let a model's layers use the C++ operations, by way of subclasses of what they are.
 
     model: on a machine that `runs_cpp`. Under autocast norms of float32, as of the residual stream,
-    give its dtype: the GEMMs behind them would cast to it.
+    give its dtype: the GEMMs behind them would cast to it. tried: gives the module of a model
+    without numbers some, to be tried in its place.
     """
     classes: dict[type, type] = {}
     for module in list(model.modules()):
         # Each by itself: a class may compute something else in some of its layers.
-        plain, own = type(module), _own(module)
+        plain, own = type(module), _own(tried(module))
         if own is None:
             continue
         if plain not in classes:

@@ -217,7 +217,7 @@ def load_model(
     folder's head is not one that `head_arguments` describes.
     """
     check_folder(Path(folder), str(folder))
-    config = _without_dropout(read_config(folder))
+    config = without_dropout(read_config(folder))
     check_whole(config, str(folder))
     attention = choose_attention(cfg.attention, machine, config.model_type)
     if cfg.liger:
@@ -315,7 +315,8 @@ def choose_attention(requested: Attention, machine: Machine, model_type: str = "
     return requested
 
 
-def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The settings of a model with each dropout at 0."""
     # With dropout, pi / pi_old would differ from 1 for the very same weights.
     for part in (config, config.get_text_config()):
         for key, value in part.to_dict().items():

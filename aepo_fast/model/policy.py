@@ -105,6 +105,7 @@ class Policy:
             embedding.sparse = True  # type: ignore[union-attr]
         self.layout: Layout = choose_layout(model, trainer.layout)
         self.max_tokens = trainer.tokens_per_microbatch
+        self.batch_tokens = GPU_BATCH_TOKENS if machine.is_gpu else BATCH_TOKENS
 
     @property
     def row_kernels(self) -> str:
@@ -122,9 +123,12 @@ class Policy:
 
     def microbatches(self, samples: Sequence[Sample], indices: Sequence[int]) -> list[MicroBatch]:
         """Lay samples[indices] out for the model."""
-        cost = GPU_BATCH_TOKENS if self.machine.is_gpu else BATCH_TOKENS
         return make_microbatches(
-            samples, indices, layout=self.layout, max_tokens=self.max_tokens, batch_tokens=cost
+            samples,
+            indices,
+            layout=self.layout,
+            max_tokens=self.max_tokens,
+            batch_tokens=self.batch_tokens,
         )
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import TrainerConfig
 from aepo_fast.model.sharded import whole
+from aepo_fast.training.malloc import giving_memory_back
 
-_OF_TORCHAO = ("adamw_8bit", "adamw_bf16")
+OF_TORCHAO = ("adamw_8bit", "adamw_bf16")
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -112,7 +113,7 @@ class MuonAndAdamW:
 
 def check_optimizer(cfg: TrainerConfig) -> None:
     """Raise ConfigError where an optimizer's package is not installed."""
-    if cfg.optimizer in _OF_TORCHAO and importlib.util.find_spec("torchao") is None:
+    if cfg.optimizer in OF_TORCHAO and importlib.util.find_spec("torchao") is None:
         fix = "pip install 'aepo-fast[torchao]', or use \"adamw\""
         raise ConfigError("trainer.optimizer", cfg.optimizer, "torchao is not installed", fix)
 
@@ -127,7 +128,7 @@ def build_optimizer(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = ([p for p in trained if (p.ndim > 1) is many] for many in (True, False))
-    if cfg.optimizer in _OF_TORCHAO:
+    if cfg.optimizer in OF_TORCHAO:
         return _torchao(_groups(matrices, vectors, cfg), cfg, compiles=compiles)
     if cfg.optimizer == "muon":
         ends = {id(p) for p in _ends(model)}
@@ -175,7 +176,9 @@ def _torchao(groups: list[dict[str, Any]], cfg: TrainerConfig, *, compiles: bool
     kind: Any = {"adamw_8bit": AdamW8bit, "adamw_bf16": _AdamW}[cfg.optimizer]
     made = kind(groups, **_options(cfg), bf16_stochastic_round=True)
     if not compiles:
-        made.step = torch.compiler.set_stance("force_eager")(made.step)
+        eager = torch.compiler.set_stance("force_eager")(made.step)
+        # Uncompiled, a step makes some 50 bytes for each number of a weight at a time.
+        made.step = giving_memory_back()(eager)
     return made
 
 

@@ -11,6 +11,7 @@ import torch
 
 from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config
+from aepo_fast.memory.check import Prediction, predict
 from aepo_fast.model.cpu_layers import fused_kinds
 from aepo_fast.report.logger import MetricsLogger
 from aepo_fast.report.plot import plot_run
@@ -22,7 +23,7 @@ from aepo_fast.training.assemble import hold_folder, load_inputs, prepare_folder
 from aepo_fast.training.checkpoint import CheckpointError, complete_checkpoints, save_checkpoint
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
-from aepo_fast.training.memory import keep_freed_memory
+from aepo_fast.training.malloc import keep_freed_memory
 from aepo_fast.training.trainer import Trainer, TrainingError
 from aepo_kernels import whole_sums
 
@@ -37,7 +38,7 @@ def train(
     Raises ConfigError before any model loads, and TrainingError, RewardError or CheckpointError
     where the run cannot go on.
     """
-    machine = resolve_machine(cfg)
+    given, machine = cfg, resolve_machine(cfg)
     cfg = machine.settled(cfg)
     # Beside the kernels, which switch cuBLAS's sums, the sampler's must not differ by chance.
     sums = whole_sums if cfg.rollout.steps_ahead else nullcontext()
@@ -46,6 +47,9 @@ def train(
         print(inputs.prompts.preview(), flush=True)
         if resume:
             print(f"goes on from {inputs.checkpoint or 'the start: there is no checkpoint'}")
+        longest = max(len(prompt.token_ids) for prompt in inputs.prompts.train)
+        folder = inputs.model_folder
+        prediction = predict(cfg, machine, folder, prompt_tokens=longest, given=given)
         if not machine.is_gpu:
             keep_freed_memory()
         with doing("loading the model"):
@@ -63,14 +67,17 @@ def train(
                 tensorboard=cfg.logging.tensorboard,
                 total_steps=cfg.trainer.steps,
             )
-            return _Run(cfg, trainer, logger).run()
+            return _Run(cfg, trainer, logger, prediction).run()
         finally:
             trainer.close()
 
 
 class _Run:
-    def __init__(self, cfg: Config, trainer: Trainer, logger: MetricsLogger) -> None:
+    def __init__(
+        self, cfg: Config, trainer: Trainer, logger: MetricsLogger, prediction: Prediction
+    ) -> None:
         self.cfg, self.trainer, self.logger = cfg, trainer, logger
+        self.prediction = prediction
         self.folder = Path(cfg.output_dir)
         self.rollouts = RolloutLog(self.folder, cfg.logging.rollouts_per_step)
         self.logged = trainer.steps_done  # the last step that is in both logs
@@ -141,6 +148,7 @@ class _Run:
             result = self.trainer.step(advance)
         last = number == cfg.trainer.steps
         metrics: dict[str, Any] = {"step": number, **self.trainer.metrics(result)}
+        metrics["perf/predicted_memory_gib"] = self.prediction.peak / 2**30
         metrics["kernel/backend"] = self.trainer.policy.machine.head_backend
         metrics["kernel/rows"] = self.trainer.policy.row_kernels
         try:

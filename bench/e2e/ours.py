@@ -9,7 +9,7 @@ from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config
 from aepo_fast.training.assemble import load_inputs
 from aepo_fast.training.interrupt import InterruptGuard
-from aepo_fast.training.memory import keep_freed_memory
+from aepo_fast.training.malloc import keep_freed_memory
 from aepo_fast.training.trainer import Trainer
 from bench.e2e.phases import LEARNING, LOGPROBS, OPTIMIZER, OTHER, REWARD, ROLLOUT
 from bench.e2e.recorder import Recorder

@@ -9,10 +9,12 @@ part is missing, every function raises: see `aepo_kernels.cpu.unavailable_reason
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from aepo_kernels.cpu.library import DTYPES, call
 from aepo_kernels.tensors import first_order, unreadable_reason
@@ -88,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
 def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x, dtype=dtype)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    call("aepo_rms_norm", _norm(x, weight, out, rstd, None, None, eps))
+    _run("aepo_rms_norm", _norm, x, weight, out, rstd, None, None, eps)
     return out, rstd
 
 
@@ -110,8 +112,8 @@ class _RmsNorm(torch.autograd.Function):
         weight_grad = None
         if ctx.needs_input_grad[1]:
             weight_grad = torch.empty_like(weight, dtype=torch.float32)
-        norm = _norm(x, weight, out_grad, rstd, x_grad, weight_grad, ctx.eps)
-        call("aepo_rms_norm_grad", norm)
+        given = x, weight, out_grad, rstd, x_grad, weight_grad, ctx.eps
+        _run("aepo_rms_norm_grad", _norm, *given)
         return x_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None
 
 
@@ -135,7 +137,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
-    call("aepo_swiglu", _swiglu(gate, up, out, None, None))
+    _run("aepo_swiglu", _swiglu, gate, up, out, None, None)
     return out
 
 
@@ -152,7 +154,7 @@ class _SwigluFunction(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
         out_grad = grads[0].contiguous()  # kept by name: the library has only its address
-        call("aepo_swiglu_grad", _swiglu(gate, up, out_grad, gate_grad, up_grad))
+        _run("aepo_swiglu_grad", _swiglu, gate, up, out_grad, gate_grad, up_grad)
         return gate_grad, up_grad
 
 
@@ -242,6 +244,8 @@ def _check(*tensors: Tensor) -> None:
     # The library gets addresses. The address of another device's memory would end the process. So
     # this public function asks for the device itself: no plan was made before it.
     for tensor in tensors:
+        if isinstance(tensor, FakeTensor):
+            continue  # nothing is read of it
         if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
             known = ", ".join(str(dtype) for dtype in DTYPES)
             raise TypeError(f"got {tensor.dtype} on {tensor.device}: use {known} on the CPU")
@@ -251,6 +255,15 @@ def _check(*tensors: Tensor) -> None:
 
 def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _run(name: str, structure: Callable[..., ctypes.Structure], *arguments: Any) -> None:
+    """Call a function of the library with the structure of some arguments, the first a tensor.
+
+    torch's fake tensors have shapes and no numbers: with them, memory is only made.
+    """
+    if not isinstance(arguments[0], FakeTensor):
+        call(name, structure(*arguments))
 
 
 def _norm(
@@ -288,16 +301,16 @@ def _swiglu(
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, transpose: bool) -> Tensor:
     x = _adjacent(x)
-    batch, heads, length, width = x.shape
-    call(
-        "aepo_rotary",
-        _Rotary(
-            *(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()),
-            *(DTYPES[x.dtype], DTYPES[cos.dtype], torch.get_num_threads(), transpose),
-            *(batch, heads, length, width),
-            x.stride()[:3],
-            out.stride()[:3],
-            (0 if len(cos) == 1 else cos.stride(0), cos.stride(1)),
-        ),
-    )
+    _run("aepo_rotary", _rotary, x, cos, sin, out, transpose)
     return out
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, transpose: bool) -> _Rotary:
+    return _Rotary(
+        *(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()),
+        *(DTYPES[x.dtype], DTYPES[cos.dtype], torch.get_num_threads(), transpose),
+        *x.shape,
+        x.stride()[:3],
+        out.stride()[:3],
+        (0 if len(cos) == 1 else cos.stride(0), cos.stride(1)),
+    )

@@ -11,7 +11,7 @@ import pytest
 
 PROBE = """
 import resource, torch
-from aepo_fast.training.memory import keep_freed_memory
+from aepo_fast.training.malloc import keep_freed_memory
 done = keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,0 +1,1 @@
+"""Predicts what a run needs in memory, before any weights load."""

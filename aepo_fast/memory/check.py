@@ -1,0 +1,98 @@
+"""What a run is going to need, before its weights load: said beside what it takes, or refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.resolve import Machine
+from aepo_fast.config.sections import Config
+from aepo_fast.memory.devices import import_packages, this_device
+from aepo_fast.memory.fit import cheapest_changes, gib, planner
+from aepo_fast.memory.model_pass import Shape
+from aepo_fast.memory.plan import Device, MemoryPlan, plan_memory, shape_of
+from aepo_fast.model.load import read_config
+
+# A prediction was at most this far from what was measured: bench/results/cpu/memory-*.json. A run
+# is refused only where it would not fit even then.
+MARGIN = 0.1
+# Where all that is unknown is so small a share of the process, its half is near enough.
+_SMALL = 0.04
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes at a run's peak, and the plan that says so; None where no plan was needed."""
+
+    peak: int
+    plan: MemoryPlan | None
+
+
+def predict(
+    cfg: Config, machine: Machine, folder: Path | str, *, prompt_tokens: int, given: Config
+) -> Prediction:
+    """Predict a run's peak, and refuse a run that cannot fit.
+
+    cfg: has been through `Machine.settled`; given: before that. folder: of the model.
+    prompt_tokens: of the longest prompt.
+
+    Raises ConfigError where the plan needs more than `MARGIN` above what there is.
+    """
+    config = read_config(folder)
+    import_packages(cfg)
+    device = this_device(is_gpu=machine.is_gpu)
+    if device.counted:
+        most = _upper_bound(cfg, config, folder, shape_of(cfg, prompt_tokens))
+        if most < _SMALL * device.process:
+            return Prediction(device.process + most // 2, None)
+    plan = plan_memory(cfg, machine, config, device, prompt_tokens=prompt_tokens)
+    if cfg.trainer.check_memory and plan.needed > (1 + MARGIN) * device.memory:
+        _refuse(plan, given, config, device, prompt_tokens, for_gpu=machine.is_gpu)
+    return Prediction(plan.peak, plan)
+
+
+def _upper_bound(cfg: Config, config: PretrainedConfig, folder: Path | str, shape: Shape) -> int:
+    """Bytes that a run on a CPU cannot need more of beside the process, of a model with files."""
+    files = sum(one.stat().st_size for one in Path(folder).iterdir() if one.is_file())
+    text = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in ("hidden_size", "intermediate_size")]
+    if None in sizes:
+        return 2**62
+    width, inner = (int(size) for size in sizes if size is not None)
+    samples = shape.prompts * shape.group_size
+    length = shape.prompt_tokens + shape.new_tokens
+    tokens = min(samples * length, max(cfg.trainer.tokens_per_microbatch, length))
+    layer = 16 * width + 6 * inner + 4 * text.num_attention_heads * length
+    head = min(4 * tokens * text.vocab_size, 2**26)
+    rows = min(cfg.rollout.batch_rows, samples * cfg.trainer.minibatches)
+    cache = 2 * rows * length * width * (text.num_hidden_layers + 1)
+    activations = 4 * (tokens * layer * (text.num_hidden_layers + 1) + cache)
+    # Weights, gradients, two moments, a reference and two copies that sample; files may be bfloat16.
+    return 2 * 7 * files + activations + 2 * head
+
+
+def _refuse(
+    plan: MemoryPlan,
+    given: Config,
+    config: PretrainedConfig,
+    device: Device,
+    prompt_tokens: int,
+    *,
+    for_gpu: bool,
+) -> None:
+    again = planner(config, device, prompt_tokens=prompt_tokens, for_gpu=for_gpu)
+    changes = cheapest_changes(given, again)
+    fix = "Use a smaller model"
+    if changes:
+        fix = "Set " + ", or ".join(" with ".join(change.settings) for change in changes)
+    worst = plan.worst
+    raise ConfigError(
+        "trainer.check_memory",
+        True,
+        f"the run would need {gib(plan.needed)} in the phase {worst.name!r}, and there are "
+        f"{gib(device.memory)}",
+        f"{fix}; or set this to false to try it anyway, and see `aepo-fast plan`",
+    )

@@ -1,0 +1,188 @@
+"""The run's own model and policy over tensors that have shapes and no memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.resolve import Machine
+from aepo_fast.config.sections import Config
+from aepo_fast.model.activations import checkpoint_layers
+from aepo_fast.model.attention import register
+from aepo_fast.model.cpu_layers import fuse_layers
+from aepo_fast.model.load import choose_attention, without_dropout
+from aepo_fast.model.lora import add_adapter
+from aepo_fast.model.policy import Policy
+from aepo_fast.report.unexpected import first_line
+
+# Attention over packed rows reads where they begin. In its place, one that keeps the same tensors.
+_VARLEN = ("varlen", "flash_attention_2")
+_STAND_IN = "varlen_without_numbers"
+
+
+@dataclass(frozen=True)
+class PlannedMachine(Machine):
+    """A machine that need not be this one. Its tensors are traced on the CPU.
+
+    for_gpu: whether the planned device is a GPU.
+    """
+
+    for_gpu: bool = False
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the planned device is a GPU."""
+        return self.for_gpu
+
+    @property
+    def runs_cpp(self) -> bool:
+        """Whether layers and sampling run in our C++."""
+        return not self.for_gpu and super().runs_cpp
+
+
+def planned(machine: Machine) -> PlannedMachine:
+    """A run's machine, for tracing."""
+    if isinstance(machine, PlannedMachine):
+        return machine
+    given = {name: getattr(machine, name) for name in Machine.__dataclass_fields__}
+    given["device"] = torch.device("cpu")
+    return PlannedMachine(**given, for_gpu=machine.is_gpu)
+
+
+def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The settings of a model with another number of layers, the first of its own."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    count = num_layers(text)
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(text, key, value[:layers])
+    text.num_hidden_layers = layers
+    return config
+
+
+def num_layers(config: PretrainedConfig) -> int:
+    """The number of a model's layers."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def layer_period(config: PretrainedConfig, cfg: Config) -> int:
+    """After how many layers their kinds and their checkpointing repeat."""
+    kinds = list(getattr(config.get_text_config(), "layer_types", None) or ())
+    period = next((p for p in range(1, len(kinds)) if kinds[p:] == kinds[:-p]), 1)
+    every: Any = cfg.model.gradient_checkpointing
+    # True is a kind of int.
+    return math.lcm(period, every if isinstance(every, int) and every > 1 else 1)
+
+
+def fake_policy(
+    cfg: Config, machine: Machine, config: PretrainedConfig, mode: FakeTensorMode
+) -> Policy:
+    """The policy of a run, with a model of the settings `config`, all in tensors of `mode`.
+
+    Raises ConfigError for a model that cannot be built from its settings.
+    """
+    machine = planned(machine)
+    with torch.device("meta"):  # where peft can add layers, as among fake tensors it cannot
+        model = _model(cfg, machine, config)
+        if cfg.model.lora.rank:
+            add_adapter(model, cfg.model.lora, seed=0)
+    with mode:
+        _make_fake(model)
+        if machine.runs_cpp:
+            fuse_layers(model, _with_numbers)
+        checkpoint_layers(model, cfg.model.gradient_checkpointing)
+        model.train()
+        policy = Policy(model, machine, cfg.trainer)
+    if model.config._attn_implementation in _VARLEN:
+        _register_stand_in()
+        model.config._attn_implementation = _STAND_IN
+    return policy
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Replace the tensors of a model without memory by fake ones of the CPU; ties stay."""
+    made: dict[Tensor, Any] = {}
+    for module in model.modules():
+        for group in (module._parameters, module._buffers):
+            for name, old in group.items():
+                if old is None:
+                    continue
+                if old not in made:
+                    new: Any = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=old.requires_grad)
+                    made[old] = new
+                group[name] = made[old]
+
+
+def _model(cfg: Config, machine: Machine, config: PretrainedConfig) -> PreTrainedModel:
+    register()
+    config = without_dropout(copy.deepcopy(config))
+    attention = choose_attention(cfg.model.attention, machine, config.model_type)
+    wanted = None if (cfg.model.attention, attention) == ("auto", "sdpa") else attention
+    if wanted in _VARLEN:
+        wanted = "varlen"  # known without a GPU and without flash-attn
+    try:
+        with no_init_weights():
+            model: Any = AutoModelForCausalLM.from_config(
+                config,
+                dtype=machine.weights_dtype,
+                attn_implementation=wanted,
+                trust_remote_code=False,
+            )
+        model.tie_weights()
+    except Exception as error:  # of code that builds anything
+        reason = f"transformers cannot build it from its settings: {first_line(error)}"
+        fix = "Check config.json, and model.attention"
+        raise ConfigError("model.path", cfg.model.path, reason, fix) from error
+    return model
+
+
+def _with_numbers(module: nn.Module) -> nn.Module:
+    """A small module of the same class and settings, with numbers, to try what it computes."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        small = copy.copy(module)
+        small._modules = {name: _small(child) for name, child in module._modules.items()}
+        small._parameters = {
+            name: None if one is None else _numbers_like(one)
+            for name, one in module._parameters.items()
+        }
+    return small
+
+
+def _small(child: nn.Module | None) -> nn.Module | None:
+    if not isinstance(child, nn.Linear):
+        return child
+    up = child.out_features > child.in_features
+    sizes = (8, 16) if up else (16, 8)
+    return nn.Linear(*sizes, bias=child.bias is not None, dtype=child.weight.dtype)
+
+
+def _numbers_like(parameter: Tensor) -> nn.Parameter:
+    if parameter.ndim > 1:  # not of a module that is tried whole
+        return nn.Parameter(torch.zeros(1, dtype=parameter.dtype))
+    numbers = torch.linspace(0.5, 1.5, parameter.numel()).to(parameter.dtype)
+    return nn.Parameter(numbers)
+
+
+def _register_stand_in() -> None:
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Any:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=kw.get("scaling"))
+
+    AttentionInterface.register(_STAND_IN, attention)
+    AttentionMaskInterface.register(_STAND_IN, lambda *args, **kw: None)

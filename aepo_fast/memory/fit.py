@@ -1,0 +1,154 @@
+"""Which settings fit a device: the largest ones, and the cheapest changes of those that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+
+import torch
+from transformers import PretrainedConfig
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.resolve import machine_on
+from aepo_fast.config.sections import Config
+from aepo_fast.config.toml import with_overrides
+from aepo_fast.memory.plan import Device, MemoryPlan, plan_memory
+
+Planner = Callable[[Config], MemoryPlan]
+
+_MOST_TRIES = 40  # half a second each
+_FEWEST_TOKENS, _MOST_TOKENS = 1024, 2**18
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings as `--set` takes them, and the plan with them."""
+
+    settings: tuple[str, ...]
+    plan: MemoryPlan
+
+
+def gib(size: int) -> str:
+    """Bytes as a text in GiB."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def planner(
+    config: PretrainedConfig, device: Device, *, prompt_tokens: int | None, for_gpu: bool
+) -> Planner:
+    """What plans a configuration of one model on one device."""
+    place = torch.device("cuda" if for_gpu else "cpu")
+
+    def plan(cfg: Config) -> MemoryPlan:
+        machine = machine_on(place, cfg)
+        settled = machine.settled(cfg)
+        return plan_memory(settled, machine, config, device, prompt_tokens=prompt_tokens)
+
+    return plan
+
+
+def cheapest_changes(cfg: Config, plan: Planner, count: int = 3) -> list[Change]:
+    """Up to `count` changes under which a run fits, the least slowdown first; each is planned.
+
+    cfg: before `Machine.settled`. A change of two settings comes only where single ones are too
+    few.
+    """
+    found: list[Change] = []
+    options = list(_options(cfg))
+    tries = [chosen for size in (1, 2, 3) for chosen in combinations(options, size)]
+    for chosen in tries[:_MOST_TRIES]:
+        settings = tuple(one for option in chosen for one in option)
+        if any(set(one.settings) <= set(settings) for one in found):
+            continue
+        change = _tried(cfg, plan, settings)
+        if change is not None:
+            found.append(change)
+        if len(found) == count:
+            break
+    return found
+
+
+def _tried(cfg: Config, plan: Planner, settings: tuple[str, ...]) -> Change | None:
+    keys = [one.split("=")[0] for one in settings]
+    if len(set(keys)) < len(keys):
+        return None
+    try:
+        made = plan(with_overrides(cfg, settings))
+    except ConfigError:  # settings that do not go together, or do nothing here
+        return None
+    return Change(settings, made) if made.fits else None
+
+
+def _options(cfg: Config) -> Iterator[tuple[str, ...]]:
+    """Changes that save memory, by how much slower a step gets, the least first."""
+    trainer, model, rollout = cfg.trainer, cfg.model, cfg.rollout
+    # Sampler and optimizer: a step hardly takes longer.
+    if rollout.backend == "vllm" and rollout.gpu_memory_utilization > 0.2:
+        yield ("rollout.gpu_memory_utilization=0.2",)
+    if trainer.optimizer == "adamw":
+        yield ('trainer.optimizer="adamw_8bit"',)
+    if model.dtype == "float32" and not model.lora.rank:
+        yield 'model.dtype="bfloat16"', 'trainer.optimizer="adamw_8bit"'
+    # More micro-batches read the weights more often.
+    tokens = trainer.tokens_per_microbatch // 2
+    while tokens >= _FEWEST_TOKENS:
+        yield (f"trainer.tokens_per_microbatch={tokens}",)
+        tokens //= 4
+    if rollout.backend == "hf" and rollout.batch_rows > 64:
+        yield ("rollout.batch_rows=64",)
+    # Other things are trained.
+    if not model.lora.rank:
+        yield "model.lora.rank=16", 'model.dtype="bfloat16"'
+    elif model.dtype == "float32":
+        yield ('model.dtype="bfloat16"',)
+    if _has(model, "quantization") and model.quantization == "none":  # type: ignore[attr-defined]
+        lora = () if model.lora.rank else ("model.lora.rank=16",)
+        dtype = ('model.dtype="bfloat16"',) if model.dtype == "float32" else ()
+        yield *lora, *dtype, 'model.quantization="nf4"'
+    # Layers are computed twice.
+    if model.gradient_checkpointing == "none":
+        yield ('model.gradient_checkpointing="full"',)
+    if rollout.max_new_tokens > 256:
+        yield (f"rollout.max_new_tokens={rollout.max_new_tokens // 2}",)
+
+
+def _has(section: object, name: str) -> bool:
+    return any(item.name == name for item in fields(section))  # type: ignore[arg-type]
+
+
+def largest(cfg: Config, plan: Planner, key: str, values: Sequence[int]) -> int | None:
+    """The largest of ascending values of a setting with which a run fits; None where none does."""
+    low, high = 0, len(values)  # values below low fit
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            fits = plan(with_overrides(cfg, [f"{key}={values[middle]}"])).fits
+        except ConfigError:
+            fits = False
+        low, high = (middle + 1, high) if fits else (low, middle)
+    return values[low - 1] if low else None
+
+
+def largest_settings(cfg: Config, plan: Planner) -> dict[str, int | None]:
+    """The largest micro-batch, completion and group that fit, each alone, by key."""
+    sizes = [size for power in range(6, 18) for size in (2**power, 3 * 2 ** (power - 1))]
+    reachable = [size for size in sizes if _FEWEST_TOKENS <= size <= _MOST_TOKENS]
+    return {
+        "trainer.tokens_per_microbatch": largest(
+            cfg, plan, "trainer.tokens_per_microbatch", reachable
+        ),
+        "rollout.max_new_tokens": largest(cfg, plan, "rollout.max_new_tokens", sizes),
+        "trainer.group_size": largest(cfg, plan, "trainer.group_size", [2, 4, 8, 16, 32, 64, 128]),
+    }
+
+
+def largest_model(plan: MemoryPlan, num_weights: int) -> int:
+    """About how many weights a model could have, were all else as it is."""
+    grows = sum(
+        size
+        for name, size in plan.worst.parts.items()
+        if name in ("weights", "optimizer", "gradients", "reference", "sampler", "holes")
+    )
+    spare = plan.device.memory - plan.needed + grows
+    return max(0, round(num_weights * spare / grows))

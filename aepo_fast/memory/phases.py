@@ -1,0 +1,175 @@
+"""The most bytes of each phase of a training step, by what holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+
+from aepo_fast.config.resolve import Machine
+from aepo_fast.config.sections import Config
+from aepo_fast.memory.fake_model import fake_policy, num_layers
+from aepo_fast.memory.head_pass import HeadBytes, head_bytes
+from aepo_fast.memory.model_pass import PassBytes, Shape, pass_bytes
+from aepo_fast.memory.states import StateBytes, gradient_width, state_bytes
+from aepo_fast.samples import Sample
+
+# What holds bytes, in the order of a bar.
+PARTS = (
+    "process",
+    "weights",
+    "optimizer",
+    "gradients",
+    "reference",
+    "sampler",
+    "activations",
+    "head",
+    "cache",
+    "holes",
+)
+# Bytes of a logit while transformers samples on a GPU: itself, twice float32, a float64 sum.
+_SAMPLED_LOGIT = 20
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The most of a phase: bytes by part, those of PARTS that are there."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What the phases are made of."""
+
+    states: StateBytes
+    activations: PassBytes
+    head: HeadBytes
+
+
+def trace(
+    cfg: Config, machine: Machine, config: PretrainedConfig, samples: Sequence[Sample]
+) -> Traced:
+    """Trace a run's model of settings `config` over the largest micro-batch of some samples.
+
+    Raises ConfigError for a model that cannot be built from its settings.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    policy = fake_policy(cfg, machine, config, mode)
+    found = pass_bytes(cfg, machine, config, samples)
+    trained = policy.weight.requires_grad
+    with mode:
+        states = state_bytes(cfg, policy)
+        head = head_bytes(policy.machine, policy.weight, round(found.tokens), trained=trained)
+        width = gradient_width(policy.weight, cfg.trainer.optimizer)
+    head = replace(head, weight_grad=policy.weight.numel() * width if trained else 0)
+    return Traced(states, found, head)
+
+
+def phases(
+    cfg: Config,
+    machine: Machine,
+    config: PretrainedConfig,
+    shape: Shape,
+    traced: Traced,
+    *,
+    process: int,
+    holes: float,
+    device_bytes: int,
+) -> list[Phase]:
+    """The phases of a run in order.
+
+    process: what the process holds beside tensors. holes: share of tensors that an allocator holds
+    unused. device_bytes: memory of the device, of which vLLM takes a share.
+    """
+    states = traced.states
+    held = {"process": process, "weights": states.weights, "reference": states.reference}
+    held["sampler"] = states.sampler
+    loading = Phase("load", {**held, "activations": states.loading})
+    held["optimizer"] = states.optimizer
+    update = {**held, **update_bytes(traced)}
+    found = [
+        loading,
+        _sample(cfg, machine, config, shape, held, device_bytes),
+        Phase("score", {**held, **_score(traced)}),
+        Phase("update", update),
+        Phase("step", {**held, "gradients": states.gradients, "activations": states.step}),
+    ]
+    return [replace(one, parts=_in_order(one.parts, holes)) for one in found]
+
+
+def _in_order(parts: dict[str, int], holes: float) -> dict[str, int]:
+    parts["holes"] = round(holes * (sum(parts.values()) - parts["process"]))
+    return {name: round(parts[name]) for name in PARTS if parts.get(name)}
+
+
+def _score(traced: Traced) -> dict[str, int]:
+    # The cast weights of the layers stay while the head's logits come and go.
+    return {"activations": round(traced.activations.score), "head": traced.head.score}
+
+
+def update_bytes(traced: Traced) -> dict[str, int]:
+    """The update's worst moment, by part: at the head, or at either end of the backward pass."""
+    found, head, gradients = traced.activations, traced.head, traced.states.gradients
+    before = gradients if found.again else 0
+    own = 0 if found.again else head.weight_grad
+    moments = [
+        {"activations": found.forward},
+        {"activations": found.kept, "head": head.peak},
+        {"activations": found.kept, "head": head.sums + head.result},
+        {"activations": found.backward, "gradients": own},
+        # Without others before, gradients grow here as activations go.
+        {"activations": found.bottom, "gradients": own},
+    ]
+    if not found.again:
+        moments[-1] = _split(found.bottom, own, gradients)
+    else:
+        moments = [{**one, "gradients": before} for one in moments]
+    worst = max(moments, key=lambda one: sum(one.values()))
+    return {name: round(size) for name, size in worst.items()}
+
+
+def _split(bottom: float, own: int, gradients: int) -> dict[str, float]:
+    """The end of a backward pass, whose trace counts gradients and activations together."""
+    total = bottom + own
+    return {"gradients": min(gradients, total), "activations": max(0.0, total - gradients)}
+
+
+def _sample(
+    cfg: Config,
+    machine: Machine,
+    config: PretrainedConfig,
+    shape: Shape,
+    held: dict[str, int],
+    device_bytes: int,
+) -> Phase:
+    if cfg.rollout.backend == "vllm":
+        if not machine.is_gpu:
+            cache = round(max(1, round(cfg.rollout.cpu_kv_cache_gib)) * 2**30)
+            return Phase("sample", {**held, "cache": cache})
+        share = round(cfg.rollout.gpu_memory_utilization * device_bytes)
+        own = held["sampler"] or held["weights"]  # its weights are within its share
+        return Phase("sample", {**held, "cache": max(0, share - own)})
+    text, width = config.get_text_config(), machine.rollout_dtype.itemsize
+    rows = min(cfg.rollout.batch_rows, shape.prompts * shape.group_size * cfg.trainer.minibatches)
+    length = shape.prompt_tokens + shape.new_tokens
+    layer = 2 * rows * length * _key_numbers(text) * width
+    cache = layer * (num_layers(config) + 1)  # one more while it is copied
+    logits = rows * text.vocab_size * (width + (_SAMPLED_LOGIT if machine.is_gpu else 0))
+    return Phase("sample", {**held, "cache": cache, "head": logits})
+
+
+def _key_numbers(text: Any) -> int:
+    """Numbers of a token's keys in one layer."""
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return (getattr(text, "num_key_value_heads", None) or heads) * width

@@ -1,0 +1,132 @@
+"""Bytes that stay for a whole run: weights, gradients, the optimizer's state and copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from aepo_fast.config.resolve import Machine
+from aepo_fast.config.sections import Config
+from aepo_fast.model.policy import Policy
+from aepo_fast.rollout.packed_linear import can_pack
+
+# Bits of a weight in NF4: a block of 64 has a scale of 8 bits, and 256 scales one of 32.
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+# Bytes for each number of the largest weight while an optimizer steps, by its name and whether it
+# rounds by chance: the growth of a process's peak in a step of one weight of 28 million numbers.
+_STEP_ON_CPU = {
+    ("adamw", False): 0,
+    ("adamw_8bit", False): 52,
+    ("adamw_8bit", True): 57,
+    ("adamw_bf16", True): 41,
+    ("muon", False): 12,
+}
+# Compiled, torchao's step keeps both new averages in float32 at most. Not measured.
+_STEP_ON_GPU = {"adamw_8bit": 8, "adamw_bf16": 8, "muon": 12}
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes by what they hold; the counts are of numbers.
+
+    weights: with buffers. gradients: of all trained weights at once. optimizer: with float32 copies
+    of the weights. step: the most that the optimizer makes and frees while it steps. reference: a
+    second model for loss.kl_coef. loading: what the sampler's copy takes more while it is made.
+    sampler: weights that sample beside the trained ones.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    step: int
+    reference: int
+    loading: int
+    sampler: int
+    num_weights: int
+    num_trained: int
+
+
+def state_bytes(cfg: Config, policy: Policy) -> StateBytes:
+    """Bytes of a run's states. policy: of the whole model, fake."""
+    model, machine = policy.model, policy.machine
+    parameters = list(model.parameters())
+    trained = [one for one in parameters if one.requires_grad]
+    quantized = _quantized(cfg, model)
+    weights = sum(map(_bytes, model.buffers()))
+    for one in parameters:
+        weights += round(one.numel() * NF4_BITS / 8) if id(one) in quantized else _bytes(one)
+    kind = cfg.trainer.optimizer
+    largest = max((one.numel() for one in trained), default=0)
+    by_chance = any(one.dtype == torch.bfloat16 for one in trained) and kind != "adamw"
+    step = _STEP_ON_GPU.get(kind, 0) if machine.is_gpu else _STEP_ON_CPU[kind, by_chance]
+    needs_copy = cfg.loss.kl_coef > 0 and not cfg.model.lora.rank
+    sampler, loading = _sampler(cfg, machine, model, weights)
+    return StateBytes(
+        weights=weights,
+        gradients=sum(one.numel() * gradient_width(one, kind) for one in trained),
+        optimizer=sum(_optimizer(one, kind, policy) for one in trained),
+        step=largest * step,
+        reference=weights if needs_copy else 0,
+        loading=loading,
+        sampler=sampler,
+        num_weights=sum(one.numel() for one in parameters),
+        num_trained=sum(one.numel() for one in trained),
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def gradient_width(weight: torch.Tensor, kind: str) -> int:
+    """Bytes of each number of a weight's gradient, by the optimizer's name."""
+    # Float32 copies of bfloat16 weights have the gradients.
+    return 4 if kind == "adamw" else weight.element_size()
+
+
+def _optimizer(weight: torch.Tensor, kind: str, policy: Policy) -> int:
+    count, width = weight.numel(), weight.element_size()
+    if kind == "adamw":
+        return count * (8 if width == 4 else 12)
+    if kind == "adamw_bf16":
+        return count * 2 * width
+    if kind == "muon":
+        ends = {id(policy.weight), id(policy.model.get_input_embeddings().weight)}
+        return count * (4 if weight.ndim == 2 and id(weight) not in ends else 8)
+    if count < 4096 or count % 256:  # torchao leaves small ones as they are
+        return count * 2 * width
+    return 2 * (count + 4 * count // 256 + 4 * 256)
+
+
+def _quantized(cfg: Config, model: nn.Module) -> set[int]:
+    """Weights that are held in four bits: those of linear layers other than the head."""
+    if getattr(cfg.model, "quantization", "none") == "none":
+        return set()
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
+    }
+
+
+def _sampler(cfg: Config, machine: Machine, model: nn.Module, weights: int) -> tuple[int, int]:
+    """Bytes of the sampler's own weights, and what it takes more while they are made."""
+    width = machine.rollout_dtype.itemsize
+    numbers = sum(one.numel() for one in model.parameters())
+    shared = machine.rollout_dtype == machine.weights_dtype
+    if cfg.rollout.backend == "vllm":
+        on_gpu = machine.is_gpu
+        views = on_gpu and shared and cfg.rollout.share_weights and not cfg.rollout.steps_ahead
+        views = views and not cfg.model.lora.rank
+        return (0 if views else numbers * width), 0
+    packs = not machine.is_gpu and can_pack(machine.rollout_dtype)
+    packed = 0
+    if packs:
+        linears = (one for one in model.modules() if isinstance(one, nn.Linear))
+        packed = width * sum(one.weight.numel() for one in linears)
+    # The copy is whole before its numbers get their dtype, one weight after the other.
+    copied = 0 if shared else numbers * width
+    return copied + packed, 0 if shared else weights - copied

@@ -1,0 +1,143 @@
+"""Does a run take the memory that its plan predicts?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common.environment import (
+    RESULTS,
+    child_environment,
+    command_line,
+    describe,
+    result_path,
+    write_result,
+)
+from bench.memory.cases import SHAPES, runs, settings
+
+
+def add_command(commands: Any) -> None:
+    """Add `memory` to the benchmark's commands."""
+    parser = commands.add_parser("memory", help=__doc__)
+    parser.add_argument("--gpu", action="store_true", help="the runs for a CUDA device")
+    parser.add_argument("--dry-run", action="store_true", help="plan the runs, and run none")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PART", help="of a run's settings"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.set_defaults(run=compare)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Run every case in a process of its own, and keep both figures."""
+    cases = [
+        (name, case)
+        for name, case in runs(on_gpu=arguments.gpu)
+        if all(any(part in item for item in (name, *case)) for part in arguments.only)
+    ]
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, case in cases:
+            config = _config(Path(folder), name, on_gpu=arguments.gpu)
+            if arguments.dry_run:
+                print(name, *case, "\n" + _planned(config, case, on_gpu=arguments.gpu), flush=True)
+                continue
+            record = {"model": name, "settings": list(case), **_run(config, case)}
+            found.append(record)
+            print(_line(record), flush=True)
+    if arguments.dry_run:
+        return
+    print(table(found))
+    record = {
+        "benchmark": "memory",
+        "environment": describe(),
+        "command": command_line(),
+        "settings": {"gpu": arguments.gpu, "only": arguments.only},
+        "threads": torch.get_num_threads(),
+        "cases": found,
+    }
+    path = result_path(arguments.results, "memory")
+    write_result(path, record)
+    print(f"result: {path}")
+
+
+def table(cases: list[dict[str, Any]]) -> str:
+    """A row per run, as Markdown."""
+    rows = ["| model | settings | predicted, GiB | measured, GiB | ratio |", "|---|---|---|---|---|"]
+    for one in cases:
+        cells = [one["model"], ", ".join(map(_short, one["settings"]))]
+        if one["status"] == "ok":
+            cells += [f"{one[key]:.2f}" for key in ("predicted_gib", "measured_gib")]
+            cells += [f"{one['ratio']:.3f}"]
+        else:
+            cells += ["-", "-", one["message"]]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _short(setting: str) -> str:
+    """A setting without its section and quotes."""
+    key, value = setting.split("=")
+    name = key.split(".", 1)[1]
+    return f"{name} {value.strip(chr(34))}"
+
+
+def _line(record: dict[str, Any]) -> str:
+    return table([record]).splitlines()[-1]
+
+
+def _config(folder: Path, name: str, *, on_gpu: bool) -> Path:
+    import tomli_w
+
+    model = folder / name.replace(" ", "-")
+    if not model.exists():
+        _build(model, name)
+    path = folder / "run.toml"
+    path.write_text(tomli_w.dumps(settings(model, folder / "run", on_gpu=on_gpu)))
+    return path
+
+
+def _build(folder: Path, name: str) -> None:
+    """Random weights of a shape, with the tokenizer of the model that comes in a package."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from aepo_fast.model.load import load_tokenizer, resolve
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[name]
+    config = Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    load_tokenizer(resolve("package:smollm2-135m-instruct")).save_pretrained(folder)
+
+
+def _run(config: Path, case: tuple[str, ...]) -> dict[str, Any]:
+    result = config.with_name("result.json")
+    result.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "bench.memory.child", str(config), str(result), *case]
+    done = subprocess.run(command, capture_output=True, text=True, **child_environment())
+    if done.returncode or not result.exists():
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        return {"status": "failed", "message": lines[-1]}
+    return {"status": "ok", "message": "", **json.loads(result.read_text())}
+
+
+def _planned(config: Path, case: tuple[str, ...], *, on_gpu: bool) -> str:
+    from aepo_fast.cli.plan import plan_text
+
+    return plan_text(str(config), list(case), gpu="80GiB" if on_gpu else None)
