@@ -321,12 +321,8 @@ def _with_gradients_of(names: tuple[str, ...] | None, output: LogprobOutput) -> 
     """The output with all its differentiable tensors detached but the named ones."""
     if names is None:
         return output
-    values = output[: len(OUTPUTS)]
-    kept = [
-        x if x is None or name in names else x.detach()
-        for name, x in zip(OUTPUTS, values, strict=True)
-    ]
-    return LogprobOutput(*kept, *output[len(OUTPUTS) :])  # type: ignore[arg-type]
+    found = {name: getattr(output, name) for name in OUTPUTS if name not in names}
+    return output._replace(**{name: x if x is None else x.detach() for name, x in found.items()})
 
 
 def _tensor(temperature: float | Tensor | None) -> Tensor | None:

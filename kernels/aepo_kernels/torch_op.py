@@ -129,10 +129,10 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     tensors = ctx.saved_tensors[: -ctx.num_results]
     results = list(ctx.saved_tensors[-ctx.num_results :])
     *numbers, direction = ctx.numbers
-    along = None if direction is None else results.pop()
+    along: Tensor | None = None if direction is None else results.pop()
     num_outputs = _NUM_OUTPUTS if len(results) > _NUM_OUTPUTS + 1 else _NUM_OUTPUTS - 1
     nothing = [None] * (len(tensors) + len(ctx.numbers) - 5)
-    if along is not None:
+    if direction is not None and along is not None:
         grad = logprob.alone(direction, grads[:num_outputs])
         if grad is not None:
             targets, ignore_index = tensors[5], ctx.numbers[_IGNORE_INDEX]

@@ -180,8 +180,10 @@ class _Logprob(torch.autograd.Function):
     @first_order("linear_logprob", 'use backend="reference", which is plain autograd')
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         along, *inputs, _ = ctx.saved_tensors
-        grad = None if along is None else alone(ctx.direction, _without_zeros(ctx.direction, grads))
-        if grad is not None:
+        grad = None
+        if along is not None:
+            grad = alone(ctx.direction, _without_zeros(ctx.direction, grads))
+        if along is not None and grad is not None:
             # What comes at an ignored token does not count, be it NaN.
             positions = ctx.tokens.positions
             factor = ctx.problem.spread(take(grad, positions), positions)  # [N]
