@@ -179,7 +179,8 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 @torch.no_grad()
 def dequantized(layer: Any) -> nn.Linear:
     """A linear layer on the CPU with the weights that a 4-bit one computes with."""
-    weight = import_bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    held = layer.weight
+    weight = import_bitsandbytes().functional.dequantize_4bit(held.data, held.quant_state)
     plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(weight.cpu(), requires_grad=False)
     if layer.bias is not None:
