@@ -70,8 +70,8 @@ class ModelConfig:
     """Which weights to train and how they are held."""
 
     path: str = ""  # local folder, hub id, or package:NAME (see `aepo-fast doctor`)
-    # Jinja template of a chat, or a file with one, in place of the tokenizer's own. Base models need
-    # one.
+    # Jinja template of a chat, or a file with one, in place of the tokenizer's own. Base models may
+    # have none.
     chat_template: str = ""
     # Dtype of the trained weights. Of bfloat16 weights the optimizer holds float32 copies.
     dtype: Literal["float32", "bfloat16"] = "float32"

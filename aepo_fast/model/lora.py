@@ -18,7 +18,7 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import LoraConfig
 from aepo_fast.model.folder import ADAPTER_CONFIG
 from aepo_fast.model.lora_layers import fuse_adapters
-from aepo_fast.model.quantized import dequantize, dequantized, is_4bit
+from aepo_fast.model.quantized import dequantize, dequantized, import_bitsandbytes, is_4bit
 from aepo_fast.model.sharded import whole
 from aepo_fast.report.unexpected import first_line
 
@@ -56,6 +56,8 @@ def add_adapter(model: PreTrainedModel, cfg: LoraConfig, *, seed: int) -> None:
     )
     try:
         # Another run's adapter would otherwise depend on what was drawn before it.
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            import_bitsandbytes()  # before peft does
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
             torch.manual_seed(seed)

@@ -55,7 +55,7 @@ def quantization_settings(cfg: ModelConfig, machine: Machine) -> BitsAndBytesCon
         bnb_4bit_compute_dtype=machine.compute_dtype,
     )
     try:
-        bnb = _bitsandbytes()
+        bnb = import_bitsandbytes()
         weight = torch.ones(64, 64, dtype=machine.compute_dtype, device=machine.device)
         packed, state = bnb.functional.quantize_4bit(
             weight, quant_type=cfg.quantization, compress_statistics=True
@@ -74,8 +74,11 @@ def _refusal(cfg: ModelConfig, reason: str, fix: str) -> ConfigError:
     return ConfigError("model.quantization", cfg.quantization, reason, fix)
 
 
-def _bitsandbytes() -> ModuleType:
-    """The module, imported without what it would fetch from the hub for a path not taken here."""
+def import_bitsandbytes() -> ModuleType:
+    """The module, imported without the code that it would fetch from the hub for a CPU.
+
+    That is of GEMMs that are not used here, see `keep_layout`.
+    """
     logger = logging.getLogger("bitsandbytes")
     level, kernels = logger.level, sys.modules.get("kernels")
     logger.setLevel(logging.ERROR)  # it warns of what is missing then
@@ -176,7 +179,8 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 @torch.no_grad()
 def dequantized(layer: Any) -> nn.Linear:
     """A linear layer on the CPU with the weights that a 4-bit one computes with."""
-    weight = _bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    held = layer.weight
+    weight = import_bitsandbytes().functional.dequantize_4bit(held.data, held.quant_state)
     plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(weight.cpu(), requires_grad=False)
     if layer.bias is not None:

