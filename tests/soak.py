@@ -168,7 +168,7 @@ def _logged(cfg: Config) -> list[dict[str, Any]]:
     ]
 
 
-_VARYING = ("time/", "perf/")
+_VARYING = ("time/", "perf/", "memory/")
 
 
 def watch_growth(model: Path, folder: Path, *, seconds: float) -> tuple[Usage, Usage, int]:

@@ -147,6 +147,7 @@ def check_no_offloading(cfg: Config) -> None:
     for key, value in (
         ("model.activation_offloading", cfg.model.activation_offloading),
         ("trainer.offload", cfg.trainer.offload),
+        ("rollout.offload_optimizer", cfg.rollout.offload_optimizer),
     ):
         if value not in (False, "none"):
             reason = "moves something from a GPU to CPU memory, and the device is a CPU"

@@ -18,6 +18,7 @@ from aepo_fast.config.conditions import (
     refuse_what_does_nothing,
     setting,
     settle,
+    settle_older,
 )
 from aepo_fast.config.data import DataConfig
 from aepo_fast.config.errors import ConfigError, require, require_not_negative, require_positive
@@ -122,8 +123,16 @@ class RolloutConfig:
     enforce_eager: bool = setting(False, needs=_VLLM)  # vLLM without compilation and CUDA graphs
     # On a GPU: trained weights of rollout.dtype live in vLLM's storage, so a sync copies nothing.
     share_weights: bool = setting(True, needs=(_VLLM, _IN_TURN))
-    # On a GPU: vLLM's cache is freed while the policy trains.
-    sleep: bool = setting(True, needs=(_VLLM, _IN_TURN))
+    # What vLLM gives back of a GPU's memory while the policy trains: its cache, or "all", its
+    # weights, too, which a sync then writes anew.
+    sleep: Literal["none", "cache", "all"] = setting(
+        "cache", needs=(_VLLM, _IN_TURN), older={True: "cache", False: "none"}
+    )
+    # The optimizer's state is on the GPU for the updates alone, and lies in pinned CPU memory while
+    # vLLM is awake. Needs a GPU.
+    offload_optimizer: bool = setting(
+        False, needs=(_VLLM, _IN_TURN, one_of("trainer.offload", "none"))
+    )
     # Versions of vLLM that were not tested are tried; false: they are refused.
     allow_untested_vllm: bool = setting(False, needs=_VLLM)
     # 1: the next step's samples are drawn while this step trains, with the weights from before its
@@ -131,6 +140,7 @@ class RolloutConfig:
     steps_ahead: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
+        settle_older(self)
         require_positive("rollout", self, "max_new_tokens", "max_prompt_tokens", "batch_rows")
         require_positive("rollout", self, "gpu_memory_utilization", "cpu_kv_cache_gib")
         require(
@@ -141,6 +151,13 @@ class RolloutConfig:
             "Try 0.3; the trainer needs the rest",
         )
         refuse_what_does_nothing("rollout", self)
+        require(
+            self.sleep != "all" or not self.share_weights,
+            "rollout.sleep",
+            "all",
+            "with rollout.share_weights the weights that train lie in vLLM's memory",
+            'Set rollout.share_weights = false, or use "cache"',
+        )
 
 
 _HELD_OUT = above_zero("data.holdout_fraction")
@@ -240,6 +257,13 @@ class Config:
         )
         self._check_optimizer()
         self._check_offload()
+        require(
+            self.rollout.sleep != "all" or not self.model.lora.rank,
+            "rollout.sleep",
+            "all",
+            "with model.lora a sync hands over the adapter, and no weights below it",
+            'Use "cache"',
+        )
         require(
             self.reward.soft_overlong_tokens < self.rollout.max_new_tokens,
             "reward.soft_overlong_tokens",

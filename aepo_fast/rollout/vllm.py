@@ -40,6 +40,7 @@ from aepo_fast.rollout.vllm_weights import BACKEND, register
 from aepo_fast.samples import Completion, Request
 
 _ADAPTER = "policy"
+_CACHE, _WEIGHTS = "kv_cache", "weights"  # vLLM's names for parts of its memory
 _LORA_RANKS = get_args(MaxLoRARanks)
 # Its loader rounds to NF4, in blocks of 64 with scales of 8 bits, as `model.quantized` asks for.
 _IN_4_BITS = {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
@@ -76,7 +77,7 @@ class VllmRollout:
         self.metrics: dict[str, float] = {}
         self._numbers = itertools.count()
         self._connected: nn.Module | None = None
-        self._asleep = False
+        self._asleep: set[str] = set()  # tags of vLLM's memory that were given back
         self._adapter: _Adapter | None = _Adapter() if lora_rank else None
         # The engine in this process, so that weights pass by reference.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -86,7 +87,7 @@ class VllmRollout:
         logging.getLogger(reload).setLevel(logging.ERROR)
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cfg.cpu_kv_cache_gib)))
         register()
-        self._sleeps = on_gpu and cfg.sleep and not cfg.steps_ahead
+        self._sleeps = on_gpu and cfg.sleep != "none" and not cfg.steps_ahead
         failures: tuple[type[Exception], ...] = (RuntimeError, ValueError)
         fix = "Change rollout.gpu_memory_utilization, rollout.cpu_kv_cache_gib or the lengths"
         if quantization != "none":
@@ -124,6 +125,7 @@ class VllmRollout:
         if self._adapter is not None:
             self.load_adapter(self._adapter.written(model), version)
             return
+        self._wake(_WEIGHTS)
         weights = list(whole_weights(model))  # type: ignore[arg-type]
         if model is not self._connected:
             share = self.cfg.share_weights and not self.cfg.steps_ahead
@@ -153,24 +155,33 @@ class VllmRollout:
         self.weights_version = version
 
     def sleep(self) -> None:
-        """Free the GPU memory of the key-value cache, and of nothing else."""
+        """Free the GPU memory of the key-value cache, and of the weights where `sleep` is "all".
+
+        The weights must then be handed over before `generate`.
+        """
         if not self._sleeps or self._asleep:
             return
         torch.cuda.synchronize()
         self.metrics["memory/rollout_awake_gib"] = _used_gib()
-        # Not LLM.sleep, which moves the weights to the CPU, where trained parameters may be views.
         self.llm.reset_prefix_cache()
-        _discard("kv_cache")
+        if self.cfg.sleep == "all":
+            # Through the worker, which keeps what no sync writes: the model's buffers.
+            self.llm.collective_rpc("sleep", args=(2,))
+            self._asleep = {_CACHE, _WEIGHTS}
+        else:
+            # Not LLM.sleep, which moves the weights to the CPU, where trained parameters may be
+            # views.
+            _discard(_CACHE)
+            self._asleep = {_CACHE}
         torch.cuda.empty_cache()
         self.metrics["memory/rollout_asleep_gib"] = _used_gib()
-        self._asleep = True
 
-    def _wake(self) -> None:
-        if self._asleep:
+    def _wake(self, tag: str) -> None:
+        if tag in self._asleep:
             torch.cuda.empty_cache()
             # Through the worker, which also makes anew what its runner keeps in that memory.
-            self.llm.collective_rpc("wake_up", args=(["kv_cache"],))
-            self._asleep = False
+            self.llm.collective_rpc("wake_up", args=([tag],))
+            self._asleep.remove(tag)
 
     def close(self) -> None:
         """Let the engine's memory go."""
@@ -187,7 +198,9 @@ class VllmRollout:
     ) -> list[list[Completion]]:
         """Sample every request; see `RolloutEngine.generate`. Tokens count when a group is done."""
         self._check_lengths(requests, max_new_tokens)
-        self._wake()
+        if _WEIGHTS in self._asleep:
+            raise RolloutError("vLLM has given its weights back, and got none since")
+        self._wake(_CACHE)
         results: dict[int, list[Completion]] = {}
         # One stream for the whole call: a seed per request would make vLLM draw row by row, which
         # took two fifths of its speed on a CPU, and breaks there when a prompt is split.

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,7 +27,7 @@ class StepResult:
     advantages: [R] of the rollout's samples. main: indices of the main samples it learned from.
     before: log-probs and entropies of the policy that sampled. measured: their mean entropy over
     `main`, as the controller was told. entropy_smoothed: its moving mean, nats.
-    canary_difference: nats, None without a canary.
+    canary_difference: nats, None without a canary. memory: metrics of its phases.
     """
 
     plan: RolloutPlan
@@ -39,6 +40,7 @@ class StepResult:
     entropy_smoothed: float
     canary_difference: float | None
     times: StepTimes
+    memory: dict[str, float]
 
 
 def step_metrics(
@@ -73,7 +75,7 @@ def step_metrics(
     }
     if step.canary_difference is not None:
         metrics["sampling/canary_difference"] = step.canary_difference
-    metrics |= rollout_metrics(rollout, threshold) | engine
+    metrics |= rollout_metrics(rollout, threshold) | engine | step.memory
     return metrics | step.times.metrics() | perf_metrics(rollout, step.updates, step.times)
 
 
@@ -208,6 +210,21 @@ def perf_metrics(
         "perf/model_tokens": sum(r.model_tokens for r in results),
         "perf/peak_memory_gib": peak_memory_gib(),
     }
+
+
+def used_memory_gib() -> float:
+    """Memory in use now: of the GPU where one is used, by whomever, else of this process.
+
+    NaN where the system does not say.
+    """
+    if torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        return float("nan")
+    return pages * resource.getpagesize() / 2**30
 
 
 def peak_memory_gib() -> float:

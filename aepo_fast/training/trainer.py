@@ -36,10 +36,10 @@ from aepo_fast.samples import Rollout, RolloutPlan, Sample, TokenValues, seed_of
 from aepo_fast.training.assemble import Inputs, load_models
 from aepo_fast.training.checkpoint import load_optimizer, rng_state, set_rng_state
 from aepo_fast.training.interrupt import InterruptGuard
-from aepo_fast.training.offload import offloaded
+from aepo_fast.training.offload import OffloadedOptimizer, offloaded
 from aepo_fast.training.optim import build_optimizer, learning_rate, set_learning_rate
 from aepo_fast.training.plan import plan_rollout
-from aepo_fast.training.step_metrics import StepResult, StepTimes, step_metrics
+from aepo_fast.training.step_metrics import StepResult, StepTimes, step_metrics, used_memory_gib
 from aepo_fast.training.update import UpdateResult, update
 
 _CANARY_PROMPTS = 4
@@ -62,10 +62,12 @@ class Trainer:
         offload = cfg.trainer.offload
         compiles = machine.is_gpu and offload != "all"
         self.optimizer = build_optimizer(self.model, cfg.trainer, compiles=compiles)
-        if offload == "optimizer":
+        self.parked: list[OffloadedOptimizer] = []  # parts of the optimizer, between updates
+        if offload == "optimizer" or cfg.rollout.offload_optimizer:
             self.optimizer, parts = offloaded(self.optimizer)
             for part in parts:
                 part.to_cpu()
+            self.parked = parts if cfg.rollout.offload_optimizer else []
         self.controller = make_controller(cfg.aepo, cfg.trainer)
         self.sampler = make_sampler(cfg, inputs.prompts)
         self.rollouts = Rollouts(cfg, self.engine, inputs.reward, inputs.decode, guard.check)
@@ -91,11 +93,13 @@ class Trainer:
         TrainingError after too many updates in a row without a finite gradient.
         """
         cfg, self.clock = self.cfg, StepTimes()
+        memory = {"memory/sample_before_gib": used_memory_gib()}
         # T from the controller, prompts, auxiliary prompts and requests; where samples are drawn
         # ahead, the step before has made them.
         plan = self.rollouts.planned or self._plan(self.steps_done)
         rollout = self.rollouts.sample(plan, on_tokens, self.clock.lap)  # one call, and the rewards
         self._sample_ahead()
+        memory["memory/sample_after_gib"] = used_memory_gib()
 
         samples, kind = rollout.samples, cfg.loss.advantage
         advantages = group_advantages(rollout.main_rewards, rollout.groups, kind)
@@ -103,12 +107,19 @@ class Trainer:
         main = [index for group in groups for index in group]
         old, reference = self._old_logprobs(samples, main + positives, plan.temperature)
 
+        for part in self.parked:
+            part.to_device()
+        memory["memory/train_before_gib"] = used_memory_gib()
         updates: list[UpdateResult] = []
         context, generator = self._context(rollout, plan.temperature), self._generator()
         known: dict[str, Any] = {"old": old, "reference": reference, "generator": generator}
         for minibatch in self._minibatches(groups, positives):
             loss = build_objective(cfg, samples, advantages, minibatch, context, **known)
             updates.append(self._update(samples, minibatch, loss, first=not updates))
+        memory["memory/train_after_gib"] = used_memory_gib()
+        for part in self.parked:
+            part.to_cpu()
+        self.clock.lap("train")
         # Of the policy that sampled. Without a pass before it, the one update measured it.
         before = updates[0].before if old is None else old
         entropy, stderr = token_mean(before.entropy, samples, main)
@@ -134,6 +145,7 @@ class Trainer:
             entropy_smoothed=smoothed,
             canary_difference=difference,
             times=self.clock,
+            memory=memory,
         )
 
     def metrics(self, result: StepResult) -> dict[str, float]:

@@ -117,9 +117,19 @@ CASES = [
     choices("rollout.enforce_eager", True, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.allow_untested_vllm", True, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.share_weights", False, "rollout.backend", "vllm", BACKENDS),
-    choices("rollout.sleep", False, "rollout.backend", "vllm", BACKENDS),
+    choices("rollout.sleep", "none", "rollout.backend", "vllm", BACKENDS),
+    choices("rollout.offload_optimizer", True, "rollout.backend", "vllm", BACKENDS),
+    Case("rollout.offload_optimizer", True, "rollout.steps_ahead", (0,), (1,), (VLLM,)),
+    choices(
+        "rollout.offload_optimizer",
+        True,
+        "trainer.offload",
+        "none",
+        ("none", "optimizer", "all"),
+        VLLM,
+    ),
     Case("rollout.share_weights", False, "rollout.steps_ahead", (0,), (1,), (VLLM,)),
-    Case("rollout.sleep", False, "rollout.steps_ahead", (0,), (1,), (VLLM,)),
+    Case("rollout.sleep", "none", "rollout.steps_ahead", (0,), (1,), (VLLM,)),
     choices("data.sources.0.params", {"a": 1}, "data.sources.0.kind", "reasoning_gym", KINDS),
     choices("data.sources.0.size", 64, "data.sources.0.kind", "reasoning_gym", KINDS),
     choices("data.sources.0.split", "test", "data.sources.0.kind", "hub", KINDS),
@@ -245,8 +255,8 @@ def test_the_message_is_whole() -> None:
 def test_sections_alone_judge_what_they_can() -> None:
     # The correction is decided by the rollouts, in a Config.
     assert LossConfig(correction_high=4.0).correction_high == 4.0
-    with pytest.raises(ConfigError, match=r"rollout.sleep = False.*rollout.backend = 'hf'"):
-        RolloutConfig(sleep=False)
+    with pytest.raises(ConfigError, match=r"rollout.sleep = 'none'.*rollout.backend = 'hf'"):
+        RolloutConfig(sleep="none")
 
 
 def test_a_correction_that_rollouts_decide_decides_over_its_bounds(minimal: str) -> None:

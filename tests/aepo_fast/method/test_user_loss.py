@@ -183,7 +183,7 @@ def test_the_gradient_of_a_users_loss_is_that_of_its_formula(
 
 def metrics_of(cfg: Config) -> list[dict[str, Any]]:
     lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
-    varying = ("time/", "perf/")
+    varying = ("time/", "perf/", "memory/")
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith(varying)} for line in lines
     ]

@@ -145,6 +145,7 @@ class LLM:
         self.model = Model()
         self.transfer = Factory.engines[arguments["weight_transfer_config"].backend](self.model)
         self.cache_resets = True
+        self.worker.model = self.model
 
     def init_weight_transfer_engine(self, request: InitRequest) -> None:
         info = self.transfer.init_info_cls(**request.init_info)
@@ -169,19 +170,26 @@ class LLM:
 
 
 class Allocator:
-    """Memory of a GPU whose cache takes 8 of 20 GiB."""
+    """Memory of a GPU whose cache takes 8 of 20 GiB, and its weights 3."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
         self.free = 4
+        self.model: Model | None = None
 
     def discard(self, tag: str) -> None:
         self.events.append(("discard", tag))
         self.free += 8
 
+    def sleep(self, level: int) -> None:
+        assert level == 2 and self.model is not None
+        self.events.append(("sleep", level))
+        self.free += 8 + 3
+        self.model.qk.data.fill_(float("nan"))
+
     def wake_up(self, tags: list[str]) -> None:
         self.events.append(("wake", tags))
-        self.free -= 8
+        self.free -= sum({"kv_cache": 8, "weights": 3}[tag] for tag in tags)
 
 
 def install(patch: pytest.MonkeyPatch) -> Allocator:

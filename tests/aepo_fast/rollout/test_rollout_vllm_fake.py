@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.method import LossConfig
 from aepo_fast.config.sections import LoraConfig, RolloutConfig
 from aepo_fast.model.lora import ADAPTER_WEIGHTS, add_adapter
 from aepo_fast.rollout.engine import RolloutError
@@ -67,13 +68,47 @@ def test_the_cache_sleeps_while_training_and_the_weights_stay(
     assert allocator.events[1:] == [("wake", ["kv_cache"])]
 
 
-@pytest.mark.parametrize("settings", [{"sleep": False}, {"steps_ahead": 1}])
+@pytest.mark.parametrize("settings", [{"sleep": "none"}, {"steps_ahead": 1}])
 def test_it_stays_awake_where_asked_or_while_it_samples_ahead(
     allocator: fake_vllm.Allocator, settings: dict[str, Any]
 ) -> None:
     engine = build(**settings)
     engine.sleep()
     assert not engine.llm.arguments["enable_sleep_mode"] and allocator.events == []
+
+
+def test_all_of_it_sleeps_and_the_next_sync_writes_all_weights(
+    allocator: fake_vllm.Allocator,
+) -> None:
+    engine, model = build(sleep="all", share_weights=False), Trained(torch.float32)
+    engine.sync_weights(model, 0)
+    engine.generate(REQUESTS, max_new_tokens=4)
+    engine.sleep()
+    engine.sleep()
+    assert allocator.events == [("sleep", 2)]
+    assert engine.metrics["memory/rollout_awake_gib"] == 16
+    assert engine.metrics["memory/rollout_asleep_gib"] == 5
+    with pytest.raises(RolloutError, match="has given its weights back, and got none since"):
+        engine.generate(REQUESTS, max_new_tokens=4)
+    with torch.no_grad():
+        model.q += 100
+    engine.sync_weights(model, 1)
+    assert allocator.events[1:] == [("wake", ["weights"])]  # the cache sleeps on
+    written = torch.cat([model.q, model.k])
+    assert torch.equal(engine.llm.model.qk.float(), written)
+    engine.generate(REQUESTS, max_new_tokens=4)
+    assert allocator.events[2:] == [("wake", ["kv_cache"])]
+
+
+def test_weights_that_something_else_needs_do_not_sleep(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.sleep = 'all': .*rollout\.share_weights"):
+        RolloutConfig("vllm", sleep="all")
+    cfg = tiny_config(tmp_path, tmp_path)
+    rollout = RolloutConfig("vllm", sleep="all", share_weights=False)
+    replace(cfg, rollout=rollout, loss=LossConfig())
+    with pytest.raises(ConfigError, match=r"rollout\.sleep = 'all': with model\.lora"):
+        model = replace(cfg.model, lora=LoraConfig(rank=4))
+        replace(cfg, rollout=rollout, model=model, loss=LossConfig())
 
 
 def test_on_a_cpu_it_never_sleeps_and_has_small_blocks(allocator: fake_vllm.Allocator) -> None:

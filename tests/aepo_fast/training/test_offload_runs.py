@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,11 @@ from safetensors.torch import load_file
 from aepo_fast.config import resolve
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config, LoraConfig
+from aepo_fast.config.toml import load_config
+from aepo_fast.training import assemble
+from aepo_fast.training import update as update_module
 from aepo_fast.training.run import train
+from aepo_fast.training.trainer import Trainer
 from tests.aepo_fast.training.test_run import metrics_of
 from tests.tiny_run import copy_until, tiny_config
 
@@ -119,6 +124,86 @@ def test_a_checkpoint_goes_on_with_and_without_offloading(
     assert_same_end(plain, back)
 
 
+class AwakeOrAsleep:
+    """An engine that notes what of the optimizer's state is on the device while it is awake."""
+
+    def __init__(self, engine: Any, seen: list[tuple[str, bool]]) -> None:
+        self.engine, self.seen = engine, seen
+        self.trainer: Trainer | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def note(self, what: str) -> None:
+        parts = [] if self.trainer is None else self.trainer.parked
+        self.seen.append((what, all(part.away for part in parts)))
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        self.note("generate")
+        return self.engine.generate(*args, **options)
+
+    def sleep(self) -> None:
+        self.note("sleep")
+
+    def sync_weights(self, *args: Any) -> None:
+        self.note("sync")
+        self.engine.sync_weights(*args)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizers_state_is_away_while_the_sampler_is_awake(
+    no_gpu_needed: None,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+) -> None:
+    seen: list[tuple[str, bool]] = []
+    made = AwakeOrAsleep(None, seen)
+
+    def load_engine(*args: Any, **options: Any) -> Any:
+        made.engine = hf_engine(*args, **options)
+        return made
+
+    def guarded_step(*args: Any, **options: Any) -> Any:
+        made.note("step")
+        return plain_step(*args, **options)
+
+    def build(self: Trainer, cfg: Config, *args: Any) -> None:
+        object.__setattr__(cfg.rollout, "offload_optimizer", True)  # as with vLLM
+        made.trainer, self.parked = self, []
+        plain_init(self, cfg, *args)
+
+    hf_engine, plain_init = assemble.load_engine, Trainer.__init__
+    plain_step = update_module.guarded_step
+    plain = config(tiny_model_dir, tmp_path / "plain", "none", trainer={"optimizer": optimizer})
+    assert train(plain) == 0
+    away = replace(plain, output_dir=str(tmp_path / "away"))
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble, "load_engine", load_engine)
+        patch.setattr(update_module, "guarded_step", guarded_step)
+        patch.setattr(Trainer, "__init__", build)
+        assert train(away) == 0
+    step = [("generate", True), ("sleep", True), ("step", False), ("step", False), ("sync", True)]
+    assert seen == [("sync", True), *step * 4]
+    assert_same_end(plain, away)
+
+    # A checkpoint is the same as ever.
+    back = replace(plain, output_dir=str(tmp_path / "back"))
+    copy_until(2, away, back)
+    assert train(back, resume=True) == 0
+    assert_same_end(plain, back)
+
+
+def test_memory_in_use_is_in_the_metrics(tiny_model_dir: Path, tmp_path: Path) -> None:
+    cfg = config(tiny_model_dir, tmp_path / "run", "none", trainer={"steps": 1})
+    assert train(cfg) == 0
+    (line,) = (json.loads(one) for one in (tmp_path / "run" / "metrics.jsonl").open())
+    phases = [f"memory/{name}_gib" for name in ("sample_before", "sample_after", "train_before")]
+    for name in (*phases, "memory/train_after_gib"):
+        assert 0.1 < line[name] <= line["perf/peak_memory_gib"] + 0.01
+
+
 def test_alone_and_without_offloading_no_process_group_is_made(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +211,13 @@ def test_alone_and_without_offloading_no_process_group_is_made(
     monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", None)  # importing it fails
     cfg = tiny_config(tiny_model_dir, tmp_path)
     assert train(replace(cfg, trainer=replace(cfg.trainer, steps=1))) == 0
+
+
+def test_the_optimizers_state_leaves_a_gpu_only(tmp_path: Path) -> None:
+    settings = ["rollout.backend=vllm", "rollout.offload_optimizer=true", "trainer.device=cpu"]
+    cfg = load_config("first-light", settings)
+    with pytest.raises(ConfigError, match=r"rollout\.offload_optimizer = True: .* is a CPU"):
+        train(cfg)
 
 
 @pytest.mark.parametrize("offload", ["optimizer", "all"])

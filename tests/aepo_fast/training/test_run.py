@@ -35,7 +35,7 @@ from tests.tiny_model import build_tiny_model
 from tests.tiny_run import explained_metrics, tiny_config, with_trainer
 
 # What differs between two runs of the same thing.
-VARYING = ("time/", "perf/")
+VARYING = ("time/", "perf/", "memory/")
 
 
 def metrics_of(cfg: Config) -> list[dict[str, Any]]:
