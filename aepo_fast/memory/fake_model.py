@@ -100,8 +100,9 @@ def fake_policy(
             add_adapter(model, cfg.model.lora, seed=0)
     with mode:
         _make_fake(model)
-        if machine.runs_cpp:
-            fuse_layers(model, _with_numbers)
+    if machine.runs_cpp:
+        fuse_layers(model, _with_numbers)
+    with mode:
         enable_checkpointing(model, cfg.model)
         model.train()
         policy = Policy(model, machine, cfg.trainer)
@@ -152,15 +153,12 @@ def _model(cfg: Config, machine: Machine, config: PretrainedConfig) -> PreTraine
 
 def _with_numbers(module: nn.Module) -> nn.Module:
     """A small module of the same class and settings, with numbers, to try what it computes."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily():
-        small = copy.copy(module)
-        small._modules = {name: _small(child) for name, child in module._modules.items()}
-        small._parameters = {
-            name: None if one is None else _numbers_like(one)
-            for name, one in module._parameters.items()
-        }
+    small = copy.copy(module)
+    small._modules = {name: _small(child) for name, child in module._modules.items()}
+    small._parameters = {
+        name: None if one is None else _numbers_like(one)
+        for name, one in module._parameters.items()
+    }
     return small
 
 
