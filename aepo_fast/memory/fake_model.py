@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
@@ -178,8 +178,12 @@ def _numbers_like(parameter: Tensor) -> nn.Parameter:
 
 
 def _register_stand_in() -> None:
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Any:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=kw.get("scaling"))
+    AttentionInterface.register(_STAND_IN, _unmasked_attention)
+    AttentionMaskInterface.register(_STAND_IN, lambda *args, **options: None)
 
-    AttentionInterface.register(_STAND_IN, attention)
-    AttentionMaskInterface.register(_STAND_IN, lambda *args, **kw: None)
+
+def _unmasked_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+) -> Any:
+    scaling = options.get("scaling")
+    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)

@@ -67,7 +67,10 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def table(cases: list[dict[str, Any]]) -> str:
     """A row per run, as Markdown."""
-    rows = ["| model | settings | predicted, GiB | measured, GiB | ratio |", "|---|---|---|---|---|"]
+    rows = [
+        "| model | settings | predicted, GiB | measured, GiB | ratio |",
+        "|---|---|---|---|---|",
+    ]
     for one in cases:
         cells = [one["model"], ", ".join(map(_short, one["settings"]))]
         if one["status"] == "ok":

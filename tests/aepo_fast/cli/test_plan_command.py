@@ -42,7 +42,8 @@ def test_json_has_the_same_figures(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
-    folder = write_config(tmp_path / "model", {**ONE_LAYER, "vocab_size": 40000, "hidden_size": 512})
+    large = {**ONE_LAYER, "vocab_size": 40000, "hidden_size": 512}
+    folder = write_config(tmp_path / "model", large)
     text = plan_text("first-light", overrides(folder), gpu="960MiB")
     assert "does not fit" in text and "1. --set" in text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -79,7 +81,8 @@ def test_agrees_with_what_torch_allocates() -> None:
     with torch.profiler.profile(profile_memory=True) as profile:
         work()
     now = most = 0
-    events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
+    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
+    events = [one for one in results.events() if one.name() == "[memory]"]
     for event in sorted(events, key=lambda one: one.start_ns()):
         now += event.nbytes()
         most = max(most, now)

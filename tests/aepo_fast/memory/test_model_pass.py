@@ -88,9 +88,7 @@ def test_real_tensors_take_what_fake_ones_say(attention: str, tmp_path: Any) -> 
     assert abs(kept - fake.kept) <= 0.02 * kept
 
 
-@pytest.mark.parametrize(
-    ("layout", "candidate"), [("padded", "ours, padded"), ("shared", "ours")]
-)
+@pytest.mark.parametrize(("layout", "candidate"), [("padded", "ours, padded"), ("shared", "ours")])
 def test_predicts_a_step_of_an_h200(
     layout: str, candidate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

