@@ -95,7 +95,9 @@ def plan(
     config: Annotated[str, typer.Argument(help="A TOML file or the name of a shipped config.")],
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help='A card of that memory, e.g. "24GiB"; else this machine.'),
+        typer.Option(
+            metavar="SIZE", help='A card of that memory, e.g. "24GiB"; else this machine.'
+        ),
     ] = None,
     prompt_tokens: Annotated[
         int | None,

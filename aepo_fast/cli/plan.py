@@ -107,7 +107,9 @@ def read_settings(path: str) -> PretrainedConfig:
     except ConfigError:
         raise
     except Exception as error:  # no connection, no such model
-        reason = f"is no local folder, and the hub did not give its config.json: {first_line(error)}"
+        reason = (
+            f"is no local folder, and the hub did not give its config.json: {first_line(error)}"
+        )
         fix = "Check the path or id and the connection, or name a folder with a config.json"
         raise ConfigError("model.path", path, reason.rstrip("."), fix) from error
 

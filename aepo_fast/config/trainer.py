@@ -53,7 +53,7 @@ class TrainerConfig:
     max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
     seed: int = 0  # seed of sampling and of the order of prompts and minibatches
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is the GPU where torch sees one
-    # A run that `aepo-fast plan` says cannot fit the device's memory is refused; false: it is tried.
+    # A run is refused that `aepo-fast plan` says cannot fit the memory; false: it is tried.
     check_memory: bool = True
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ def _upper_bound(cfg: Config, config: PretrainedConfig, folder: Path | str, shap
     rows = min(cfg.rollout.batch_rows, samples * cfg.trainer.minibatches)
     cache = 2 * rows * length * width * (text.num_hidden_layers + 1)
     activations = 4 * (tokens * layer * (text.num_hidden_layers + 1) + cache)
-    # Weights, gradients, two moments, a reference and two copies that sample; files may be bfloat16.
+    # Weights, gradients, two moments, a reference and two copies that sample, of bfloat16 files.
     return 2 * 7 * files + activations + 2 * head
 
 

@@ -17,7 +17,7 @@ from aepo_fast.training.optim import OF_TORCHAO
 
 # Libraries, threads and caches that a process on a CPU adds once a model loads, bytes; and what of
 # the heap lies in holes, as a share of tensors. Fitted to bench/results/cpu/memory-*.json.
-_LATER = 48 * 2**20
+_LATER = 192 * 2**20
 _HOLES = 0.08
 # Of a GPU: the context with its kernels, and what the caching allocator cannot use. The context of
 # an H100 takes about half a GiB. The share: not measured.

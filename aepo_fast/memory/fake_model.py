@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
@@ -101,8 +101,9 @@ def fake_policy(
             add_adapter(model, cfg.model.lora, seed=0)
     with mode:
         _make_fake(model)
-        if machine.runs_cpp:
-            fuse_layers(model, _with_numbers)
+    if machine.runs_cpp:
+        fuse_layers(model, _with_numbers)
+    with mode:
         checkpoint_layers(model, cfg.model.gradient_checkpointing)
         model.train()
         policy = Policy(model, machine, cfg.trainer)
@@ -153,15 +154,12 @@ def _model(cfg: Config, machine: Machine, config: PretrainedConfig) -> PreTraine
 
 def _with_numbers(module: nn.Module) -> nn.Module:
     """A small module of the same class and settings, with numbers, to try what it computes."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily():
-        small = copy.copy(module)
-        small._modules = {name: _small(child) for name, child in module._modules.items()}
-        small._parameters = {
-            name: None if one is None else _numbers_like(one)
-            for name, one in module._parameters.items()
-        }
+    small = copy.copy(module)
+    small._modules = {name: _small(child) for name, child in module._modules.items()}
+    small._parameters = {
+        name: None if one is None else _numbers_like(one)
+        for name, one in module._parameters.items()
+    }
     return small
 
 
@@ -181,8 +179,12 @@ def _numbers_like(parameter: Tensor) -> nn.Parameter:
 
 
 def _register_stand_in() -> None:
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Any:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=kw.get("scaling"))
+    AttentionInterface.register(_STAND_IN, _unmasked_attention)
+    AttentionMaskInterface.register(_STAND_IN, lambda *args, **options: None)
 
-    AttentionInterface.register(_STAND_IN, attention)
-    AttentionMaskInterface.register(_STAND_IN, lambda *args, **kw: None)
+
+def _unmasked_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+) -> Any:
+    scaling = options.get("scaling")
+    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)

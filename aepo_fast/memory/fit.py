@@ -17,8 +17,9 @@ from aepo_fast.memory.plan import Device, MemoryPlan, plan_memory
 
 Planner = Callable[[Config], MemoryPlan]
 
-_MOST_TRIES = 40  # half a second each
-_FEWEST_TOKENS, _MOST_TOKENS = 1024, 2**18
+_MOST_TRIES = 24  # half a second each
+_FEWEST_TOKENS = 1024  # of a micro-batch: fewer leave a device waiting
+_SIZES = [2**power for power in range(7, 18)]
 
 
 @dataclass(frozen=True)
@@ -131,16 +132,9 @@ def largest(cfg: Config, plan: Planner, key: str, values: Sequence[int]) -> int 
 
 
 def largest_settings(cfg: Config, plan: Planner) -> dict[str, int | None]:
-    """The largest micro-batch, completion and group that fit, each alone, by key."""
-    sizes = [size for power in range(6, 18) for size in (2**power, 3 * 2 ** (power - 1))]
-    reachable = [size for size in sizes if _FEWEST_TOKENS <= size <= _MOST_TOKENS]
-    return {
-        "trainer.tokens_per_microbatch": largest(
-            cfg, plan, "trainer.tokens_per_microbatch", reachable
-        ),
-        "rollout.max_new_tokens": largest(cfg, plan, "rollout.max_new_tokens", sizes),
-        "trainer.group_size": largest(cfg, plan, "trainer.group_size", [2, 4, 8, 16, 32, 64, 128]),
-    }
+    """The largest micro-batch and completion that fit, each alone, by key: powers of two."""
+    keys = "trainer.tokens_per_microbatch", "rollout.max_new_tokens"
+    return {key: largest(cfg, plan, key, _SIZES) for key in keys}
 
 
 def largest_model(plan: MemoryPlan, num_weights: int) -> int:

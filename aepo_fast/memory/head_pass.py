@@ -51,7 +51,9 @@ def head_bytes(
         hidden,
         torch.empty(vocab, width, dtype=weight.dtype, device=device),
         torch.empty(tokens, dtype=torch.long, device=device),
-        backend="chunked" if machine.head_backend in ("auto", "reference") else machine.head_backend,
+        backend="chunked"
+        if machine.head_backend in ("auto", "reference")
+        else machine.head_backend,
     )
     plan = make_plan(problem, needs_weight=trained, rows=tokens)
     own, wide = hidden.dtype.itemsize, plan.stats_dtype.itemsize

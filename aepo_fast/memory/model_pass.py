@@ -47,11 +47,11 @@ class PassBytes:
     are there already, else 0.
     """
 
-    kept: float
-    forward: float
-    backward: float
-    bottom: float
-    score: float
+    kept: int
+    forward: int
+    backward: int
+    bottom: int
+    score: int
     lines: int
     width: int
     tokens: int
@@ -73,9 +73,9 @@ def pass_bytes(
     one, two = (_traced(cfg, machine, with_layers(config, n), samples) for n in (few, many))
     share = (total - few) / (many - few)
 
-    def grown(name: str) -> float:
+    def grown(name: str) -> int:
         low, high = getattr(one, name), getattr(two, name)
-        return low + (high - low) * share
+        return round(low + (high - low) * share)
 
     return PassBytes(**{item.name: grown(item.name) for item in fields(PassBytes)})
 

@@ -70,7 +70,7 @@ def runs(*, on_gpu: bool) -> list[tuple[str, tuple[str, ...]]]:
 
 def settings(model: Path, output: Path, *, on_gpu: bool, steps: int = 2) -> dict[str, Any]:
     """The configuration that all runs share, of a model's folder."""
-    new, prompts, tokens = (1024, 8, 16384) if on_gpu else (32, 4, 1024)
+    new, prompts, tokens = (1024, 8, 16384) if on_gpu else (32, 2, 512)
     return {
         "output_dir": str(output),
         "model": {"path": str(model)},

@@ -43,18 +43,6 @@ def compare(arguments: argparse.Namespace) -> None:
         if all(any(part in item for item in (name, *case)) for part in arguments.only)
     ]
     found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, case in cases:
-            config = _config(Path(folder), name, on_gpu=arguments.gpu)
-            if arguments.dry_run:
-                print(name, *case, "\n" + _planned(config, case, on_gpu=arguments.gpu), flush=True)
-                continue
-            record = {"model": name, "settings": list(case), **_run(config, case)}
-            found.append(record)
-            print(_line(record), flush=True)
-    if arguments.dry_run:
-        return
-    print(table(found))
     record = {
         "benchmark": "memory",
         "environment": describe(),
@@ -64,13 +52,25 @@ def compare(arguments: argparse.Namespace) -> None:
         "cases": found,
     }
     path = result_path(arguments.results, "memory")
-    write_result(path, record)
-    print(f"result: {path}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, case in cases:
+            config = _config(Path(folder), name, on_gpu=arguments.gpu)
+            if arguments.dry_run:
+                print(name, *case, "\n" + _planned(config, case, on_gpu=arguments.gpu), flush=True)
+                continue
+            found.append({"model": name, "settings": list(case), **_run(config, case)})
+            print(_line(found[-1]), flush=True)
+            write_result(path, record)  # a run of many minutes may be stopped
+    if found:
+        print(f"{table(found)}\nresult: {path}")
 
 
 def table(cases: list[dict[str, Any]]) -> str:
     """A row per run, as Markdown."""
-    rows = ["| model | settings | predicted, GiB | measured, GiB | ratio |", "|---|---|---|---|---|"]
+    rows = [
+        "| model | settings | predicted, GiB | measured, GiB | ratio |",
+        "|---|---|---|---|---|",
+    ]
     for one in cases:
         cells = [one["model"], ", ".join(map(_short, one["settings"]))]
         if one["status"] == "ok":

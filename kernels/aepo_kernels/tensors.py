@@ -147,8 +147,13 @@ def is_traced(*tensors: object) -> bool:
     modes = keys.FAKE, keys.PROXY, keys.FUNCTIONAL
     if any(torch._C._get_dispatch_mode(mode) is not None for mode in modes):
         return True
+    return any(map(is_fake, tensors))
+
+
+def is_fake(tensor: object) -> bool:
+    """Whether a tensor is one of torch's fake ones, which have shapes and no numbers."""
     fake = torch._subclasses.FakeTensor  # pyright: ignore[reportAttributeAccessIssue]
-    return any(isinstance(tensor, fake) for tensor in tensors)
+    return isinstance(tensor, fake)
 
 
 def breaks_graph(
@@ -216,7 +221,7 @@ def first_order(what: str, instead: str) -> Callable[[Callable[..., Any]], Calla
                 # torch's older vmap, of is_grads_batched, has no other sign.
                 batched = "Batched" in str(_keys(grad))
                 reason = "is a batch of vmap; use a loop" if batched else unreadable_reason(grad)
-                if reason is not None:
+                if reason is not None and not is_fake(grad):
                     raise RuntimeError(f"{what}: the gradient by its result {reason}")
             rest = iter(known)
             return backward(ctx, *(None if grad is None else next(rest) for grad in grads))

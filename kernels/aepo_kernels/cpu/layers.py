@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from aepo_kernels.cpu.library import DTYPES, call
-from aepo_kernels.tensors import first_order, unreadable_reason
+from aepo_kernels.tensors import first_order, is_fake, unreadable_reason
 
 _INSTEAD = "compute the layer with torch's own operations"
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -244,7 +243,7 @@ def _check(*tensors: Tensor) -> None:
     # The library gets addresses. The address of another device's memory would end the process. So
     # this public function asks for the device itself: no plan was made before it.
     for tensor in tensors:
-        if isinstance(tensor, FakeTensor):
+        if is_fake(tensor):
             continue  # nothing is read of it
         if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
             known = ", ".join(str(dtype) for dtype in DTYPES)
@@ -262,7 +261,7 @@ def _run(name: str, structure: Callable[..., ctypes.Structure], *arguments: Any)
 
     torch's fake tensors have shapes and no numbers: with them, memory is only made.
     """
-    if not isinstance(arguments[0], FakeTensor):
+    if not is_fake(arguments[0]):
         call(name, structure(*arguments))
 
 
