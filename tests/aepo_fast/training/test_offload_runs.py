@@ -16,12 +16,14 @@ from aepo_fast.config import resolve
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config, LoraConfig
 from aepo_fast.config.toml import load_config
+from aepo_fast.model.load import load_model
+from aepo_fast.model.sharded import leave, shard, whole_weights
 from aepo_fast.training import assemble
 from aepo_fast.training import update as update_module
 from aepo_fast.training.run import train
 from aepo_fast.training.trainer import Trainer
 from tests.aepo_fast.training.test_run import metrics_of
-from tests.tiny_run import copy_until, tiny_config
+from tests.tiny_run import a_machine, copy_until, tiny_config
 
 LORA = LoraConfig(rank=4, targets=("q_proj", "down_proj", "lm_head"))
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
@@ -71,7 +73,7 @@ def assert_same_end(one: Config, other: Config) -> None:
 # Passive samples, of AEPO as published, are measured without a backward pass: the head that was
 # whole for them must not be taken for the next update's.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "adamw": {"model": {"gradient_checkpointing": "full"}},
+    "adamw": {"model": {"gradient_checkpointing": "full", "activation_offloading": True}},
     "one update": {"loss": {"kl_coef": 0.1}, "trainer": {"minibatches": 1, "steps": 3}},
     "lora": {
         "model": {"lora": LORA},
@@ -93,6 +95,24 @@ def test_weights_in_cpu_memory_end_as_those_on_the_device(
     assert train(plain) == train(offloaded) == 0
     assert_same_end(plain, offloaded)
     assert not torch.distributed.is_initialized()
+
+
+def test_whole_weights_are_what_the_shards_hold(tiny_model_dir: Path) -> None:
+    cfg = tiny_config(tiny_model_dir, tiny_model_dir)
+    model = load_model(cfg.model, tiny_model_dir, a_machine(), stays_on_cpu=True)
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    shard(model, a_machine(), offload=True)
+    try:
+        for _ in range(2):  # an engine finds them where they were
+            found = dict(whole_weights(model))
+            assert found.keys() == before.keys()
+            for name, tensor in found.items():
+                assert type(tensor) is torch.Tensor and torch.equal(tensor, before[name])
+            places = [one.data_ptr() for one in found.values()]
+            assert places == [one.data_ptr() for _, one in whole_weights(model)]
+            model(input_ids=torch.arange(9)[None]).logits.sum().backward()
+    finally:
+        leave()
 
 
 def test_in_bfloat16_they_differ_by_rounding(
