@@ -14,11 +14,16 @@ from bench.e2e.table import table as e2e_table
 from bench.entropy import report
 from bench.entropy.settings import SIZES
 from bench.kernels import table as kernel_table
+from bench.memory.run import table as memory_table
 from bench.step.run import table as step_table
 
 _OURS, _BESIDE = "ours (chunked)", ("TRL chunked", "torch.compile")
 # Page -> how its links lead to the root.
-PAGES = {ROOT / "README.md": "", ROOT / "docs" / "benchmarks.md": "../"}
+PAGES = {
+    ROOT / "README.md": "",
+    ROOT / "docs" / "benchmarks.md": "../",
+    ROOT / "docs" / "memory.md": "../",
+}
 
 
 def add_command(commands: Any) -> None:
@@ -51,6 +56,8 @@ def render(page: str, to_root: str = "") -> str:
         "step-cpu": lambda: step(on_cpu=True),
         "e2e-gpu": lambda: e2e(on_cpu=False),
         "e2e-cpu": lambda: e2e(on_cpu=True),
+        "memory-gpu": lambda: memory(on_cpu=False),
+        "memory-cpu": lambda: memory(on_cpu=True),
     }
     return re.sub(
         r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)",
@@ -243,6 +250,23 @@ def e2e(*, on_cpu: bool) -> str:
         )
         parts.append(e2e_table(record["candidates"]) + "\n")
     return "\n".join(parts)
+
+
+def memory(*, on_cpu: bool) -> str:
+    """The newest comparison of plans with runs, on a CPU or a GPU."""
+    found = sorted(RESULTS.glob("*/memory-*.json"), key=lambda path: path.name)
+    found = [path for path in found if (path.parent.name == "cpu") == on_cpu]
+    if not found:
+        return ""
+    record = json.loads(found[-1].read_text())
+    where = record["environment"]
+    name = where["cpu"] if on_cpu else where["device"]
+    ratios = [one["ratio"] for one in record["cases"] if one["status"] == "ok"]
+    head = (
+        f"{name}, torch {where['torch']}, {len(ratios)} runs: predicted over measured "
+        f"{min(ratios):.3f} to {max(ratios):.3f} ([raw]({_link(found[-1])})).\n"
+    )
+    return f"{head}\n{memory_table(record['cases'])}\n"
 
 
 def _newest_by_device(

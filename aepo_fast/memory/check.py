@@ -16,8 +16,8 @@ from aepo_fast.memory.model_pass import Shape
 from aepo_fast.memory.plan import Device, MemoryPlan, plan_memory, shape_of
 from aepo_fast.model.load import read_config
 
-# A prediction was at most this far from what was measured: bench/results/cpu/memory-*.json. A run
-# is refused only where it would not fit even then.
+# No prediction was so far above what was measured (bench/results/cpu/memory-*.json). A run is
+# refused only where it would not fit even then.
 MARGIN = 0.1
 # Where all that is unknown is so small a share of the process, its half is near enough.
 _SMALL = 0.04

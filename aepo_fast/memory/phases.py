@@ -138,10 +138,10 @@ def update_bytes(traced: Traced) -> dict[str, int]:
     return {name: round(size) for name, size in worst.items()}
 
 
-def _split(bottom: float, own: int, gradients: int) -> dict[str, float]:
+def _split(bottom: int, own: int, gradients: int) -> dict[str, int]:
     """The end of a backward pass, whose trace counts gradients and activations together."""
     total = bottom + own
-    return {"gradients": min(gradients, total), "activations": max(0.0, total - gradients)}
+    return {"gradients": min(gradients, total), "activations": max(0, total - gradients)}
 
 
 def _sample(

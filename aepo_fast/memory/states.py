@@ -58,7 +58,8 @@ def state_bytes(cfg: Config, policy: Policy) -> StateBytes:
     for one in parameters:
         weights += round(one.numel() * NF4_BITS / 8) if id(one) in quantized else _bytes(one)
     kind = cfg.trainer.optimizer
-    largest = max((one.numel() for one in trained), default=0)
+    stepped = [one for one in trained if kind != "muon" or _is_inner(one, policy)]
+    largest = max((one.numel() for one in stepped), default=0)
     by_chance = any(one.dtype == torch.bfloat16 for one in trained) and kind != "adamw"
     step = _STEP_ON_GPU.get(kind, 0) if machine.is_gpu else _STEP_ON_CPU[kind, by_chance]
     needs_copy = cfg.loss.kl_coef > 0 and not cfg.model.lora.rank
@@ -93,11 +94,16 @@ def _optimizer(weight: torch.Tensor, kind: str, policy: Policy) -> int:
     if kind == "adamw_bf16":
         return count * 2 * width
     if kind == "muon":
-        ends = {id(policy.weight), id(policy.model.get_input_embeddings().weight)}
-        return count * (4 if weight.ndim == 2 and id(weight) not in ends else 8)
+        return count * (4 if _is_inner(weight, policy) else 8)
     if count < 4096 or count % 256:  # torchao leaves small ones as they are
         return count * 2 * width
     return 2 * (count + 4 * count // 256 + 4 * 256)
+
+
+def _is_inner(weight: torch.Tensor, policy: Policy) -> bool:
+    """Whether Muon steps it: a matrix of a layer."""
+    ends = {id(policy.weight), id(policy.model.get_input_embeddings().weight)}
+    return weight.ndim == 2 and id(weight) not in ends
 
 
 def _quantized(cfg: Config, model: nn.Module) -> set[int]:

@@ -147,13 +147,15 @@ def is_traced(*tensors: object) -> bool:
     modes = keys.FAKE, keys.PROXY, keys.FUNCTIONAL
     if any(torch._C._get_dispatch_mode(mode) is not None for mode in modes):
         return True
-    return any(map(is_fake, tensors))
+    fake = torch._subclasses.FakeTensor  # pyright: ignore[reportAttributeAccessIssue]
+    return any(isinstance(tensor, fake) for tensor in tensors)
 
 
 def is_fake(tensor: object) -> bool:
-    """Whether a tensor is one of torch's fake ones, which have shapes and no numbers."""
+    """Whether a tensor has a shape and no numbers, inside a FakeTensorMode, where none are read."""
     fake = torch._subclasses.FakeTensor  # pyright: ignore[reportAttributeAccessIssue]
-    return isinstance(tensor, fake)
+    mode = torch._C._TorchDispatchModeKey.FAKE  # pyright: ignore[reportPrivateImportUsage]
+    return isinstance(tensor, fake) and torch._C._get_dispatch_mode(mode) is not None
 
 
 def breaks_graph(

@@ -306,3 +306,17 @@ def test_a_second_derivative_is_right_or_refused(backend: str) -> None:
         with pytest.raises(RuntimeError, match='create_graph=True.*backend="reference"'):
             torch.autograd.grad(value, inputs["hidden"], create_graph=True)
     assert (inputs["weight"].grad is not None) == (backend == "reference")
+
+
+@needs_cpp
+def test_layers_of_fake_tensors_make_memory_alone() -> None:
+    with FakeTensorMode():
+        x = torch.ones(2, 3, 4, 8, requires_grad=True)
+        angles = torch.ones(1, 4, 8)
+        normed = layers.rms_norm(x, torch.ones(8), 1e-6, torch.bfloat16)
+        turned = layers.rotary(layers.swiglu(x, x), angles, angles)
+        (normed.float() + turned).sum().backward()
+        assert (normed.shape, normed.dtype) == (x.shape, torch.bfloat16)
+        assert x.grad is not None and x.grad.shape == x.shape
+        with pytest.raises(TypeError, match="got a FakeTensor"):
+            layers.decode_attention(x[:, :, 0], x, x, None, 1.0)
