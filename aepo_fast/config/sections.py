@@ -281,6 +281,9 @@ class Config:
         if self.model.liger:
             reason = "a model whose weights stay on the CPU is checked there, without Liger"
             fix = 'Set model.liger = false, or use "optimizer"'
+        elif self.model.quantization != "none":
+            reason = "4-bit weights are not divided into shards"
+            fix = 'Use "optimizer": what quantization leaves of the weights is little'
         elif self.trainer.optimizer == "muon":
             reason = "the processor would take Muon's step, which is made of matrix products"
             fix = 'Use "optimizer", or trainer.optimizer = "adamw"'
