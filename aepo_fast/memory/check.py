@@ -58,14 +58,15 @@ def _upper_bound(cfg: Config, config: PretrainedConfig, folder: Path | str, shap
     """Bytes that a run on a CPU cannot need more of beside the process, of a model with files."""
     files = sum(one.stat().st_size for one in Path(folder).iterdir() if one.is_file())
     text = config.get_text_config()
-    sizes = [getattr(text, name, None) for name in ("hidden_size", "intermediate_size")]
+    names = ("hidden_size", "intermediate_size", "num_attention_heads")
+    sizes = [getattr(text, name, None) for name in names]
     if None in sizes:
         return 2**62
-    width, inner = (int(size) for size in sizes if size is not None)
+    width, inner, heads = (int(size) for size in sizes if size is not None)
     samples = shape.prompts * shape.group_size
     length = shape.prompt_tokens + shape.new_tokens
     tokens = min(samples * length, max(cfg.trainer.tokens_per_microbatch, length))
-    layer = 16 * width + 6 * inner + 4 * text.num_attention_heads * length
+    layer = 16 * width + 6 * inner + 4 * heads * length
     head = min(4 * tokens * text.vocab_size, 2**26)
     rows = min(cfg.rollout.batch_rows, samples * cfg.trainer.minibatches)
     cache = 2 * rows * length * width * (text.num_hidden_layers + 1)

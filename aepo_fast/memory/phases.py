@@ -170,6 +170,8 @@ def _sample(
 
 def _key_numbers(text: Any) -> int:
     """Numbers of a token's keys in one layer."""
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:  # layers that keep a state of one size
+        return 0
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return (getattr(text, "num_key_value_heads", None) or heads) * width

@@ -108,7 +108,7 @@ def _is_inner(weight: torch.Tensor, policy: Policy) -> bool:
 
 def _quantized(cfg: Config, model: nn.Module) -> set[int]:
     """Weights that are held in four bits: those of linear layers other than the head."""
-    if getattr(cfg.model, "quantization", "none") == "none":
+    if cfg.model.quantization == "none":
         return set()
     head = model.get_output_embeddings()  # type: ignore[operator]
     return {
