@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.memory.devices import import_packages, this_device
 from aepo_fast.memory.fit import cheapest_changes, gib, planner
-from aepo_fast.memory.model_pass import Shape
+from aepo_fast.memory.model_pass import Shape, UntraceableError
 from aepo_fast.memory.plan import Device, MemoryPlan, plan_memory, shape_of
 from aepo_fast.model.load import read_config
 
@@ -25,9 +26,12 @@ _SMALL = 0.04
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes at a run's peak, and the plan that says so; None where no plan was needed."""
+    """Bytes at a run's peak, and the plan that says so; None where no plan was needed.
 
-    peak: int
+    peak: None where the model cannot be traced.
+    """
+
+    peak: int | None
     plan: MemoryPlan | None
 
 
@@ -48,7 +52,11 @@ def predict(
         most = _upper_bound(cfg, config, folder, shape_of(cfg, prompt_tokens))
         if most < _SMALL * device.process:
             return Prediction(device.process + most // 2, None)
-    plan = plan_memory(cfg, machine, config, device, prompt_tokens=prompt_tokens)
+    try:
+        plan = plan_memory(cfg, machine, config, device, prompt_tokens=prompt_tokens)
+    except UntraceableError as error:
+        print(f"memory is not predicted: {error.reason}", file=sys.stderr)
+        return Prediction(None, None)
     if cfg.trainer.check_memory and plan.needed > (1 + MARGIN) * device.memory:
         _refuse(plan, given, config, device, prompt_tokens, for_gpu=machine.is_gpu)
     return Prediction(plan.peak, plan)

@@ -106,7 +106,8 @@ def fake_policy(
     with mode:
         checkpoint_layers(model, cfg.model.gradient_checkpointing)
         model.train()
-        policy = Policy(model, machine, cfg.trainer)
+        offloads = cfg.model.activation_offloading
+        policy = Policy(model, machine, cfg.trainer, activation_offloading=offloads)
     if model.config._attn_implementation in _VARLEN:
         _register_stand_in()
         model.config._attn_implementation = _STAND_IN

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from transformers import PretrainedConfig
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.resolve import machine_on
+from aepo_fast.config.resolve import check_no_offloading, machine_on
 from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import with_overrides
 from aepo_fast.memory.plan import Device, MemoryPlan, plan_memory
@@ -43,6 +43,8 @@ def planner(
 
     def plan(cfg: Config) -> MemoryPlan:
         machine = machine_on(place, cfg)
+        if not for_gpu:
+            check_no_offloading(cfg)
         settled = machine.settled(cfg)
         return plan_memory(settled, machine, config, device, prompt_tokens=prompt_tokens)
 
@@ -98,12 +100,15 @@ def _options(cfg: Config) -> Iterator[tuple[str, ...]]:
         tokens //= 4
     if rollout.backend == "hf" and rollout.batch_rows > 64:
         yield ("rollout.batch_rows=64",)
+    # The state crosses the bus twice an update.
+    if trainer.offload == "none":
+        yield ('trainer.offload="optimizer"',)
     # Other things are trained.
     if not model.lora.rank:
         yield "model.lora.rank=16", 'model.dtype="bfloat16"'
     elif model.dtype == "float32":
         yield ('model.dtype="bfloat16"',)
-    if _has(model, "quantization") and model.quantization == "none":  # type: ignore[attr-defined]
+    if model.quantization == "none":
         lora = () if model.lora.rank else ("model.lora.rank=16",)
         dtype = ('model.dtype="bfloat16"',) if model.dtype == "float32" else ()
         yield *lora, *dtype, 'model.quantization="nf4"'
@@ -112,10 +117,6 @@ def _options(cfg: Config) -> Iterator[tuple[str, ...]]:
         yield ('model.gradient_checkpointing="full"',)
     if rollout.max_new_tokens > 256:
         yield (f"rollout.max_new_tokens={rollout.max_new_tokens // 2}",)
-
-
-def _has(section: object, name: str) -> bool:
-    return any(item.name == name for item in fields(section))  # type: ignore[arg-type]
 
 
 def largest(cfg: Config, plan: Planner, key: str, values: Sequence[int]) -> int | None:

@@ -39,6 +39,12 @@ class LiveStorages(TorchDispatchMode):
         for tensor in tensors:
             self._note(tensor, counted=False)
 
+    def exclude(self, tensor: Tensor) -> None:
+        """Leave out a tensor that was counted when it was made."""
+        key = tensor.untyped_storage()._cdata
+        self.live -= self._known.get(key, 0)
+        self._known[key] = 0
+
     @contextmanager
     def segment(self, name: str) -> Iterator[None]:
         """Keep the peak of what happens inside under a name of its own."""

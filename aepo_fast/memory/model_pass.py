@@ -15,14 +15,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
+from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.memory.fake_model import fake_policy, layer_period, num_layers, with_layers
 from aepo_fast.memory.live_storages import LiveStorages
 from aepo_fast.model.batch import Element, MicroBatch, split_elements
 from aepo_fast.model.policy import Policy
+from aepo_fast.report.unexpected import first_line
 from aepo_fast.samples import Completion, Sample
 from aepo_fast.training.optim import MasterAdamW, build_optimizer
+
+
+class UntraceableError(ConfigError):
+    """A model whose operations depend on the numbers they are given, e.g. to choose experts."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,23 @@ def pass_bytes(
 ) -> PassBytes:
     """Trace the largest micro-batch of some samples through a model with settings `config`.
 
-    Raises ConfigError for a model that cannot be built from its settings.
+    Raises ConfigError for a model that cannot be built from its settings, and UntraceableError for
+    one whose pass cannot be traced.
     """
+    try:
+        return _pass_bytes(cfg, machine, config, samples)
+    except ConfigError:
+        raise
+    except Exception as error:  # of any model's code
+        reason = f"a pass of {config.model_type} cannot be traced without numbers"
+        fix = "Measure it: aepo-fast plan --measure, or train"
+        error_text = f"{reason}: {first_line(error)}"
+        raise UntraceableError("model.path", cfg.model.path, error_text, fix) from error
+
+
+def _pass_bytes(
+    cfg: Config, machine: Machine, config: PretrainedConfig, samples: Sequence[Sample]
+) -> PassBytes:
     total, period = num_layers(config), layer_period(config, cfg)
     few = period + total % period
     if few + 2 * period >= total:
@@ -90,6 +111,8 @@ def _traced(
         score = _score(policy, batch)
         counter = LiveStorages(512 if policy.machine.is_gpu else 64)
         _prepare(cfg, policy, counter, again=count > 1)
+        if policy.activation_offloading:  # what is kept on the CPU takes nothing of the device
+            policy.on_offloaded = counter.exclude
         _run(policy, batch, counter, period=layer_period(config, cfg))
     peaks = counter.peaks
     lines, width = batch.input_ids.shape

@@ -14,6 +14,7 @@ from aepo_fast.config.sections import Config
 from aepo_fast.memory.fake_model import fake_policy, num_layers
 from aepo_fast.memory.head_pass import HeadBytes, head_bytes
 from aepo_fast.memory.model_pass import PassBytes, Shape, pass_bytes
+from aepo_fast.memory.offload import on_device
 from aepo_fast.memory.states import StateBytes, gradient_width, state_bytes
 from aepo_fast.samples import Sample
 
@@ -91,15 +92,17 @@ def phases(
     process: what the process holds beside tensors. holes: share of tensors that an allocator holds
     unused. device_bytes: memory of the device, of which vLLM takes a share.
     """
-    states = traced.states
+    states = on_device(cfg, machine, traced.states)
+    traced = replace(traced, states=states)
     held = {"process": process, "weights": states.weights, "reference": states.reference}
     held["sampler"] = states.sampler
     loading = Phase("load", {**held, "activations": states.loading})
     held["optimizer"] = states.optimizer
     update = {**held, **update_bytes(traced)}
+    sampling = {**held, "optimizer": 0} if cfg.rollout.offload_optimizer else held
     found = [
         loading,
-        _sample(cfg, machine, config, shape, held, device_bytes),
+        _sample(cfg, machine, config, shape, sampling, device_bytes),
         Phase("score", {**held, **_score(traced)}),
         Phase("update", update),
         Phase("step", {**held, "gradients": states.gradients, "activations": states.step}),

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.packed_linear import can_pack
+from aepo_fast.training.offload import PART_BYTES
 
 # Bits of a weight in NF4: a block of 64 has a scale of 8 bits, and 256 scales one of 32.
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -34,7 +36,9 @@ class StateBytes:
     weights: with buffers. gradients: of all trained weights at once. optimizer: with float32 copies
     of the weights. step: the most that the optimizer makes and frees while it steps. reference: a
     second model for loss.kl_coef. loading: what the sampler's copy takes more while it is made.
-    sampler: weights that sample beside the trained ones.
+    sampler: weights that sample beside the trained ones. optimizer_part: what of the state is on a
+    GPU at once where it lies in CPU memory. largest_layer: weights of the largest layer.
+    outside_layers: of no layer, e.g. the embedding.
     """
 
     weights: int
@@ -44,6 +48,9 @@ class StateBytes:
     reference: int
     loading: int
     sampler: int
+    optimizer_part: int
+    largest_layer: int
+    outside_layers: int
     num_weights: int
     num_trained: int
 
@@ -63,15 +70,28 @@ def state_bytes(cfg: Config, policy: Policy) -> StateBytes:
     by_chance = any(one.dtype == torch.bfloat16 for one in trained) and kind != "adamw"
     step = _STEP_ON_GPU.get(kind, 0) if machine.is_gpu else _STEP_ON_CPU[kind, by_chance]
     needs_copy = cfg.loss.kl_coef > 0 and not cfg.model.lora.rank
+    layers = [
+        sum(one.numel() for one in module.parameters())
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    ]
+    optimizer, size = (
+        sum(_optimizer(one, kind, policy) for one in trained),
+        sum(map(_bytes, trained)),
+    )
+    at_once = max(PART_BYTES, max(map(_bytes, trained), default=0))
     sampler, loading = _sampler(cfg, machine, model, weights)
     return StateBytes(
         weights=weights,
         gradients=sum(one.numel() * gradient_width(one, kind) for one in trained),
-        optimizer=sum(_optimizer(one, kind, policy) for one in trained),
+        optimizer=optimizer,
         step=largest * step,
         reference=weights if needs_copy else 0,
         loading=loading,
         sampler=sampler,
+        optimizer_part=round(optimizer * min(1, at_once / max(size, 1))),
+        largest_layer=max(layers, default=0),
+        outside_layers=sum(one.numel() for one in parameters) - sum(layers),
         num_weights=sum(one.numel() for one in parameters),
         num_trained=sum(one.numel() for one in trained),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,9 +47,14 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
     back, copies run in order with the other work of the stream.
     """
 
-    def __init__(self, *, least_bytes: int = _LEAST_BYTES) -> None:
-        """least_bytes: smaller tensors stay."""
-        self.least_bytes = least_bytes
+    def __init__(
+        self,
+        *,
+        least_bytes: int = _LEAST_BYTES,
+        on_copy: Callable[[Tensor], None] = lambda copy: None,
+    ) -> None:
+        """least_bytes: smaller tensors stay. on_copy: is called with each copy on the CPU."""
+        self.least_bytes, self.on_copy = least_bytes, on_copy
         super().__init__(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
@@ -56,6 +62,7 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
             return tensor
         on_gpu = tensor.is_cuda
         copy = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
+        self.on_copy(copy)
         return tensor.device, copy.copy_(tensor, non_blocking=on_gpu)
 
 

@@ -92,6 +92,7 @@ class Policy:
         """
         self.model, self.machine = model, machine
         self.activation_offloading = activation_offloading
+        self.on_offloaded: Callable[[torch.Tensor], None] = lambda copy: None  # each such tensor
         self.backbone = backbone_of(model)
         self._adapted = nullcontext if adapter else partial(without_adapter, model)
         with self._adapted():
@@ -142,7 +143,7 @@ class Policy:
         # Not the head: its kernels save gradients, among them that of its weight, for the very next
         # pass.
         moves = self.activation_offloading and torch.is_grad_enabled()
-        saved = OffloadedActivations() if moves else nullcontext()
+        saved = OffloadedActivations(on_copy=self.on_offloaded) if moves else nullcontext()
         with self.machine.autocast(), self._adapted(), saved:
             output = self.backbone(
                 input_ids=batch.input_ids.to(self.device),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from aepo_fast.training.optim import MasterAdamW, MuonAndAdamW
 
-_PART_BYTES = 2**28  # of parameters whose state is on the device at once during a step
+PART_BYTES = 2**28  # of parameters whose state is on the device at once during a step
 
 
 class OffloadedOptimizer:
@@ -24,7 +24,7 @@ class OffloadedOptimizer:
     once, which stay on the device.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, *, part_bytes: int = _PART_BYTES) -> None:
+    def __init__(self, inner: torch.optim.Optimizer, *, part_bytes: int = PART_BYTES) -> None:
         self.inner, self.part_bytes = inner, part_bytes
         self.away = False  # whether the state lies in CPU memory
         self._host: dict[Tensor, dict[str, Tensor]] = {}  # kept once made: pinning takes long
@@ -134,7 +134,7 @@ class OffloadedOptimizer:
 
 
 def offloaded(
-    optimizer: torch.optim.Optimizer, *, part_bytes: int = _PART_BYTES
+    optimizer: torch.optim.Optimizer, *, part_bytes: int = PART_BYTES
 ) -> tuple[torch.optim.Optimizer, list[OffloadedOptimizer]]:
     """The same optimizer with a state that can lie in CPU memory, and the parts that hold it."""
     many: Any = optimizer

@@ -148,7 +148,8 @@ class _Run:
             result = self.trainer.step(advance)
         last = number == cfg.trainer.steps
         metrics: dict[str, Any] = {"step": number, **self.trainer.metrics(result)}
-        metrics["perf/predicted_memory_gib"] = self.prediction.peak / 2**30
+        peak = self.prediction.peak
+        metrics["perf/predicted_memory_gib"] = None if peak is None else peak / 2**30
         metrics["kernel/backend"] = self.trainer.policy.machine.head_backend
         metrics["kernel/rows"] = self.trainer.policy.row_kernels
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3MoeConfig
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import resolve_machine
@@ -16,6 +17,7 @@ from aepo_fast.memory import check
 from aepo_fast.memory.check import predict
 from aepo_fast.memory.devices import named_device, this_device
 from aepo_fast.memory.fit import cheapest_changes, largest, planner
+from aepo_fast.memory.model_pass import UntraceableError
 from aepo_fast.memory.plan import Device, MemoryPlan, shape_of
 from aepo_fast.training.run import train
 from tests.aepo_fast.memory.models import qwen, small
@@ -26,14 +28,14 @@ COMPLETIONS = "rollout.max_new_tokens=1024", "trainer.group_size=8"
 FULL_ON_16 = (
     *COMPLETIONS,
     'model.dtype="bfloat16"',
-    "model.gradient_checkpointing=true",
+    'model.gradient_checkpointing="full"',
     'trainer.optimizer="adamw_8bit"',
     "rollout.batch_rows=64",
 )
 LORA_ON_8 = (
     *COMPLETIONS,
     'model.dtype="bfloat16"',
-    "model.gradient_checkpointing=true",
+    'model.gradient_checkpointing="full"',
     "model.lora.rank=16",
     "rollout.batch_rows=32",
 )
@@ -59,6 +61,62 @@ def test_full_training_of_1_5b_fits_16_gib_and_float32_does_not() -> None:
 def test_an_adapter_on_1_5b_fits_8_gib() -> None:
     pytest.importorskip("peft")
     assert plan_of(qwen(), "8GiB", *LORA_ON_8).fits
+    assert plan_of(qwen(), "6GiB", *LORA_ON_8, 'model.quantization="nf4"').fits
+
+
+def test_what_lies_in_cpu_memory_takes_nothing_of_the_gpu() -> None:
+    few, gpu = qwen(num_hidden_layers=2), "24GiB"
+    common = (*COMPLETIONS, 'trainer.device="cuda"', "rollout.batch_rows=64")
+    plain = plan_of(few, gpu, *common)
+    state, everything = (
+        plan_of(few, gpu, *common, f'trainer.offload="{which}"') for which in ("optimizer", "all")
+    )
+    parts = {phase.name: phase.parts for phase in state.phases}
+    assert "optimizer" not in parts["update"] and parts["step"]["activations"] > 2**28
+    assert state.peak < plain.peak - 4 * plain.num_weights
+    # Of the weights, embedding and two layers are there, in bfloat16.
+    worst = {phase.name: phase.parts for phase in everything.phases}["update"]
+    assert worst["weights"] == 2 * plain.num_weights
+    assert everything.peak < state.peak
+    asleep = plan_of(
+        few, gpu, *common[:-1], 'rollout.backend="vllm"', "rollout.offload_optimizer=true"
+    )
+    assert "optimizer" not in {phase.name: phase.parts for phase in asleep.phases}["sample"]
+
+
+def test_activations_in_cpu_memory_are_not_counted() -> None:
+    few = qwen(num_hidden_layers=4)
+    common = (*COMPLETIONS, 'trainer.device="cuda"', 'model.gradient_checkpointing="none"')
+    kept, moved = (
+        plan_of(few, "24GiB", *common, f"model.activation_offloading={on}").activations.kept
+        for on in ("false", "true")
+    )
+    assert moved < 0.5 * kept
+
+
+def test_a_model_whose_pass_depends_on_numbers_is_not_planned(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = Qwen3MoeConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=300,
+    )
+    with pytest.raises(UntraceableError, match="qwen3_moe cannot be traced") as caught:
+        plan_of(experts, "24GiB")
+    assert caught.value.key == "model.path"
+    monkeypatch.setattr(check, "read_config", lambda folder: experts)
+    monkeypatch.setattr(check, "_SMALL", 0.0)
+    machine = resolve_machine(run)
+    found = predict(machine.settled(run), machine, tmp_path, prompt_tokens=8, given=run)
+    assert found.peak is None
+    assert "memory is not predicted: a pass of qwen3_moe" in capsys.readouterr().err
 
 
 def test_holes_and_the_context_are_needed_beside_tensors() -> None:
