@@ -10,7 +10,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from aepo_fast.cli.streams import open_closed_streams, outlive_the_terminal, show_every_character
+from aepo_fast.cli.streams import (
+    open_closed_streams,
+    outlive_the_terminal,
+    quiet_torchao,
+    show_every_character,
+)
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.report.unexpected import describe
 
@@ -33,6 +38,7 @@ def run() -> None:
     """
     open_closed_streams()
     show_every_character()
+    quiet_torchao()
     try:
         try:
             app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from typing import Any
@@ -23,6 +24,15 @@ def show_every_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def quiet_torchao() -> None:
+    """Keep what torchao says when it is imported, as transformers does, from standard error.
+
+    It names its CUDA libraries that a CPU build of torch cannot load, and a newer way of torch.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def outlive_the_terminal() -> None:
