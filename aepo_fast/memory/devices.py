@@ -13,6 +13,7 @@ import torch
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config
 from aepo_fast.memory.plan import Device
+from aepo_fast.model.quantized import import_bitsandbytes
 from aepo_fast.training.optim import OF_TORCHAO
 
 # Libraries, threads and caches that a process on a CPU adds once a model loads, bytes; and what of
@@ -52,7 +53,10 @@ def import_packages(cfg: Config) -> None:
     What is not installed is left to the run's own checks.
     """
     names = [("torchao.optim", "torch._dynamo")] if cfg.trainer.optimizer in OF_TORCHAO else []
-    names += [("peft",)] if cfg.model.lora.rank else []
+    if cfg.model.lora.rank:
+        with suppress(ImportError):
+            import_bitsandbytes()  # before peft does
+        names += [("peft",)]
     for name in (name for group in names for name in group):
         with suppress(ImportError):
             importlib.import_module(name)
