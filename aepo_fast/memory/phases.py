@@ -89,8 +89,9 @@ def phases(
 ) -> list[Phase]:
     """The phases of a run in order.
 
-    process: what the process holds beside tensors. holes: share of tensors that an allocator holds
-    unused. device_bytes: memory of the device, of which vLLM takes a share.
+    process: what the process holds beside tensors. holes: what lies unused between gradients and
+    the optimizer's state on a CPU, as their share; 0 on a GPU. device_bytes: memory of the device,
+    of which vLLM takes a share.
     """
     states = on_device(cfg, machine, traced.states)
     traced = replace(traced, states=states)
@@ -107,11 +108,16 @@ def phases(
         Phase("update", update),
         Phase("step", {**held, "gradients": states.gradients, "activations": states.step}),
     ]
-    return [replace(one, parts=_in_order(one.parts, holes)) for one in found]
+    # A CPU's malloc keeps what the update frees, in pieces too small for what the step makes.
+    freed = update.get("activations", 0) + update.get("head", 0) if holes and states.step else 0
+    return [
+        replace(one, parts=_in_order(one.parts, holes, freed if one.name == "step" else 0))
+        for one in found
+    ]
 
 
-def _in_order(parts: dict[str, int], holes: float) -> dict[str, int]:
-    parts["holes"] = round(holes * (sum(parts.values()) - parts["process"]))
+def _in_order(parts: dict[str, int], holes: float, freed: int) -> dict[str, int]:
+    parts["holes"] = freed + round(holes * (parts.get("optimizer", 0) + parts.get("gradients", 0)))
     return {name: round(parts[name]) for name in PARTS if parts.get(name)}
 
 

@@ -18,7 +18,8 @@ class Device:
     """What a run has: bytes of memory, and those that the process takes beside tensors.
 
     counted: whether the process's bytes are within what is measured as the run's memory, as on a
-    CPU. A GPU's context is not. holes: bytes that an allocator holds unused, as a share of tensors.
+    CPU. A GPU's context is not. holes: what an allocator holds unused: on a CPU as a share of
+    gradients and the optimizer's state, on a GPU of all tensors.
     """
 
     memory: int

@@ -155,4 +155,4 @@ def _sampler(cfg: Config, machine: Machine, model: nn.Module, weights: int) -> t
         packed = width * sum(one.weight.numel() for one in linears)
     # The copy is whole before its numbers get their dtype, one weight after the other.
     copied = 0 if shared else numbers * width
-    return copied + packed, 0 if shared else weights - copied
+    return copied + packed, 0 if shared else max(0, weights - copied - packed)

@@ -60,12 +60,12 @@ ON_GPU: tuple[tuple[str, ...], ...] = (
 )
 
 
-def runs(*, on_gpu: bool) -> list[tuple[str, tuple[str, ...]]]:
-    """A model's name and settings for each run."""
+def runs(*, on_gpu: bool, swap: bool = False) -> list[tuple[str, tuple[str, ...]]]:
+    """A model's name and settings for each run. swap: the two models of the CPU change places."""
     if on_gpu:
         return [("qwen2.5-1.5b", case) for case in ON_GPU]
     names = [name for name in SHAPES if name != "qwen2.5-1.5b"]
-    return list(zip(cycle(names), ON_CPU, strict=False))
+    return list(zip(cycle(names[::-1] if swap else names), ON_CPU, strict=False))
 
 
 def settings(model: Path, output: Path, *, on_gpu: bool, steps: int = 2) -> dict[str, Any]:

@@ -31,6 +31,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--only", action="append", default=[], metavar="PART", help="of a run's settings"
     )
+    parser.add_argument(
+        "--swap", action="store_true", help="each run on a CPU with the other of two models"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.set_defaults(run=compare)
 
@@ -39,7 +42,7 @@ def compare(arguments: argparse.Namespace) -> None:
     """Run every case in a process of its own, and keep both figures."""
     cases = [
         (name, case)
-        for name, case in runs(on_gpu=arguments.gpu)
+        for name, case in runs(on_gpu=arguments.gpu, swap=arguments.swap)
         if all(any(part in item for item in (name, *case)) for part in arguments.only)
     ]
     found: list[dict[str, Any]] = []
