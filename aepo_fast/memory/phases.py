@@ -109,7 +109,7 @@ def phases(
         Phase("step", {**held, "gradients": states.gradients, "activations": states.step}),
     ]
     # A CPU's malloc keeps what the update frees, in pieces too small for what the step makes.
-    freed = update.get("activations", 0) + update.get("head", 0) if holes and states.step else 0
+    freed = min(update.get("activations", 0) + update.get("head", 0), states.step) if holes else 0
     return [
         replace(one, parts=_in_order(one.parts, holes, freed if one.name == "step" else 0))
         for one in found

@@ -163,8 +163,8 @@ def test_offloaded_activations_change_no_gradient_and_no_weight_is_moved(
     moved: list[torch.Tensor] = []
 
     class Watched(OffloadedActivations):
-        def __init__(self) -> None:
-            super().__init__(least_bytes=0)
+        def __init__(self, **options: Any) -> None:
+            super().__init__(least_bytes=0, **options)
 
         def _pack(self, tensor: torch.Tensor) -> Any:
             packed = super()._pack(tensor)
