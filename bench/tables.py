@@ -254,7 +254,7 @@ def e2e(*, on_cpu: bool) -> str:
 
 def memory(*, on_cpu: bool) -> str:
     """The newest comparison of plans with runs, on a CPU or a GPU."""
-    found = sorted(RESULTS.glob("*/memory-*.json"), key=lambda path: path.name)
+    found = sorted(RESULTS.glob("*/memory-2*.json"), key=lambda path: path.name)
     found = [path for path in found if (path.parent.name == "cpu") == on_cpu]
     if not found:
         return ""

@@ -18,7 +18,7 @@ from aepo_fast.training.optim import OF_TORCHAO
 
 # Libraries, threads and caches that a process on a CPU adds once a model loads, bytes; and what of
 # the heap lies in holes, as a share of gradients and the optimizer's state. Fitted, with what
-# `phases` says of freed activations, to bench/results/cpu/memory-20261128-194052.json.
+# `phases` says of freed activations, to bench/results/cpu/memory-fit-20261128-194052.json.
 _LATER = 130 * 2**20
 _HOLES = 0.2
 # Of a GPU: the context with its kernels, and what the caching allocator cannot use. The context of
