@@ -17,13 +17,12 @@ from transformers import PreTrainedModel
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import LoraConfig
 from aepo_fast.model.folder import ADAPTER_CONFIG
-from aepo_fast.model.lora_layers import fuse_adapters
+from aepo_fast.model.lora_layers import ADAPTER_NAME, fuse_adapters
 from aepo_fast.model.quantized import dequantize, dequantized, import_bitsandbytes, is_4bit
 from aepo_fast.model.sharded import whole
 from aepo_fast.report.unexpected import first_line
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_NAME = "default"  # of the one adapter
 
 
 def check_lora(cfg: LoraConfig) -> None:
@@ -61,7 +60,7 @@ def add_adapter(model: PreTrainedModel, cfg: LoraConfig, *, seed: int) -> None:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
             torch.manual_seed(seed)
-            model.add_adapter(settings, adapter_name=_NAME)
+            model.add_adapter(settings, adapter_name=ADAPTER_NAME)
             for parameter in model.parameters():
                 if parameter.requires_grad:  # a step is smaller than what bfloat16 tells apart
                     parameter.data = parameter.data.float()
@@ -81,10 +80,10 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    state = get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     tensors = {f"base_model.model.{name}": whole(one).contiguous() for name, one in state.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    model.peft_config[_NAME].save_pretrained(folder)  # type: ignore[index]
+    model.peft_config[ADAPTER_NAME].save_pretrained(folder)  # type: ignore[index]
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -118,13 +117,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
 
     saved = load_file(folder / ADAPTER_WEIGHTS)
     try:
-        problem: Any = set_peft_model_state_dict(model, saved, adapter_name=_NAME)
+        problem: Any = set_peft_model_state_dict(model, saved, adapter_name=ADAPTER_NAME)
         unknown = list(getattr(problem, "unexpected_keys", ()))
         missing = [name for name in getattr(problem, "missing_keys", ()) if "lora_" in name]
     except RuntimeError as error:  # other shapes
         unknown, missing = [first_line(error)], []
     if unknown or missing:
-        targets = sorted(model.peft_config[_NAME].target_modules)  # type: ignore[index]
+        targets = sorted(model.peft_config[ADAPTER_NAME].target_modules)  # type: ignore[index]
         reason = f"the adapter in {folder} is of other layers: {(unknown + missing)[0]}"
         fix = "Resume with its settings, or start a new run"
         raise ConfigError("model.lora.targets", targets, reason, fix)
@@ -164,7 +163,7 @@ def merge_adapter(model: PreTrainedModel) -> None:
             merged: Any = module
             if is_4bit(merged.get_base_layer()):  # peft would round the sum to 4 bits
                 plain = dequantized(merged.get_base_layer())
-                plain.weight += merged.get_delta_weight(_NAME).cpu()
+                plain.weight += merged.get_delta_weight(ADAPTER_NAME).cpu()
                 model.set_submodule(name, plain)
             else:
                 merged.merge(safe_merge=True)

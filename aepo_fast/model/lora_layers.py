@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_NAME = "default"  # of the one adapter
+ADAPTER_NAME = "default"  # of the one adapter
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -59,8 +59,8 @@ def fuse_adapters(model: PreTrainedModel) -> None:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters or self.merged or args or kwargs:
             return Linear.forward(self, x, *args, **kwargs)
-        a, b = self.lora_A[_NAME].weight, self.lora_B[_NAME].weight
-        return _AddLowRank.apply(self.base_layer(x), x, a, b, self.scaling[_NAME])
+        a, b = self.lora_A[ADAPTER_NAME].weight, self.lora_B[ADAPTER_NAME].weight
+        return _AddLowRank.apply(self.base_layer(x), x, a, b, self.scaling[ADAPTER_NAME])
 
     members = {"forward": forward, "__module__": Linear.__module__}
     fused = type(Linear.__name__, (Linear,), members)

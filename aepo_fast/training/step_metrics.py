@@ -7,7 +7,8 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class StepResult:
     advantages: [R] of the rollout's samples. main: indices of the main samples it learned from.
     before: log-probs and entropies of the policy that sampled. measured: their mean entropy over
     `main`, as the controller was told. entropy_smoothed: its moving mean, nats.
-    canary_difference: nats, None without a canary. memory: metrics of its phases.
+    canary_difference: nats, None without a canary.
     """
 
     plan: RolloutPlan
@@ -40,7 +41,6 @@ class StepResult:
     entropy_smoothed: float
     canary_difference: float | None
     times: StepTimes
-    memory: dict[str, float]
 
 
 def step_metrics(
@@ -75,7 +75,7 @@ def step_metrics(
     }
     if step.canary_difference is not None:
         metrics["sampling/canary_difference"] = step.canary_difference
-    metrics |= rollout_metrics(rollout, threshold) | engine | step.memory
+    metrics |= rollout_metrics(rollout, threshold) | engine | step.times.memory
     return metrics | step.times.metrics() | perf_metrics(rollout, step.updates, step.times)
 
 
@@ -179,17 +179,25 @@ def _share(flags: Sequence[bool]) -> float:
 
 
 class StepTimes:
-    """Seconds per phase of a step."""
+    """Seconds per phase of a step, and the memory in use around some of them."""
 
     def __init__(self) -> None:
         self.started = self.last = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
         """Charge the time since the last lap to a phase."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now
+
+    @contextmanager
+    def memory_around(self, phase: str) -> Iterator[None]:
+        """Keep the memory in use before and after a phase, GiB."""
+        self.memory[f"memory/{phase}_before_gib"] = used_memory_gib()
+        yield
+        self.memory[f"memory/{phase}_after_gib"] = used_memory_gib()
 
     def metrics(self) -> dict[str, float]:
         """Each phase and the whole step, in seconds."""

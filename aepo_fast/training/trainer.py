@@ -6,7 +6,8 @@ samples; the other forms draw none and differ only in the objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from aepo_fast.training.interrupt import InterruptGuard
 from aepo_fast.training.offload import OffloadedOptimizer, offloaded
 from aepo_fast.training.optim import build_optimizer, learning_rate, set_learning_rate
 from aepo_fast.training.plan import plan_rollout
-from aepo_fast.training.step_metrics import StepResult, StepTimes, step_metrics, used_memory_gib
+from aepo_fast.training.step_metrics import StepResult, StepTimes, step_metrics
 from aepo_fast.training.update import UpdateResult, update
 
 _CANARY_PROMPTS = 4
@@ -93,13 +94,12 @@ class Trainer:
         TrainingError after too many updates in a row without a finite gradient.
         """
         cfg, self.clock = self.cfg, StepTimes()
-        memory = {"memory/sample_before_gib": used_memory_gib()}
         # T from the controller, prompts, auxiliary prompts and requests; where samples are drawn
         # ahead, the step before has made them.
         plan = self.rollouts.planned or self._plan(self.steps_done)
-        rollout = self.rollouts.sample(plan, on_tokens, self.clock.lap)  # one call, and the rewards
-        self._sample_ahead()
-        memory["memory/sample_after_gib"] = used_memory_gib()
+        with self.clock.memory_around("sample"):  # one call, and the rewards
+            rollout = self.rollouts.sample(plan, on_tokens, self.clock.lap)
+            self._sample_ahead()
 
         samples, kind = rollout.samples, cfg.loss.advantage
         advantages = group_advantages(rollout.main_rewards, rollout.groups, kind)
@@ -107,19 +107,13 @@ class Trainer:
         main = [index for group in groups for index in group]
         old, reference = self._old_logprobs(samples, main + positives, plan.temperature)
 
-        for part in self.parked:
-            part.to_device()
-        memory["memory/train_before_gib"] = used_memory_gib()
         updates: list[UpdateResult] = []
         context, generator = self._context(rollout, plan.temperature), self._generator()
         known: dict[str, Any] = {"old": old, "reference": reference, "generator": generator}
-        for minibatch in self._minibatches(groups, positives):
-            loss = build_objective(cfg, samples, advantages, minibatch, context, **known)
-            updates.append(self._update(samples, minibatch, loss, first=not updates))
-        memory["memory/train_after_gib"] = used_memory_gib()
-        for part in self.parked:
-            part.to_cpu()
-        self.clock.lap("train")
+        with self._optimizer_on_device(), self.clock.memory_around("train"):
+            for minibatch in self._minibatches(groups, positives):
+                loss = build_objective(cfg, samples, advantages, minibatch, context, **known)
+                updates.append(self._update(samples, minibatch, loss, first=not updates))
         # Of the policy that sampled. Without a pass before it, the one update measured it.
         before = updates[0].before if old is None else old
         entropy, stderr = token_mean(before.entropy, samples, main)
@@ -145,7 +139,6 @@ class Trainer:
             entropy_smoothed=smoothed,
             canary_difference=difference,
             times=self.clock,
-            memory=memory,
         )
 
     def metrics(self, result: StepResult) -> dict[str, float]:
@@ -171,6 +164,16 @@ class Trainer:
     def unchanged(self) -> bool:
         """Whether the weights are still those of `resume_state`."""
         return self.updates == self.resume_state["updates"]
+
+    @contextmanager
+    def _optimizer_on_device(self) -> Iterator[None]:
+        """Bring the optimizer's state from where it waits between updates, and back."""
+        for part in self.parked:
+            part.to_device()
+        yield
+        for part in self.parked:
+            part.to_cpu()
+        self.clock.lap("train")
 
     def _sync_weights(self) -> float | None:
         """Hand the weights to the rollout engine; the canary's difference where there is one."""

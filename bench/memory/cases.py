@@ -6,13 +6,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-SHAPES = {
+from bench.sampling import engines
+
+SHAPES = {  # as bench.sampling.engines has them
     # Qwen2.5-0.5B with a sixth of its layers and the vocabulary of the tokenizer that is at hand.
-    "qwen2.5-0.5b, 4 layers": (896, 4864, 4, 14, 2, 49152),
+    "qwen2.5-0.5b, 4 layers": (896, 4864, 4, 14, 2, 49152, True),
     # SmolLM2-135M with a quarter of its layers.
-    "smollm2-135m, 8 layers": (576, 1536, 8, 9, 3, 49152),
+    "smollm2-135m, 8 layers": (576, 1536, 8, 9, 3, 49152, True),
     # The model of the recipes; GPU only.
-    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936),
+    "qwen2.5-1.5b": engines.SHAPES["qwen2.5-1.5b"],
 }
 _FULL, _NONE = 'model.gradient_checkpointing="full"', 'model.gradient_checkpointing="none"'
 _BF16 = 'model.dtype="bfloat16"'

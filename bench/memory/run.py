@@ -21,6 +21,7 @@ from bench.common.environment import (
     write_result,
 )
 from bench.memory.cases import SHAPES, runs, settings
+from bench.sampling.engines import save_random_weights
 
 
 def add_command(commands: Any) -> None:
@@ -109,23 +110,9 @@ def _config(folder: Path, name: str, *, on_gpu: bool) -> Path:
 
 def _build(folder: Path, name: str) -> None:
     """Random weights of a shape, with the tokenizer of the model that comes in a package."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
     from aepo_fast.model.load import load_tokenizer, resolve
 
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[name]
-    config = Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    save_random_weights(folder, SHAPES[name])
     load_tokenizer(resolve("package:smollm2-135m-instruct")).save_pretrained(folder)
 
 

@@ -121,11 +121,20 @@ def write(name: str, arguments: argparse.Namespace, found: dict[str, Any]) -> No
 
 
 def _random_weights(name: str) -> str:
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
     if name not in SHAPES:
         raise SystemExit(f"--model random:{name}: choose one of {', '.join(SHAPES)}")
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[name]
+    folder = tempfile.mkdtemp(prefix=f"{name}-")
+    save_random_weights(folder, SHAPES[name])
+    return folder
+
+
+def save_random_weights(
+    folder: Path | str, shape: tuple[int, int, int, int, int, int, bool]
+) -> None:
+    """Write a model of random weights in bfloat16; shape: as in SHAPES."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = shape
     config = Qwen2Config(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -135,9 +144,7 @@ def _random_weights(name: str) -> str:
         vocab_size=vocabulary,
         tie_word_embeddings=tied,
     )
-    folder = tempfile.mkdtemp(prefix=f"{name}-")
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    return folder
