@@ -178,6 +178,12 @@ def _share(flags: Sequence[bool]) -> float:
     return sum(flags) / len(flags) if flags else float("nan")
 
 
+_MEMORY_AROUND = {
+    "sample": ("memory/sample_before_gib", "memory/sample_after_gib"),
+    "train": ("memory/train_before_gib", "memory/train_after_gib"),
+}
+
+
 class StepTimes:
     """Seconds per phase of a step, and the memory in use around some of them."""
 
@@ -195,9 +201,10 @@ class StepTimes:
     @contextmanager
     def memory_around(self, phase: str) -> Iterator[None]:
         """Keep the memory in use before and after a phase, GiB."""
-        self.memory[f"memory/{phase}_before_gib"] = used_memory_gib()
+        before, after = _MEMORY_AROUND[phase]
+        self.memory[before] = used_memory_gib()
         yield
-        self.memory[f"memory/{phase}_after_gib"] = used_memory_gib()
+        self.memory[after] = used_memory_gib()
 
     def metrics(self) -> dict[str, float]:
         """Each phase and the whole step, in seconds."""
