@@ -20,6 +20,8 @@ import platform
 import sys
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -44,9 +46,13 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         self._made = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._take()
+            with _alone_in(self.folder.parent):
+                if self.folder in self._made and self.folder.exists():  # now another run's
+                    self._made.remove(self.folder)
+                self.folder.mkdir(exist_ok=True)
+                self._take()
         except BaseException:
             self._close()
             raise
@@ -60,14 +66,15 @@ class RunLock:
         trace: TracebackType | None,
     ) -> None:
         _OPEN.discard(self)
-        if _read(self.path) == _me():  # else someone has deleted it, and it may be another run's
-            self.path.unlink(missing_ok=True)  # before it is open to others
-        self._close()
-        for folder in self._made:
-            try:
-                folder.rmdir()
-            except OSError:  # there is something in it
-                return
+        with _alone_in(self.folder.parent):
+            if _read(self.path) == _me():  # else someone has deleted it, and it may be another's
+                self.path.unlink(missing_ok=True)  # before it is open to others
+            self._close()
+            for folder in self._made:
+                try:
+                    folder.rmdir()
+                except OSError:  # there is something in it
+                    return
 
     def _take(self) -> None:
         while True:
@@ -118,6 +125,26 @@ def _close_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_close_in_child)
+
+
+@contextmanager
+def _alone_in(parent: Path) -> Iterator[None]:
+    """Keep other runs from making or leaving a folder in `parent` meanwhile.
+
+    Between making a folder and holding it another run could take it, and none would remove it.
+    """
+    with ExitStack() as stack:
+        try:
+            handle = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, handle)
+            for _ in range(40):  # someone may keep the parent locked for other reasons
+                with suppress(BlockingIOError):
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.05)
+        except OSError:  # such a parent cannot be locked: an empty folder may stay
+            pass
+        yield
 
 
 def _me() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.tiny_run import tiny_config, with_trainer
 # Holds the folder, says so, and stays until its input ends.
 HOLD = """
 import sys
+import time
 from pathlib import Path
 from aepo_fast.training.run_lock import RunLock
 try:
@@ -73,6 +75,40 @@ def test_of_runs_started_together_one_runs_and_the_others_name_it(tmp_path: Path
     for process in starts:
         process.communicate()
     assert not folder.exists()  # they wrote nothing
+
+
+def test_a_folder_made_by_a_run_that_is_refused_goes_with_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    first = RunLock(folder)
+    mkdir = Path.mkdir
+
+    def overtaken(path: Path, **options: Any) -> None:
+        mkdir(path, **options)
+        if path == folder and first._handle is None:
+            monkeypatch.undo()
+            starts.append(start(folder))
+            time.sleep(1.0)  # time enough to take the folder
+
+    starts: list[subprocess.Popen[str]] = []
+    monkeypatch.setattr(Path, "mkdir", overtaken)
+    with first:
+        assert f"process {os.getpid()} on " in said(starts[0])
+    starts[0].communicate()
+    assert not folder.exists()
+
+
+def test_a_parent_that_another_program_keeps_locked_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with RunLock(tmp_path / "run"):
+        assert words(tmp_path / "run")["pid"] == os.getpid()
+    os.close(handle)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_run_leaves_a_lock_that_the_next_one_takes(tmp_path: Path) -> None:
