@@ -1,7 +1,7 @@
 """The correctness gate of training steps: errors against a float32 step without autocast.
 
 The loss before the first update hardly depends on the model, whose ratio to itself is 1; so the
-log-probs, the entropy and the gradient are compared besides the loss and the gradient's norm.
+log-probs, the entropy and the gradient are compared besides the loss and the gradients' norms.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def check(
 
 
 def observe(problem: Problem, step: Callable[[], UpdateResult]) -> tuple[Values, UpdateResult]:
-    """A step's loss, gradient norm, entropy, log-probs and clipped gradient, and what it returned.
+    """A step's loss, gradient norms, entropy, log-probs and clipped gradient, and what it returned.
 
     Raises FloatingPointError where the loss or the gradient is not finite.
     """
@@ -97,9 +97,12 @@ def observe(problem: Problem, step: Callable[[], UpdateResult]) -> tuple[Values,
         handle.remove()
     if not result.taken:
         raise FloatingPointError(f"loss {result.loss}, gradient norm {result.grad_norm}")
+    # Of each weight, before the clip. The norm of all of them is one number, whose error with
+    # materialised logits may be near zero by chance, which would allow none.
+    norms = torch.stack([one.norm() for one in gradient])
     values = {
         "loss": [torch.tensor(result.loss)],
-        "grad_norm": [torch.tensor(result.grad_norm)],
+        "grad_norm": [norms * (result.grad_norm / norms.norm())],
         "entropy": [torch.tensor(result.sums[MetricSum.ENTROPY])],
         "logprob": [result.logprob],
         "gradient": gradient,
