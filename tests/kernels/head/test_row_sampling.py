@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,23 +12,34 @@ from tests.kernels.head.test_token_loss import grpo_like, make_columns, policy_g
 from tests.kernels.oracle import Case, make_case
 
 
-def flat_gradients(case: Case, *columns: torch.Tensor, **more: object) -> torch.Tensor:
-    leaves = case.fresh()
+def copied(case: Case, copies: int) -> Case:
+    """The same tokens many times over: a call draws each of them for itself."""
+    options = {
+        name: value.repeat(copies) if isinstance(value, torch.Tensor) else value
+        for name, value in case.options.items()
+    }
+    hidden, targets = case.hidden.repeat(copies, 1), case.targets.repeat(copies)
+    return replace(case, hidden=hidden, targets=targets, options=options)
+
+
+def mean_gradients(case: Case, copies: int, *columns: torch.Tensor, **more: object) -> torch.Tensor:
+    """The gradients of a call over `copied` tokens, each the mean over the copies."""
+    leaves = copied(case, copies).fresh()
+    columns = tuple(column.repeat(copies) for column in columns)
     run(leaves, grpo_like, *columns, **more).loss.backward()
-    return torch.cat([x.grad.flatten() for x in leaves.tensors() if x.grad is not None])
+    hidden, *weights = [x.grad for x in leaves.tensors() if x.grad is not None]
+    hidden = hidden.double().view(copies, *case.hidden.shape).mean(0)
+    return torch.cat([hidden.flatten(), *(x.double().flatten() / copies for x in weights)])
 
 
 @pytest.mark.parametrize("option", ["plain", "all"])
 def test_the_mean_over_draws_is_the_exact_gradient(option: str) -> None:
     case = make_case(30, 8, 40, option=option)
     columns = make_columns(case)
-    exact = flat_gradients(case, *columns).double()
+    exact = mean_gradients(case, 1, *columns)
     rng = torch.Generator().manual_seed(0)
     draws = torch.stack(
-        [
-            flat_gradients(case, *columns, row_sampling=RowSampling(0.02, rng)).double()
-            for _ in range(2000)
-        ]
+        [mean_gradients(case, 40, *columns, row_sampling=RowSampling(0.02, rng)) for _ in range(50)]
     )
     spread = draws.std(0) / len(draws) ** 0.5
     assert (spread > 0).any()
@@ -42,7 +55,7 @@ def test_the_reported_variance_is_that_of_the_logits_gradient() -> None:
     hidden = 2 * torch.randn(num_tokens, vocab, generator=torch.Generator().manual_seed(3))
     targets = torch.arange(num_tokens) % vocab
     columns = [column.repeat(copies) for column in make_columns(Case(hidden, hidden, targets))]
-    case = Case(hidden.repeat(copies, 1), torch.eye(vocab), targets.repeat(copies))
+    case = copied(Case(hidden, torch.eye(vocab), targets), copies)
 
     rng = torch.Generator().manual_seed(1)
     reported, draws, rows = [], [], []
@@ -63,8 +76,8 @@ def test_the_reported_variance_is_that_of_the_logits_gradient() -> None:
 def test_a_small_threshold_keeps_every_row_that_matters() -> None:
     case = make_case(30, 8, 40)
     columns = make_columns(case)
-    exact = flat_gradients(case, *columns)
-    sampled = flat_gradients(case, *columns, row_sampling=RowSampling(1e-12))
+    exact = mean_gradients(case, 1, *columns)
+    sampled = mean_gradients(case, 1, *columns, row_sampling=RowSampling(1e-12))
     torch.testing.assert_close(sampled, exact)
 
 
