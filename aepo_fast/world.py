@@ -160,6 +160,11 @@ class World:
 ALONE = World()
 
 
+def is_started_with_others() -> bool:
+    """Whether torchrun's variables say that this process is one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def join(*, on_gpu: bool, timeout_s: float) -> World:
     """The world that torchrun's variables describe; `ALONE` where they are not set.
 
@@ -168,15 +173,14 @@ def join(*, on_gpu: bool, timeout_s: float) -> World:
     """
     if _joined:
         return _joined[0]
-    given = os.environ.get("WORLD_SIZE", "1")
-    if given == "1":
+    if not is_started_with_others():
         return ALONE
     missing = [name for name in _VARIABLES if not os.environ.get(name)]
     numbers = [os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if missing or not all(number.isdecimal() for number in numbers):
         reason = f"{', '.join(missing)} is not set" if missing else f"no numbers: {numbers}"
         fix = "Start with torchrun, which sets them, or unset WORLD_SIZE for one process"
-        raise ConfigError("WORLD_SIZE", given, reason, fix)
+        raise ConfigError("WORLD_SIZE", os.environ["WORLD_SIZE"], reason, fix)
     rank, size, local_rank = map(int, numbers)
     if on_gpu:
         torch.cuda.set_device(local_rank)
