@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.config.sections import Config, LoraConfig
 from tests.aepo_fast.world.ranks import run_ranks
 from tests.aepo_fast.world.runs import (
