@@ -13,10 +13,11 @@ from aepo_fast.config.resolve import Machine, auto_device
 from aepo_fast.config.toml import load_config
 from aepo_fast.model.load import load_model, load_tokenizer, resolve
 from aepo_fast.model.lora import check_lora, holds_adapter, merge_adapter
-from aepo_fast.training.checkpoint import OPTIMIZER_NAME, STATE_NAME, save_model
+from aepo_fast.training.checkpoint import STATE_NAME, save_model
 from aepo_fast.training.checkpoint_damage import last_checkpoint
+from aepo_fast.training.optimizer_state import FOLDER_NAME, OPTIMIZER_NAME
 
-_OF_THE_RUN = (OPTIMIZER_NAME, STATE_NAME)
+_OF_THE_RUN = (OPTIMIZER_NAME, FOLDER_NAME, STATE_NAME)
 
 
 def export_run(run: Path, folder: Path, *, merge: bool) -> str:

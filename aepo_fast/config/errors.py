@@ -13,6 +13,9 @@ class ConfigError(ValueError):
         self.key, self.value, self.reason, self.fix = key, value, reason, fix
         super().__init__(f"{key} = {value!r}: {reason}. {fix}.")
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...]]:
+        return ConfigError, (self.key, self.value, self.reason, self.fix)
+
 
 def require(ok: bool, key: str, value: object, reason: str, fix: str) -> None:
     """Raise ConfigError unless `ok`."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.over_ranks import check_over_ranks
 from aepo_fast.config.sections import Config
+from aepo_fast.world import ALONE, World, is_started_with_others, join
 from aepo_kernels import multiplies_bfloat16, resolve_backend
 from aepo_kernels.cpu import unavailable_reason
 
@@ -22,8 +23,7 @@ class Machine:
     """What a run computes with, decided once by `resolve_machine`.
 
     weights_dtype: of the trained weights. compute_dtype: of the GEMMs. rollout_dtype: of the
-    weights that sample. head_backend: of the head's kernels. rank, world: this process's number
-    and the number of processes.
+    weights that sample. head_backend: of the head's kernels. world: the processes of the run.
     """
 
     device: torch.device
@@ -31,8 +31,7 @@ class Machine:
     compute_dtype: torch.dtype
     rollout_dtype: torch.dtype
     head_backend: str
-    rank: int = 0
-    world: int = 1
+    world: World = ALONE
 
     @property
     def is_gpu(self) -> bool:
@@ -81,17 +80,21 @@ def resolve_machine(cfg: Config, *, trains: bool = True) -> Machine:
     trains: False where a model only samples. Then the head is not used and its backend not
     checked, and other processes may run beside this one.
 
-    Raises ConfigError for a GPU that is not there, dtypes that do not go together, more than one
-    process, a head backend that cannot run, and offloading without a GPU.
+    Raises ConfigError for a GPU that is not there, dtypes that do not go together, settings that
+    several processes cannot have, a head backend that cannot run, and offloading without a GPU.
     """
     machine = machine_on(_device(cfg.trainer.device), cfg)
     if not trains:
         return machine
-    _check_world()
     if not machine.is_gpu:
         check_no_offloading(cfg)
-    backend = _head_backend(cfg.model.head_backend, machine.device, machine.compute_dtype)
-    return dataclasses.replace(machine, head_backend=backend)
+    if is_started_with_others():
+        check_over_ranks(cfg)
+    world, device = join(on_gpu=machine.is_gpu, timeout_s=cfg.trainer.timeout_s), machine.device
+    backend = _head_backend(cfg.model.head_backend, device, machine.compute_dtype)
+    if machine.is_gpu and world.size > 1:
+        device = torch.device("cuda", world.local_rank)
+    return dataclasses.replace(machine, device=device, head_backend=backend, world=world)
 
 
 def machine_on(device: torch.device, cfg: Config) -> Machine:
@@ -152,13 +155,6 @@ def check_no_offloading(cfg: Config) -> None:
         if value not in (False, "none"):
             reason = "moves something from a GPU to CPU memory, and the device is a CPU"
             raise ConfigError(key, value, reason, "Leave it out, or train on a GPU")
-
-
-def _check_world() -> None:
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        reason = "more than one process is not supported yet"
-        raise ConfigError("WORLD_SIZE", world_size, reason, "Start a single process")
 
 
 def _head_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -53,14 +53,15 @@ class TrainerConfig:
     max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
     seed: int = 0  # seed of sampling and of the order of prompts and minibatches
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is the GPU where torch sees one
+    # Of several processes, how long one waits for the others before it gives up, seconds.
+    timeout_s: float = 1800.0
     # A run is refused that `aepo-fast plan` says cannot fit the memory; false: it is tried.
     check_memory: bool = True
 
     def __post_init__(self) -> None:
         names = "steps prompts_per_step group_size minibatches epochs tokens_per_microbatch lr"
-        require_positive(
-            "trainer", self, *names.split(), "max_grad_norm", "max_skipped_steps", "eps"
-        )
+        names += " max_grad_norm max_skipped_steps eps timeout_s"
+        require_positive("trainer", self, *names.split())
         require_not_negative("trainer", self, "warmup_steps", "weight_decay")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)

@@ -7,7 +7,8 @@ itself, in `token_objective`, is then additive over tokens, as `linear_token_los
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -42,6 +43,19 @@ class Objective:
     second_temperature: float | None
     passive_samples: frozenset[int]
     differentiates_entropy: bool
+
+    def times_zero(self) -> Objective:
+        """The same without an effect: loss and gradients are zero wherever they are finite."""
+
+        def without_effect(loss: Any) -> Any:
+            return lambda *args: (0 * loss(*args)[0], {})
+
+        whole = self.sequence_loss
+        return replace(
+            self,
+            token_loss=without_effect(self.token_loss),
+            sequence_loss=None if whole is None else without_effect(whole),
+        )
 
 
 def needs_old_logprobs(loss: LossConfig, num_updates: int) -> bool:

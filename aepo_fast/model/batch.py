@@ -28,7 +28,7 @@ class MicroBatch:
     bool [B, 1, L, L] (shared) or int [B, L] (padded). select: [N], flat positions in [B * L] whose
     output predicts a completion token. targets: [N], those tokens. sample_of_token: [N], indices
     into `samples`; tokens of a sample are consecutive and in order. samples: indices into the
-    step's samples.
+    step's samples. idle: it only keeps step with other processes and counts for nothing.
     """
 
     input_ids: torch.Tensor
@@ -38,6 +38,7 @@ class MicroBatch:
     targets: torch.Tensor
     sample_of_token: torch.Tensor
     samples: tuple[int, ...]
+    idle: bool = False
 
 
 @dataclass

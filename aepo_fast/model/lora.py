@@ -75,12 +75,23 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's
 
 
-def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model's adapter to a folder in peft's format, which `peft.PeftModel` reads, too."""
+def adapter_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of a model's adapter, under peft's names."""
     from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+
+
+def save_adapter(
+    model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a model's adapter to a folder in peft's format, which `peft.PeftModel` reads, too.
+
+    state: its weights, where they have been gathered.
+    """
     from safetensors.torch import save_file
 
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    state = adapter_state(model) if state is None else state
     tensors = {f"base_model.model.{name}": whole(one).contiguous() for name, one in state.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     model.peft_config[ADAPTER_NAME].save_pretrained(folder)  # type: ignore[index]

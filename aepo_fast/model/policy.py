@@ -23,6 +23,7 @@ from aepo_fast.model.batch import (
 )
 from aepo_fast.model.load import recurrent_layers, takes_positions
 from aepo_fast.model.lora import without_adapter
+from aepo_fast.model.rank_batches import microbatches_of_rank
 from aepo_fast.model.sharded import inside_forward, is_sharded, reshard
 from aepo_fast.samples import Sample, TokenValues, token_index, token_offsets
 from aepo_kernels import (
@@ -123,14 +124,15 @@ class Policy:
             reshard(self.model)
 
     def microbatches(self, samples: Sequence[Sample], indices: Sequence[int]) -> list[MicroBatch]:
-        """Lay samples[indices] out for the model."""
-        return make_microbatches(
-            samples,
-            indices,
-            layout=self.layout,
-            max_tokens=self.max_tokens,
-            batch_tokens=self.batch_tokens,
-        )
+        """Lay samples[indices] out for the model, of several processes this one's part."""
+        options: dict[str, Any] = {
+            "layout": self.layout,
+            "max_tokens": self.max_tokens,
+            "batch_tokens": self.batch_tokens,
+        }
+        if self.machine.world.size > 1:
+            return microbatches_of_rank(self.machine.world, samples, indices, **options)
+        return make_microbatches(samples, indices, **options)
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
         """Final hidden states that predict the completion tokens: [N, H] in compute dtype."""
@@ -240,9 +242,12 @@ class Policy:
             for batch in self.microbatches(samples, indices):
                 check()
                 output = self.logprobs(batch, second_temperature=second_temperature)
+                if batch.idle:
+                    continue
                 index = token_index(offsets, batch.samples)
                 columns[0][index] = output.logprob.cpu()
                 columns[1][index] = output.entropy.cpu()
                 if output.second_logprob is not None:
                     columns[2][index] = output.second_logprob.cpu()
+        self.machine.world.add(*columns)
         return TokenValues(columns[0], columns[1], columns[2] if second_temperature else None)

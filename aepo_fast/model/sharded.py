@@ -50,12 +50,14 @@ def shard(model: PreTrainedModel, machine: Machine, *, offload: bool) -> None:
     layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
     if not layers:
         reason = f"the layers of {type(model).__name__} cannot be told apart"
+        if machine.world.size > 1:
+            raise ConfigError("WORLD_SIZE", machine.world.size, reason, "Start one process")
         raise ConfigError("trainer.offload", "all", reason, 'Use "optimizer"')
     _join_alone(machine)
     embedding: Any = model.get_input_embeddings()
     embedding.sparse = False  # sparse gradients cannot be put together
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(machine.device.type, (machine.world,)),
+        "mesh": init_device_mesh(machine.device.type, (machine.world.size,)),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=machine.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
@@ -122,13 +124,14 @@ def state_in_shards(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
     parameters = [one for group in optimizer.param_groups for one in group["params"]]
     if not any(hasattr(one, "full_tensor") for one in parameters):
         return state
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import distribute_tensor
 
     def in_shards(value: Any, parameter: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value
         where = parameter.device_mesh, parameter.placements
-        return DTensor.from_local(value, *where, run_check=False).to(parameter.device)
+        # All ranks have read the same file, so that none sends its value to others.
+        return distribute_tensor(value, *where, src_data_rank=None).to(parameter.device)
 
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     numbered = dict(zip(numbers, parameters, strict=True))

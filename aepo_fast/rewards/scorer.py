@@ -43,7 +43,7 @@ class GroupScorer:
     ) -> None:
         self.reward, self.prompts, self.decode, self.check = reward, prompts, decode, check
         self.errors, self.num_samples = 0, num_samples
-        self._first_error = ""
+        self.first_error = ""
         self._scored: dict[int, ScoredGroup] = {}
         self._arrived: queue.SimpleQueue[tuple[int, Sequence[Completion]] | None]
         self._arrived = queue.SimpleQueue()
@@ -109,8 +109,8 @@ class GroupScorer:
             warn=not self.errors,
         )
         self.errors += scored.errors
-        self._first_error = self._first_error or scored.first
-        self.reward.check_share(self.errors, self.num_samples, self._first_error)
+        self.first_error = self.first_error or scored.first
+        self.reward.check_share(self.errors, self.num_samples, self.first_error)
         start = 0
         for index, group in groups:
             stop = start + len(group)

@@ -51,8 +51,8 @@ class HfRollout:
 
     model: the trainer's model. machine: where it samples, in rollout_dtype; with the model's own
     dtype the weights are the trainer's, on a CPU beside a copy of linear layers' that lies as its
-    GEMMs read it. eos_ids: ids that end a completion. batch_rows: rows decoded together. pack:
-    whether that copy is made.
+    GEMMs read it. Each of several processes has a whole copy. eos_ids: ids that end a
+    completion. batch_rows: rows decoded together. pack: whether that copy is made.
     """
 
     verify = False  # its weights are the trainer's, or copied one by one
@@ -67,7 +67,7 @@ class HfRollout:
         pack: bool = True,
     ) -> None:
         dtype = machine.rollout_dtype
-        self.shared = model.dtype == dtype
+        self.shared = model.dtype == dtype and machine.world.size == 1
         packs = pack and not machine.is_gpu and can_pack(dtype)
         if self.shared and not packs:
             self.model = model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config
 from aepo_fast.rewards.reward import Reward, soft_overlong_penalty
-from aepo_fast.rewards.scorer import GroupScorer
 from aepo_fast.rollout.engine import RolloutEngine
+from aepo_fast.rollout.scored import sample_and_score
 from aepo_fast.samples import Rollout, RolloutPlan, Sample
+from aepo_fast.world import ALONE, World
 
 
 def collect(
@@ -25,33 +25,27 @@ def collect(
     *,
     on_tokens: Callable[[int], None],
     lap: Callable[[str], None],
+    world: World = ALONE,
 ) -> Rollout:
-    """Sample all of a plan's prompts in one call and score them, by choice meanwhile.
+    """Sample all of a plan's prompts in one call and score them, see `sample_and_score`.
 
-    `lap` is told when sampling ("rollout") and scoring ("reward") are done. `on_tokens` is called
-    with 0 while scoring takes its time.
+    `lap` is told when sampling ("rollout") and scoring ("reward") are done.
     """
     everyone = [*plan.prompts, *plan.aux_prompts]
-    with GroupScorer(
+    found = sample_and_score(
+        engine,
         reward,
         everyone,
+        plan.requests,
         decode,
+        world=world,
+        max_new_tokens=cfg.rollout.max_new_tokens,
         overlap=cfg.reward.overlap,
-        num_samples=sum(request.num_samples for request in plan.requests),
-        check=lambda: on_tokens(0),
-    ) as scorer:
-        start = time.perf_counter()
-        groups = engine.generate(
-            plan.requests,
-            max_new_tokens=cfg.rollout.max_new_tokens,
-            on_tokens=on_tokens,
-            on_group=scorer.add,
-        )
-        sampling_s = time.perf_counter() - start
-        lap("rollout")
-        scored = scorer.results()
+        on_tokens=on_tokens,
+        lap=lap,
+    )
     samples = []
-    for index, (group, scores) in enumerate(zip(groups, scored, strict=True)):
+    for index, (group, scores) in enumerate(zip(found.groups, found.scores, strict=True)):
         is_aux = index >= len(plan.prompts)
         for completion, value in zip(group, scores.rewards, strict=True):
             penalty = soft_overlong_penalty(
@@ -64,10 +58,10 @@ def collect(
     return Rollout(
         samples=samples,
         prompts=everyone,
-        texts=[text for group in scored for text in group.texts],
+        texts=[text for group in found.scores for text in group.texts],
         num_main_groups=len(plan.prompts),
-        reward_errors=scorer.errors,
-        sampling_s=sampling_s,
+        reward_errors=found.errors,
+        sampling_s=found.sampling_s,
     )
 
 
@@ -89,9 +83,11 @@ class Rollouts:
         reward: Reward,
         decode: Callable[[Sequence[int]], str],
         check: Callable[[], None],
+        world: World = ALONE,
     ) -> None:
         self.cfg, self.engine, self.reward, self.decode = cfg, engine, reward, decode
-        self.check = check
+        self.check, self.world = check, world
+        self._sampling_world = world.for_a_thread() if cfg.rollout.steps_ahead else world
         self._thread = ThreadPoolExecutor(1, "rollout")
         self._stop = threading.Event()
         self._ahead: tuple[RolloutPlan, Future[Rollout]] | None = None
@@ -108,7 +104,7 @@ class Rollouts:
 
         Raises RolloutError, RewardError or Interrupted, those of sampling ahead only here.
         """
-        self.check()
+        self.world.together(self.check)
         if self._ahead is not None:
             assert plan is self.planned, "another plan than the one that was sampled ahead"
             rollout = self._ahead[1].result()
@@ -117,7 +113,7 @@ class Rollouts:
             lap("reward")
             return rollout
         rollout = self._collect(plan, lambda tokens: self._checked(on_tokens, tokens), lap)
-        self.check()
+        self.world.together(self.check)
         if not self.cfg.rollout.steps_ahead:
             self.engine.sleep()
         return rollout
@@ -173,7 +169,14 @@ class Rollouts:
         lap: Callable[[str], None],
     ) -> Rollout:
         return collect(
-            self.engine, self.reward, plan, self.decode, self.cfg, on_tokens=on_tokens, lap=lap
+            self.engine,
+            self.reward,
+            plan,
+            self.decode,
+            self.cfg,
+            on_tokens=on_tokens,
+            lap=lap,
+            world=self._sampling_world,
         )
 
     def _checked(self, on_tokens: Callable[[int], None], tokens: int) -> None:

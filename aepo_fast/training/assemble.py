@@ -317,7 +317,8 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     if inputs.checkpoint is not None and not lora:
         source, adapter = str(inputs.checkpoint), None
     offload = cfg.trainer.offload == "all"
-    where: Any = {"machine": machine, "stays_on_cpu": offload}
+    in_shards = offload or machine.world.size > 1
+    where: Any = {"machine": machine, "stays_on_cpu": in_shards}
     model = load_model(cfg.model, source, **where, adapter=adapter, seed=cfg.trainer.seed)
     offloads = cfg.model.activation_offloading
     policy = Policy(model, machine, cfg.trainer, activation_offloading=offloads)
@@ -333,9 +334,9 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model, adapter=adapter)
     if not engine.verify:  # a canary compares others
         some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
-        with on_cpu(model, machine) if offload else nullcontext(machine) as checks:
+        with on_cpu(model, machine) if in_shards else nullcontext(machine) as checks:
             check_agreement(cfg, checks, model, some)
-    if offload:  # now that everything is made of the model that is made of it
+    if in_shards:  # now that everything is made of the model that is made of it
         for one in {id(one.model): one.model for one in (policy, reference) if one}.values():
-            shard(one, machine, offload=True)
+            shard(one, machine, offload=offload)
     return Models(model, policy, reference, engine)

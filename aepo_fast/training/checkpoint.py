@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, with everything a run needs to go on.
 
-A checkpoint is a folder step_N: the model in Hugging Face format, `optimizer.pt`, and `state.pt`
-with the state of every other part. It is written under a temporary name, flushed to disk and then
+A checkpoint is a folder step_N: the model in Hugging Face format, the state of the optimizer
+(`optimizer.pt`, or the folder `optimizer` of several processes), and `state.pt` with the state of
+every other part. It is written under a temporary name, flushed to disk and then
 renamed, so a folder named step_N is always complete.
 """
 
@@ -23,11 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.model.folder import same_model
-from aepo_fast.model.lora import has_adapter, save_adapter
-from aepo_fast.model.sharded import is_sharded, state_in_shards, whole_state
+from aepo_fast.model.lora import adapter_state, has_adapter, save_adapter
+from aepo_fast.model.sharded import is_sharded, whole
+from aepo_fast.training.optimizer_state import save_optimizer
+from aepo_fast.world import ALONE, World
 
 _COMPLETE = re.compile(r"step_(\d+)")
-STATE_NAME, OPTIMIZER_NAME = "state.pt", "optimizer.pt"
+STATE_NAME = "state.pt"
 
 
 class CheckpointError(RuntimeError):
@@ -47,8 +50,13 @@ def rng_state(*, with_gpu: bool) -> dict[str, Any]:
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned."""
+def set_rng_state(state: dict[str, Any] | list[dict[str, Any]], *, rank: int = 0) -> None:
+    """Put back what `rng_state` returned, or of a list that of a rank.
+
+    Ranks that there were not take those of others.
+    """
+    if isinstance(state, list):
+        state = state[rank % len(state)]
     random.setstate(state["python"])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy(), position, has_gauss, cached))
@@ -77,27 +85,41 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int,
+    world: World = ALONE,
 ) -> Path:
     """Write step_N under `folder`, then delete all but the newest `keep` checkpoints.
 
-    Raises CheckpointError if the disk is full or refuses; what stood there before still does.
+    world: all its processes call this; they have the folder in common, and each writes its part of
+    the optimizer. Raises CheckpointError if the disk is full or refuses; what stood there before
+    still does.
     """
     final = folder / f"step_{step}"
     partial = folder / f"step_{step}.tmp"
-    try:
+    streams = world.gather(state["rng"])
+    state = state if world.size == 1 else {**state, "rng": streams}
+
+    def begin() -> None:
         for unfinished in folder.glob("step_*.tmp"):  # a killed run's
             shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
-        save_model(model, tokenizer, partial)
-        torch.save(whole_state(optimizer.state_dict()), partial / OPTIMIZER_NAME)
+
+    def finish() -> None:
+        save_model(model, tokenizer, partial, weights)
         torch.save(state, partial / STATE_NAME)
         _flush(partial)
         if final.exists():  # a run that starts anew in an old folder
             shutil.rmtree(final)
         partial.rename(final)
         _sync(folder)  # before what stood there is deleted
+
+    try:
+        world.on_first(begin)
+        weights = whole_for_saving(model, world)
+        save_optimizer(optimizer, partial, world)
+        world.on_first(finish)
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**30 if folder.exists() else 0.0
         older = complete_checkpoints(folder)
         kept = f"the last complete one is {older[-1]}" if older else "there is no older one"
@@ -105,7 +127,7 @@ def save_checkpoint(
             f"cannot write checkpoint {final}: {error} ({free:.2f} GiB free); {kept}. "
             "Free some space and go on with --resume, or lower checkpoint.keep"
         ) from error
-    for old in complete_checkpoints(folder)[:-keep]:
+    for old in complete_checkpoints(folder)[:-keep] if world.is_first else ():
         try:
             shutil.rmtree(old)
         except OSError as error:
@@ -113,15 +135,34 @@ def save_checkpoint(
     return final
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model, or its adapter and settings where it has one, and its tokenizer."""
+def whole_for_saving(model: PreTrainedModel, world: World) -> dict[str, torch.Tensor] | None:
+    """What `save_model` needs of a model in shards, on the first rank; None of another model."""
+    if not is_sharded(model):
+        return None
+    state = adapter_state(model) if has_adapter(model) else model.state_dict(keep_vars=True)
+    found: dict[int, torch.Tensor] = {}
+    for tensor in state.values():  # a tied weight once
+        if id(tensor) not in found:
+            gathered = whole(tensor)
+            found[id(tensor)] = gathered if world.is_first else tensor
+    return {name: found[id(tensor)] for name, tensor in state.items()}
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a model, or its adapter and settings where it has one, and its tokenizer.
+
+    weights: those of `whole_for_saving`, of a model in shards.
+    """
     if has_adapter(model):
-        save_adapter(model, folder)
+        save_adapter(model, folder, weights)
         model.config.save_pretrained(folder)
     else:
-        kept: dict[str, Any] = (
-            {"state_dict": whole_state(model.state_dict())} if is_sharded(model) else {}
-        )
+        kept: dict[str, Any] = {} if weights is None else {"state_dict": weights}
         model.save_pretrained(folder, **kept)
     tokenizer.save_pretrained(folder)
     _make_portable(folder)
@@ -143,7 +184,7 @@ def _make_portable(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         _sync(path)
 
 
@@ -158,29 +199,6 @@ def _sync(path: Path) -> None:
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The `state` given to `save_checkpoint`."""
     return torch.load(checkpoint / STATE_NAME, weights_only=True)
-
-
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the state of the optimizer saved in a checkpoint; its settings stay as built.
-
-    Raises ConfigError if the checkpoint's weights were held in another dtype.
-    """
-    saved = torch.load(checkpoint / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
-    built = optimizer.state_dict()
-    before, now = ("bfloat16" if "masters" in part else "float32" for part in (saved, built))
-    if before != now:
-        raise ConfigError(
-            "model.dtype",
-            now,
-            f"the weights of the checkpoint {checkpoint} were trained as {before!r}",
-            "Resume with that dtype, or choose another output_dir",
-        )
-    # Left to torch, weight decay, betas and eps would be those of the run that saved.
-    parts = [(saved, built)] if "param_groups" in saved else [(saved[k], built[k]) for k in built]
-    for part, own_part in parts:
-        for group, own in zip(part["param_groups"], own_part["param_groups"], strict=True):
-            group |= {**own, "params": group["params"]}
-    optimizer.load_state_dict(state_in_shards(optimizer, saved))
 
 
 def check_same_optimizer(state: dict[str, Any], name: str, checkpoint: Path) -> None:

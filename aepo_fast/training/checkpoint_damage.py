@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.report.unexpected import first_line
-from aepo_fast.training.checkpoint import OPTIMIZER_NAME, STATE_NAME, complete_checkpoints
+from aepo_fast.training.checkpoint import STATE_NAME, complete_checkpoints
+from aepo_fast.training.optimizer_state import FOLDER_NAME, OPTIMIZER_NAME
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -19,10 +20,11 @@ def damage(checkpoint: Path) -> str | None:
 
     Of tensors only their presence and sizes are looked at, so this takes no time or memory.
     """
-    expected = {"config.json", OPTIMIZER_NAME, STATE_NAME}
+    of_ranks = list(checkpoint.glob(f"{FOLDER_NAME}/*"))
+    expected = {"config.json", FOLDER_NAME if of_ranks else OPTIMIZER_NAME, STATE_NAME}
     path = checkpoint
     try:
-        found = {path.name: path for path in sorted(checkpoint.iterdir())}
+        found = {path.name: path for path in sorted([*checkpoint.iterdir(), *of_ranks])}
         for path in found.values():
             if path.suffix == ".json":
                 content = json.loads(path.read_bytes())

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aepo_fast.rewards.reward import Reward, RewardError
-from aepo_fast.rewards.scorer import GroupScorer
 from aepo_fast.rollout.engine import RolloutEngine
+from aepo_fast.rollout.scored import sample_and_score
 from aepo_fast.samples import Completion, Prompt, Request, seed_of
+from aepo_fast.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -90,42 +91,35 @@ def evaluate(
     max_new_tokens: int,
     seed: int,
     overlap: bool,
-    on_tokens: Callable[[int], None] | None = None,
-    on_group: Callable[[int, list[Completion]], None] | None = None,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+    on_group: Callable[[int, list[Completion]], None] = lambda index, group: None,
+    world: World = ALONE,
 ) -> EvalResult:
     """Sample every prompt `samples` times at temperature 1 and score the completions.
 
-    Raises RewardError as `GroupScorer.results` does, and where no sample has a reward, and
-    RolloutError where sampling fails.
+    Raises what `sample_and_score` does, and RewardError where no sample has a reward.
 
-    overlap: score them while others are still being sampled. on_tokens, on_group: as in
-    `RolloutEngine.generate`; on_tokens is called with 0 too, while scoring takes its time.
+    overlap: score them while others are still being sampled. on_tokens, on_group, world: as there.
     """
     requests = [
         Request(prompt.token_ids, samples, 1.0, seed_of(seed, index))
         for index, prompt in enumerate(prompts)
     ]
-    with GroupScorer(
+    found = sample_and_score(
+        engine,
         reward,
         prompts,
+        requests,
         decode,
+        world=world,
+        max_new_tokens=max_new_tokens,
         overlap=overlap,
-        num_samples=samples * len(prompts),
-        check=lambda: on_tokens(0) if on_tokens else None,
-    ) as scorer:
-
-        def add(index: int, group: list[Completion]) -> None:
-            scorer.add(index, group)
-            if on_group is not None:
-                on_group(index, group)
-
-        groups = engine.generate(
-            requests, max_new_tokens=max_new_tokens, on_tokens=on_tokens, on_group=add
-        )
-        scored = scorer.results()
-    flat = [completion for group in groups for completion in group]
+        on_tokens=on_tokens,
+        on_group=on_group,
+    )
+    flat = [completion for group in found.groups for completion in group]
     kept: list[list[float]] = []
-    for group in scored:
+    for group in found.scores:
         valid = [value for value in group.rewards if value is not None]
         if valid:
             kept.append(valid)
@@ -145,5 +139,5 @@ def evaluate(
         num_samples=samples,
         mean_length=sum(len(c.completion_ids) for c in flat) / len(flat),
         truncated=sum(c.finish_reason == "length" for c in flat) / len(flat),
-        errors=scorer.errors,
+        errors=found.errors,
     )

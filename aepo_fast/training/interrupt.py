@@ -13,6 +13,9 @@ class Interrupted(Exception):
         self.signal_number = signal_number
         super().__init__(signal.Signals(signal_number).name)
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return Interrupted, (self.signal_number,)
+
     @property
     def exit_code(self) -> int:
         """The shell's convention: 128 + signal number."""

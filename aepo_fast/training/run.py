@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from aepo_fast.training.checkpoint import CheckpointError, complete_checkpoints,
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
 from aepo_fast.training.malloc import keep_freed_memory
+from aepo_fast.training.step_metrics import StepResult
 from aepo_fast.training.trainer import Trainer, TrainingError
 from aepo_kernels import whole_sums
 
@@ -42,8 +43,12 @@ def train(
     cfg = machine.settled(cfg)
     # Beside the kernels, which switch cuBLAS's sums, the sampler's must not differ by chance.
     sums = whole_sums if cfg.rollout.steps_ahead else nullcontext()
-    with InterruptGuard() as guard, sums, hold_folder(Path(cfg.output_dir)):
-        inputs = load_inputs(cfg, resume=resume, overwrite=overwrite, start_from=start_from)
+    world = machine.world
+    with InterruptGuard() as guard, sums, world.quiet(), ExitStack() as stack:
+        world.on_first(lambda: stack.enter_context(hold_folder(Path(cfg.output_dir))))
+        inputs = world.together(
+            lambda: load_inputs(cfg, resume=resume, overwrite=overwrite, start_from=start_from)
+        )
         print(inputs.prompts.preview(), flush=True)
         if resume:
             print(f"goes on from {inputs.checkpoint or 'the start: there is no checkpoint'}")
@@ -61,10 +66,12 @@ def train(
         print(f"{head}; fused layers: {layers}\n{machine.describe()}", flush=True)
         try:
             # Only now: whatever the model's settings had to say, an earlier run is still there.
-            prepare_folder(cfg, overwrite=overwrite, checkpoint=inputs.checkpoint)
+            world.on_first(
+                lambda: prepare_folder(cfg, overwrite=overwrite, checkpoint=inputs.checkpoint)
+            )
             logger = MetricsLogger(
                 Path(cfg.output_dir),
-                tensorboard=cfg.logging.tensorboard,
+                tensorboard=cfg.logging.tensorboard and world.is_first,
                 total_steps=cfg.trainer.steps,
             )
             return _Run(cfg, trainer, logger, prediction).run()
@@ -77,18 +84,17 @@ class _Run:
         self, cfg: Config, trainer: Trainer, logger: MetricsLogger, prediction: Prediction
     ) -> None:
         self.cfg, self.trainer, self.logger = cfg, trainer, logger
-        self.prediction = prediction
+        self.prediction, self.world = prediction, trainer.policy.machine.world
         self.folder = Path(cfg.output_dir)
         self.rollouts = RolloutLog(self.folder, cfg.logging.rollouts_per_step)
         self.logged = trainer.steps_done  # the last step that is in both logs
 
     def run(self) -> int:
         done, total = self.trainer.steps_done, self.cfg.trainer.steps
-        self.logger.truncate_after(done if done else -1)
-        self.rollouts.truncate_after(done)
+        self.world.on_first(lambda: self._forget_after(done))
         try:
             if done == 0 and self._heldout():
-                self.logger.log({"step": 0, **self._evaluate().metrics()})
+                self._log({"step": 0, **self._evaluate().metrics()})
             while self.trainer.steps_done < total:
                 self._step()
         except Interrupted as stop:
@@ -156,11 +162,22 @@ class _Run:
             if self._heldout() and (last or (cfg.eval.every and number % cfg.eval.every == 0)):
                 metrics |= self._evaluate().metrics()
         finally:  # the step is done and counted, however its evaluation ends
-            self.logger.log(metrics)
-            self.rollouts.write(number, result.rollout, result.advantages)
+            self._log(metrics, result)
             self.logged = number
         if last or (cfg.checkpoint.every and number % cfg.checkpoint.every == 0):
             self._save()
+
+    def _forget_after(self, step: int) -> None:
+        self.logger.truncate_after(step if step else -1)
+        self.rollouts.truncate_after(step)
+
+    def _log(self, metrics: dict[str, Any], result: StepResult | None = None) -> None:
+        def write() -> None:
+            self.logger.log(metrics)
+            if result is not None:
+                self.rollouts.write(metrics["step"], result.rollout, result.advantages)
+
+        self.world.on_first(write)
 
     def _heldout(self) -> int:
         return min(self.cfg.eval.prompts, len(self.trainer.inputs.prompts.heldout))
@@ -183,12 +200,14 @@ class _Run:
                 seed=cfg.eval.seed,
                 overlap=cfg.reward.overlap,
                 on_tokens=count,
+                world=self.world,
             )
         print(f"held-out accuracy at T = 1: {result}", flush=True)
         return result
 
     def _last_checkpoint(self) -> Path | None:
-        return next(reversed(complete_checkpoints(self.folder / "checkpoints")), None)
+        folder = self.folder / "checkpoints"
+        return self.world.on_first(lambda: next(reversed(complete_checkpoints(folder)), None))
 
     def _save(self) -> Path:
         trainer, last = self.trainer, self._last_checkpoint()
@@ -203,6 +222,7 @@ class _Run:
             optimizer=trainer.optimizer,
             state=trainer.resume_state,
             keep=self.cfg.checkpoint.keep,
+            world=self.world,
         )
 
     def _finish(self, *, ran: bool) -> None:
@@ -218,4 +238,4 @@ class _Run:
             )
         if self.cfg.logging.plot:
             with doing("drawing the plot of the finished run"):
-                print(f"plot: {plot_run(self.folder)}")
+                print(f"plot: {self.world.on_first(lambda: plot_run(self.folder))}")

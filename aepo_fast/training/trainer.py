@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,11 @@ from aepo_fast.rollout.canary import Canary
 from aepo_fast.rollout.sampling import Rollouts
 from aepo_fast.samples import Rollout, RolloutPlan, Sample, TokenValues, seed_of, token_mean
 from aepo_fast.training.assemble import Inputs, load_models
-from aepo_fast.training.checkpoint import load_optimizer, rng_state, set_rng_state
+from aepo_fast.training.checkpoint import rng_state, set_rng_state
 from aepo_fast.training.interrupt import InterruptGuard
 from aepo_fast.training.offload import OffloadedOptimizer, offloaded
 from aepo_fast.training.optim import build_optimizer, learning_rate, set_learning_rate
+from aepo_fast.training.optimizer_state import load_optimizer
 from aepo_fast.training.plan import plan_rollout
 from aepo_fast.training.step_metrics import StepResult, StepTimes, step_metrics
 from aepo_fast.training.update import UpdateResult, update
@@ -56,7 +58,7 @@ class Trainer:
     def __init__(
         self, cfg: Config, machine: Machine, inputs: Inputs, guard: InterruptGuard
     ) -> None:
-        self.cfg, self.inputs, self.guard = cfg, inputs, guard
+        self.cfg, self.inputs, self.guard, world = cfg, inputs, guard, machine.world
         models = load_models(cfg, machine, inputs)
         self.model, self.policy = models.model, models.policy
         self.reference, self.engine = models.reference, models.engine
@@ -71,13 +73,14 @@ class Trainer:
             self.parked = parts if cfg.rollout.offload_optimizer else []
         self.controller = make_controller(cfg.aepo, cfg.trainer)
         self.sampler = make_sampler(cfg, inputs.prompts)
-        self.rollouts = Rollouts(cfg, self.engine, inputs.reward, inputs.decode, guard.check)
+        self.rollouts = Rollouts(cfg, self.engine, inputs.reward, inputs.decode, guard.check, world)
+        self.check = partial(world.together, guard.check)  # all stop where one was asked to
         self.bonus = BonusCoefficient(cfg.loss)
         self.rival = RivalController(cfg.loss)
         self.smoothed, self.clock = MovingMean(), StepTimes()
         self.steps_done = self.updates = self.skipped_in_a_row = 0
         if inputs.checkpoint is not None and inputs.state is not None:
-            load_optimizer(inputs.checkpoint, self.optimizer)
+            load_optimizer(inputs.checkpoint, self.optimizer, world)
             self._load_state(inputs.state)
         self.canary = None
         if self.engine.verify:  # measured before the first sync, on weights from the same files
@@ -203,7 +206,7 @@ class Trainer:
 
         None for the policy where a single update measures them, and without a reference.
         """
-        cfg, check = self.cfg, self.guard.check
+        cfg, check = self.cfg, self.check
         old = reference = None
         if needs_old_logprobs(cfg.loss, cfg.trainer.minibatches * cfg.trainer.epochs):
             second = second_temperature(cfg.loss, cfg.aepo, temperature)
@@ -247,7 +250,7 @@ class Trainer:
             objective,
             max_grad_norm=self.cfg.trainer.max_grad_norm,
             # Once the weights have moved, the step is finished before stopping.
-            check=self.guard.check if first else lambda: None,
+            check=self.check if first else lambda: None,
         )
         self._count(result)
         self.clock.lap("train")
@@ -342,4 +345,4 @@ class Trainer:
         if "rival" in state:  # not in checkpoints from before these methods
             self.rival.load_state_dict(state["rival"])
         self.smoothed = MovingMean(state.get("smoothed", ()))  # older checkpoints have none
-        set_rng_state(state["rng"])
+        set_rng_state(state["rng"], rank=self.policy.machine.world.rank)

@@ -77,7 +77,10 @@ def update(
                 }
                 # Samples without a gradient are only measured: they need no backward pass.
                 with torch.set_grad_enabled(with_gradient):
-                    done = _forward_backward(policy, batch, objective, columns)
+                    loss = objective.times_zero() if batch.idle else objective
+                    done = _forward_backward(policy, batch, loss, columns)
+                if batch.idle:
+                    continue
                 total += done.loss
                 for name, value in done.metrics.items():
                     sums[name] = sums.get(name, 0) + value
@@ -88,14 +91,19 @@ def update(
     except BaseException:
         optimizer.zero_grad(set_to_none=True)
         raise
-    norm, taken = guarded_step(optimizer, total.item(), max_grad_norm=max_grad_norm)
+    # Of all processes; gradients have been added up on their way.
+    world = policy.machine.world
+    world.add(logprob, entropy)
+    counts = {"loss": total.item(), "model": model_tokens, "active": active_tokens}
+    counts, metrics = world.sums(counts), world.sums({n: float(x) for n, x in sums.items()})
+    norm, taken = guarded_step(optimizer, counts["loss"], max_grad_norm=max_grad_norm)
     return UpdateResult(
-        loss=total.item(),
+        loss=counts["loss"],
         grad_norm=norm,
         taken=taken,
-        sums={name: float(value) for name, value in sums.items()},
-        model_tokens=model_tokens,
-        active_tokens=active_tokens,
+        sums=metrics,
+        model_tokens=int(counts["model"]),
+        active_tokens=int(counts["active"]),
         logprob=logprob,
         entropy=entropy,
     )

@@ -19,8 +19,9 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import ModelConfig
 from aepo_fast.config.toml import dump_config
 from aepo_fast.model.load import load_model, load_tokenizer
-from aepo_fast.training.checkpoint import OPTIMIZER_NAME, STATE_NAME, load_optimizer, load_state
+from aepo_fast.training.checkpoint import STATE_NAME, load_state
 from aepo_fast.training.checkpoint_damage import damage
+from aepo_fast.training.optimizer_state import OPTIMIZER_NAME, load_optimizer
 from bench.common.environment import ROOT
 from tests.tiny_run import a_machine, tiny_config
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import CheckpointConfig, ModelConfig, RolloutConfig, TrainerConfig
-from aepo_fast.training.checkpoint import load_optimizer
 from aepo_fast.training.optim import MasterAdamW, build_optimizer, guarded_step
+from aepo_fast.training.optimizer_state import load_optimizer
 from aepo_fast.training.run import train
 from tests.aepo_fast.training.test_run import assert_same_end
 from tests.tiny_run import copy_until, tiny_config, with_trainer

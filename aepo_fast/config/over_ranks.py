@@ -1,0 +1,65 @@
+"""What a run of several processes cannot have."""
+
+from __future__ import annotations
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import Config
+
+
+def check_over_ranks(cfg: Config) -> None:
+    """Raise ConfigError for a setting that needs one process."""
+    whole_weights = not cfg.model.lora.rank
+    in_bfloat16 = cfg.model.dtype == "bfloat16" and whole_weights
+    for key, value, refused, reason, fix in (
+        (
+            "model.liger",
+            cfg.model.liger,
+            cfg.model.liger,
+            "a model is checked on the CPU before its weights are divided, without Liger",
+            "Set it to false",
+        ),
+        (
+            "model.quantization",
+            cfg.model.quantization,
+            cfg.model.quantization != "none",
+            "4-bit weights are not divided among processes",
+            'Set it to "none": each process holds only a part of the weights',
+        ),
+        (
+            "trainer.optimizer",
+            cfg.trainer.optimizer,
+            cfg.trainer.optimizer == "muon",
+            "Muon's step needs whole matrices, and each process holds a part of them",
+            'Use "adamw"',
+        ),
+        (
+            "model.dtype",
+            cfg.model.dtype,
+            in_bfloat16 and cfg.trainer.optimizer == "adamw",
+            "float32 copies are not made of bfloat16 weights that processes share",
+            'Set it to "float32": weights are gathered in model.compute_dtype',
+        ),
+        (
+            "trainer.offload",
+            cfg.trainer.offload,
+            cfg.trainer.offload == "optimizer",
+            "moves the optimizer's state of one process",
+            'Use "all" or "none"',
+        ),
+        (
+            "rollout.offload_optimizer",
+            cfg.rollout.offload_optimizer,
+            cfg.rollout.offload_optimizer,
+            "moves the optimizer's state of one process",
+            "Set it to false",
+        ),
+        (
+            "rollout.backend",
+            cfg.rollout.backend,
+            cfg.rollout.backend == "vllm",
+            "vLLM samples for one process",
+            'Use "hf"',
+        ),
+    ):
+        if refused:
+            raise ConfigError(key, value, f"{reason}, and WORLD_SIZE says there are several", fix)

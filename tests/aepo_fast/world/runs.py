@@ -1,0 +1,82 @@
+"""Whole runs of the tiny model, as each rank does them or one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from aepo_fast.config.sections import CheckpointConfig, Config
+from aepo_fast.training.run import train
+from aepo_fast.world import join, part
+from tests.tiny_run import copy_until, tiny_config
+
+
+def untied(model: Path, folder: Path) -> Path:
+    """A copy of a model whose head is a tensor of its own."""
+    shutil.copytree(model, folder)
+    made = AutoModelForCausalLM.from_pretrained(model)
+    made.config.tie_word_embeddings = False
+    made.lm_head.weight = torch.nn.Parameter(made.lm_head.weight.detach().clone() * 1.1)
+    made.save_pretrained(folder)
+    return folder
+
+
+def run_config(model: Path, output: Path, changes: dict[str, Any]) -> Config:
+    """The tiny run with settings of sections changed, or whole sections.
+
+    Its learning rate is lower: where a gradient is almost nothing, rounding alone decides the
+    direction of AdamW's first steps.
+    """
+    cfg = tiny_config(model, output, checkpoint=CheckpointConfig(every=0))
+    cfg = replace(cfg, trainer=replace(cfg.trainer, lr=3e-4))
+    parts = {
+        name: replace(getattr(cfg, name), **values) if isinstance(values, dict) else values
+        for name, values in changes.items()
+    }
+    return replace(cfg, **parts)
+
+
+def with_output(cfg: Config, output: Path) -> Config:
+    """The same run in another folder."""
+    return replace(cfg, output_dir=str(output))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, from its start or from where another was after step 2."""
+
+    cfg: Config
+    copied: Config | None = None
+
+
+def train_each(jobs: list[Job]) -> None:
+    """Do one job after the other, as one of the processes that torchrun's variables describe."""
+    torch.set_num_threads(1)
+    world = join(on_gpu=False, timeout_s=120)
+    try:
+        for cfg, copied in ((job.cfg, job.copied) for job in jobs):
+            if copied is not None:
+                world.on_first(partial(copy_until, 2, copied, cfg))
+            assert train(cfg, resume=copied is not None) == 0
+    finally:
+        part()
+
+
+def weights_of(cfg: Config, step: int | None = None) -> dict[str, torch.Tensor]:
+    """What the last checkpoint of a run holds, or that of a step."""
+    folder = Path(cfg.output_dir) / "checkpoints" / f"step_{step or cfg.trainer.steps}"
+    name = "adapter_model.safetensors" if cfg.model.lora.rank else "model.safetensors"
+    return load_file(folder / name)
+
+
+def lines_of(cfg: Config) -> list[dict[str, Any]]:
+    """What a run has logged."""
+    return [json.loads(line) for line in (Path(cfg.output_dir) / "metrics.jsonl").open()]
