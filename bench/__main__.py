@@ -9,6 +9,7 @@ from bench.e2e import run as e2e
 from bench.kernels import run as kernels
 from bench.memory import run as memory
 from bench.sampling import rollout, sync
+from bench.scale import run as scale
 from bench.step import run as step
 from bench.triton import compiled, launches
 
@@ -17,7 +18,8 @@ def main() -> None:
     """Run the benchmark named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench")
     commands = parser.add_subparsers(required=True)
-    for command in (kernels, compiled, launches, rollout, step, memory, e2e, sync, entropy, tables):
+    all_of_them = (kernels, compiled, launches, rollout, step, memory, scale, e2e, sync, entropy)
+    for command in (*all_of_them, tables):
         command.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -132,6 +132,16 @@ def save_random_weights(
     folder: Path | str, shape: tuple[int, int, int, int, int, int, bool]
 ) -> None:
     """Write a model of random weights in bfloat16; shape: as in SHAPES."""
+    torch.manual_seed(0)
+    _model(shape, "cuda" if torch.cuda.is_available() else "cpu").save_pretrained(folder)
+
+
+def parameters_of(shape: tuple[int, int, int, int, int, int, bool]) -> int:
+    """Number of weights of a model; shape: as in SHAPES."""
+    return sum(weight.numel() for weight in _model(shape, "meta").parameters())
+
+
+def _model(shape: tuple[int, int, int, int, int, int, bool], device: str) -> Any:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = shape
@@ -144,7 +154,5 @@ def save_random_weights(
         vocab_size=vocabulary,
         tie_word_embeddings=tied,
     )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
