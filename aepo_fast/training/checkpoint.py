@@ -77,8 +77,9 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Write step_N under `folder`, then delete all but the newest `keep` checkpoints.
+    """Write step_N under `folder`, then delete all but the newest `keep` and that of step `best`.
 
     Raises CheckpointError if the disk is full or refuses; what stood there before still does.
     """
@@ -106,6 +107,8 @@ def save_checkpoint(
             "Free some space and go on with --resume, or lower checkpoint.keep"
         ) from error
     for old in complete_checkpoints(folder)[:-keep]:
+        if old.name == f"step_{best}":
+            continue
         try:
             shutil.rmtree(old)
         except OSError as error:
