@@ -183,7 +183,7 @@ def evaluate(
         top_p=top_p,
         greedy=greedy,
         backend=backend,
-        compare_with=compare,
+        compare=compare,
         output=output,
         overrides=set_ or [],
     )

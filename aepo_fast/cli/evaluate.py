@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -28,7 +29,7 @@ from aepo_fast.samples import Prompt
 from aepo_fast.training.assemble import Inputs, check_lengths, read_inputs, rendering_time
 from aepo_fast.training.checkpoint import STATE_NAME, load_state
 from aepo_fast.training.checkpoint_damage import last_checkpoint
-from aepo_fast.training.eval_statistics import ProblemResult, compare
+from aepo_fast.training.eval_statistics import ProblemResult, compare_problems
 from aepo_fast.training.evaluate import EvalResult, evaluate, problem_id
 
 _PROMPTS = 64  # where no benchmark says which
@@ -87,7 +88,7 @@ class _Subject:
 
 
 def evaluate_model(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     config: str | Config | None = None,
     task: str | None = None,
@@ -100,7 +101,7 @@ def evaluate_model(
     top_p: float | None = None,
     greedy: bool = False,
     backend: str | None = None,
-    compare_with: str | None = None,
+    compare: str | os.PathLike[str] | None = None,
     output: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> EvalResult:
@@ -113,7 +114,7 @@ def evaluate_model(
     benchmark, read from the file `data` or from the hub.
 
     prompts: the first so many; None is all of a benchmark, else 64. samples, k, temperature, top_p
-    and greedy are as `Sampling.of` takes them. compare_with: a file that `output` wrote, or another
+    and greedy are as `Sampling.of` takes them. compare: a file that `output` wrote, or another
     model, which is evaluated in the same way; the problems must be the same.
 
     Raises ConfigError before a model loads, and RewardError and RolloutError as `evaluate` does.
@@ -123,28 +124,29 @@ def evaluate_model(
         raise ConfigError("--prompts", prompts, "is no number of prompts", "Set 1 or more")
     if output is not None:
         check_output(Path(output))
+    other_name = None if compare is None else os.fspath(compare)
     earlier = None
-    if compare_with is not None and (compare_with.endswith(".json") or _is_file(compare_with)):
-        earlier = read_evaluation(Path(compare_with).expanduser())
+    if other_name is not None and (other_name.endswith(".json") or _is_file(other_name)):
+        earlier = read_evaluation(Path(other_name).expanduser())
     cfg, path = _configuration(
-        model, config, task, overrides, benchmark=benchmark, data=data, backend=backend
+        os.fspath(model), config, task, overrides, benchmark=benchmark, data=data, backend=backend
     )
     whole = task is not None or benchmark is not None
     most = prompts if prompts is not None else None if benchmark is not None else _PROMPTS
     subject = _checked(cfg, path, whole=whole, most=most)
     other = None
     if earlier is not None:
-        _check_same_problems(subject, [problem.id for problem in earlier[0]], str(compare_with))
-    elif compare_with is not None:
-        other = _checked(*_as_evaluated(compare_with, cfg), whole=whole, most=most)
+        _check_same_problems(subject, [problem.id for problem in earlier[0]], str(other_name))
+    elif other_name is not None:
+        other = _checked(*_as_evaluated(other_name, cfg), whole=whole, most=most)
         theirs = [problem_id(prompt) for prompt in other.chosen]
-        _check_same_problems(subject, theirs, compare_with)
+        _check_same_problems(subject, theirs, other_name)
     result = subject.evaluated(sampling)
     if other is not None:
         second = other.evaluated(sampling)
         earlier = second.problems, second.settings
     if earlier is not None:
-        result = _compared(result, *earlier, other=str(compare_with))
+        result = _compared(result, *earlier, other=str(other_name))
     if output is not None:
         write_evaluation(Path(output), result)
     return result
@@ -199,7 +201,7 @@ def _compared(
         if key not in ("model", "sources") and settings.get(key) != value
     ]
     ks = list(result.pass_at_k)
-    found = compare(result.problems, theirs, other=other, ks=ks, notes=notes)
+    found = compare_problems(result.problems, theirs, other=other, ks=ks, notes=notes)
     return dataclasses.replace(result, comparison=found)
 
 

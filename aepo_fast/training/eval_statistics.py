@@ -104,7 +104,7 @@ def powers_of_two(most: int) -> tuple[int, ...]:
     return tuple(sorted({1, *(2**power for power in range(11) if 2**power <= most), most}))
 
 
-def compare(
+def compare_problems(
     ours: Sequence[ProblemResult],
     theirs: Sequence[ProblemResult],
     *,

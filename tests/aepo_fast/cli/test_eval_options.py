@@ -20,6 +20,7 @@ from aepo_fast.config.sections import CheckpointConfig, EvalConfig, RolloutConfi
 from aepo_fast.config.toml import dump_config
 from aepo_fast.data.benchmarks import BENCHMARKS, INSTRUCTION
 from aepo_fast.training.run import train
+from bench.common.environment import ROOT
 from tests.tiny_run import tiny_config, with_trainer
 
 SHORT = ["rollout.max_new_tokens=4", "trainer.device=cpu", "rollout.dtype=float32"]
@@ -87,6 +88,16 @@ def test_a_benchmark_brings_its_dataset_prompt_verifier_and_length() -> None:
     assert cfg.rollout.max_new_tokens == 64 and not cfg.data.instruction
 
 
+def test_the_page_s_table_is_that_of_the_benchmarks() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for name, one in BENCHMARKS.items():
+        hub = f"{one.hub}, {one.subset}" if one.subset else one.hub
+        columns = f"`{one.question}`, `{one.answer}`"
+        row = [f"`{name}`", hub, one.split, columns, f"{one.max_new_tokens:,}"]
+        assert f"| {' | '.join(row)} |\n" in page
+    assert INSTRUCTION in page
+
+
 def test_the_engine_without_a_configuration_is_vllm_where_it_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,7 +152,7 @@ def test_a_benchmark_from_a_file_and_its_result(
     assert written["pass_at_k"] == {"1": sampled.pass_at_k[1], "3": sampled.pass_at_k[3]}
 
     # Of the same problems; the instruction is not part of one.
-    options = {"overrides": [*SHORT, "data.instruction="], "compare_with": str(output)}
+    options = {"overrides": [*SHORT, "data.instruction="], "compare": str(output)}
     greedy = on_gsm8k(tiny_model_dir, gsm8k, greedy=True, **options)
     assert greedy.num_samples == 1 and greedy.settings["temperature"] == 0.0
     found = greedy.comparison
@@ -177,7 +188,7 @@ def test_two_models_and_a_run_are_compared(
         samples=2,
         prompts=3,
         k=(2,),
-        compare_with=cfg.output_dir,
+        compare=cfg.output_dir,
     )
     assert back.comparison is not None
     assert back.comparison.difference == pytest.approx(-written["comparison"]["difference"])
@@ -208,8 +219,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"greedy": True, "samples": 4}, "--samples = 4"),
         ({"output": Path("no-such-folder/x.json")}, "--output = .*does not exist"),
         ({"output": Path(__file__)}, "--output = .*there already"),
-        ({"compare_with": "no-such.json"}, "--compare = 'no-such.json'"),
-        ({"compare_with": __file__}, "--compare = .*no result of an evaluation"),
+        ({"compare": "no-such.json"}, "--compare = 'no-such.json'"),
+        ({"compare": __file__}, "--compare = .*no result of an evaluation"),
         ({"overrides": ["rollout.max_new_tokens=99999"]}, "rollout.max_new_tokens = 99999"),
         ({"overrides": [*SHORT, "rollout.max_prompt_tokens=9"]}, "rollout.max_prompt_tokens = 9"),
     ],
@@ -230,7 +241,7 @@ def test_an_evaluation_of_other_problems_is_refused(
     other = tmp_path / "other.json"
     other.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="holds 1 problems, 0 of the 3 that are evaluated"):
-        on_gsm8k(tiny_model_dir, gsm8k, compare_with=str(other))
+        on_gsm8k(tiny_model_dir, gsm8k, compare=str(other))
     for damaged in (
         {"problems": [one, one]},
         {"problems": [{**one, "correct": 5}]},
@@ -239,8 +250,8 @@ def test_an_evaluation_of_other_problems_is_refused(
     ):
         other.write_text(json.dumps({**values, **damaged}))
         with pytest.raises(ConfigError, match="--compare.*no result of an evaluation"):
-            on_gsm8k(tiny_model_dir, gsm8k, compare_with=str(other))
+            on_gsm8k(tiny_model_dir, gsm8k, compare=str(other))
     for name in ("no/such-model", str(shutil.copytree(tiny_model_dir, tmp_path / "copy"))):
         (tmp_path / "copy" / "tokenizer.json").unlink(missing_ok=True)
         with pytest.raises(ConfigError):  # the second model is checked before the first one loads
-            on_gsm8k(tiny_model_dir, gsm8k, compare_with=name)
+            on_gsm8k(tiny_model_dir, gsm8k, compare=name)

@@ -12,7 +12,7 @@ from aepo_fast.config.sections import TrainerConfig
 from aepo_fast.training.eval_statistics import (
     ProblemResult,
     clustered_interval,
-    compare,
+    compare_problems,
     paired_interval,
     pass_at_k,
 )
@@ -101,7 +101,7 @@ def test_two_evaluations_are_paired_by_problem() -> None:
     ours = [ProblemResult("a", 4, 2, 0.5), ProblemResult("b", 4, 4, 1.0)]
     theirs = [ProblemResult("b", 8, 4, 0.5), ProblemResult("c", 8, 8, 1.0)]
     theirs.append(ProblemResult("a", 8, 2, 0.25))
-    found = compare(ours, theirs, other="x", ks=(1, 2, 4, 8))
+    found = compare_problems(ours, theirs, other="x", ks=(1, 2, 4, 8))
     assert found.num_prompts == 2 and found.difference == pytest.approx((0.25 + 0.5) / 2)
     half = 1.96 * np.std([0.25, 0.5], ddof=1) / np.sqrt(2)
     assert found.ci95 == pytest.approx((0.375 - half, 0.375 + half))
