@@ -54,7 +54,7 @@ class Comparison:
         found += [line(f"pass@{k}", *values) for k, values in self.pass_at_k.items() if k > 1]
         notes = "".join(f"\n{note}" for note in self.notes)
         return (
-            f"ahead of {self.other}, paired over {self.num_prompts} prompts: {', '.join(found)}"
+            f"difference to {self.other}, paired over {self.num_prompts} prompts: {', '.join(found)}"
             f"{notes}"
         )
 

@@ -90,7 +90,7 @@ def test_the_page_s_script_of_15_lines_runs(
     assert run.checkpoint == Path("runs/products/checkpoints/step_1")
     assert run.best_checkpoint is None
     assert scope["after"].comparison.num_prompts == scope["after"].num_prompts > 1
-    assert f"ahead of {tiny_model_dir}" in capsys.readouterr().out
+    assert f"difference to {tiny_model_dir}" in capsys.readouterr().out
 
 
 def test_a_run_resumes_and_names_its_best_checkpoint(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_two_models_and_a_run_are_compared(
         app, [*command, "--compare", str(tiny_model_dir), "--output", str(output), "--k", "2"]
     )
     assert done.exit_code == 0, done.exception
-    assert f"ahead of {tiny_model_dir}, paired over 3 prompts: avg@k" in done.output
+    assert f"difference to {tiny_model_dir}, paired over 3 prompts: avg@k" in done.output
     written = json.loads(output.read_text())
     assert written["comparison"]["num_prompts"] == 3 and not written["comparison"]["notes"]
     assert written["settings"]["model"].endswith("step_1")

@@ -108,4 +108,4 @@ def test_two_evaluations_are_paired_by_problem() -> None:
     assert list(found.pass_at_k) == [1, 2, 4]  # ours has no 8 samples
     two = [1 - 2 / 12 - (1 - 30 / 56), 1 - (1 - 12 / 56)]
     assert found.pass_at_k[2][0] == pytest.approx(np.mean(two))
-    assert "ahead of x" in str(found) and "avg@k +0.375" in str(found)
+    assert "difference to x" in str(found) and "avg@k +0.375" in str(found)
