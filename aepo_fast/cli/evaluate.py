@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reasoning_gym.factory import DATASETS
+from rich.console import Console
 
 from aepo_fast.cli.eval_file import check_output, read_evaluation, write_evaluation
 from aepo_fast.cli.eval_options import Sampling
@@ -24,6 +25,7 @@ from aepo_fast.config.toml import load_config, with_overrides
 from aepo_fast.data.benchmarks import find_benchmark, on_benchmark, only_evaluated
 from aepo_fast.model.lora import check_same_adapter, holds_adapter
 from aepo_fast.model.quantized import check_same_quantization
+from aepo_fast.report.logger import progress
 from aepo_fast.rollout.load import check_rollout_backend, load_engine
 from aepo_fast.samples import Prompt
 from aepo_fast.training.assemble import Inputs, check_lengths, read_inputs, rendering_time
@@ -50,7 +52,8 @@ class _Subject:
         """Load the model in its engine, sample and score."""
         cfg, inputs = self.cfg, self.inputs
         given = cfg, self.machine, inputs.model_folder, inputs.tokenizer
-        with closing(load_engine(*given, adapter=self.adapter)) as engine:
+        shown = progress(Console(stderr=True), f"evaluating {self.path}")
+        with closing(load_engine(*given, adapter=self.adapter)) as engine, shown as advance:
             result = evaluate(
                 engine,
                 inputs.reward,
@@ -63,6 +66,7 @@ class _Subject:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 ks=sampling.ks,
+                on_tokens=advance,
             )
         return dataclasses.replace(result, settings=self._settings(sampling))
 

@@ -54,8 +54,8 @@ class Comparison:
         found += [line(f"pass@{k}", *values) for k, values in self.pass_at_k.items() if k > 1]
         notes = "".join(f"\n{note}" for note in self.notes)
         return (
-            f"difference to {self.other}, paired over {self.num_prompts} prompts: {', '.join(found)}"
-            f"{notes}"
+            f"difference to {self.other}, paired over {self.num_prompts} prompts: "
+            f"{', '.join(found)}{notes}"
         )
 
 
