@@ -29,19 +29,25 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to sample from: token ids, the number of samples, temperature and seed."""
+    """One prompt to sample from: token ids, the number of samples, temperature and seed.
+
+    temperature: 0 takes the most likely token. top_p: below 1, a token is drawn from the fewest
+    most likely ones whose probabilities sum to it or more (arXiv 1904.09751).
+    """
 
     prompt_ids: tuple[int, ...]
     num_samples: int
     temperature: float
     seed: int  # sample i of the request uses a stream of its own, derived from (seed, i)
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
 class Completion:
     """One sampled completion, exactly as sampled: its ids are never decoded and re-encoded.
 
-    `logprobs` are those of the sampling law, softmax(logits / temperature), one per id, in nats.
+    `logprobs` are those of the sampling law, softmax(logits / temperature), one per id, in nats;
+    of temperature 0 those of temperature 1, with top_p those among the tokens that are kept.
     `finish_reason` is "stop" when the last id ends the sequence and "length" when it was cut.
     """
 

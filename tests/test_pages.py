@@ -123,5 +123,6 @@ def test_a_model_gives_the_same_before_and_after() -> None:
 
 def test_every_block_s_peer_is_known() -> None:
     needs = {block.needs for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))}
-    own = {"aepo_trl", "aepo_verl", "ranks"}  # of tests/peers and kernels/head/test_distributed
+    # Of tests/peers, kernels/head/test_distributed and aepo_fast/test_api.
+    own = {"aepo_trl", "aepo_verl", "ranks", "aepo_run"}
     assert needs == {"", "trl", "verl", "openrlhf", *own, *STAND_INS}

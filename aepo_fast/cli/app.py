@@ -131,21 +131,65 @@ def evaluate(
     task: Annotated[
         str | None, typer.Option(help="Data instead: a reasoning-gym task, a file or a hub id.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 4,
-    prompts: Annotated[int, typer.Option(min=1, help="How many, at most.")] = 64,
+    benchmark: Annotated[
+        str | None, typer.Option(help="Data instead: gsm8k, math500, aime24, aime25 or amc23.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The benchmark's problems; else the hub's.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Per prompt; else 4, with --greedy 1.")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="How many, at most; else 64, of a benchmark all.")
+    ] = None,
+    k: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Of pass@k, e.g. 1,8,32; else 1, 2, 4 ...")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; else 1.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the most likely tokens that hold this share.")
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the most likely token.")] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="hf or vllm; else the configuration's, or vLLM if installed.")
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL|FILE", help="Other model, or --output of an evaluation."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Sample held-out prompts at temperature 1: avg@k, unbiased pass@k, 95% interval.
+    """Sample held-out prompts or a benchmark: avg@k, unbiased pass@k, 95% intervals.
 
-    rollout.backend of the configuration samples; --set changes it.
+    --compare adds the difference to another model, paired by problem.
     """
+    from aepo_fast.cli.eval_options import read_ks
     from aepo_fast.cli.evaluate import evaluate_model
 
-    print(
-        evaluate_model(
-            model, config=config, task=task, samples=samples, prompts=prompts, overrides=set_ or []
-        )
+    result = evaluate_model(
+        model,
+        config=config,
+        task=task,
+        benchmark=benchmark,
+        data=data,
+        samples=samples,
+        prompts=prompts,
+        k=read_ks(k),
+        temperature=temperature,
+        top_p=top_p,
+        greedy=greedy,
+        backend=backend,
+        compare=compare,
+        output=output,
+        overrides=set_ or [],
     )
+    print(result)
+    if result.comparison is not None:
+        print(result.comparison)
 
 
 @app.command()

@@ -11,9 +11,19 @@ _PUBLIC = {
     "ConfigError": "errors",
     "DataConfig": "data",
     "SourceConfig": "data",
+    "AepoConfig": "sections",
+    "CheckpointConfig": "sections",
     "Config": "sections",
+    "EvalConfig": "sections",
+    "LoggingConfig": "sections",
+    "LoraConfig": "sections",
+    "LossConfig": "sections",
     "ModelConfig": "sections",
     "RewardConfig": "sections",
+    "RolloutConfig": "sections",
+    "TrainerConfig": "sections",
+    "dump_config": "toml",
+    "load_config": "toml",
 }
 
 

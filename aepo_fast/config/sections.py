@@ -185,6 +185,11 @@ class CheckpointConfig:
 
     every: int = 50  # steps from one to the next; 0: only at the end and on a signal
     keep: int = 2  # number of checkpoints that are kept, the newest
+    # A metric of the evaluations; the checkpoint with its highest value is kept, too. It is written
+    # at its evaluation, whatever `every` says.
+    keep_best: Literal["", "eval/avg@k", "eval/pass@k"] = setting(
+        "", needs=above_zero("eval.every")
+    )
 
     def __post_init__(self) -> None:
         require_not_negative("checkpoint", self, "every")

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,37 +81,42 @@ class MetricsLogger:
             self._writer.close()
             self._writer = _tensorboard(self.path.parent, purge_step=step + 1)
 
-    @contextmanager
-    def progress(self, description: str) -> Iterator[Callable[[int], None]]:
-        """Count tokens of a long phase: a live line on a terminal, nothing in a log."""
-        if not self.console.is_terminal:
-            yield lambda tokens: None
-            return
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed:.0f} tokens, {task.fields[rate]:.0f}/s"),
-            TimeElapsedColumn(),
-        )
-        started = time.perf_counter()
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(description, total=None, rate=0.0)
-            done = 0
-
-            def advance(tokens: int) -> None:
-                nonlocal done
-                done += tokens
-                seconds = max(time.perf_counter() - started, 1e-9)
-                bar.update(task, completed=done, rate=done / seconds)
-
-            yield advance
+    def progress(self, description: str) -> AbstractContextManager[Callable[[int], None]]:
+        """See `progress`."""
+        return progress(self.console, description)
 
     def close(self) -> None:
         """Flush what is buffered."""
         if self._writer is not None:
             self._writer.close()
         sys.stdout.flush()
+
+
+@contextmanager
+def progress(console: Console, description: str) -> Iterator[Callable[[int], None]]:
+    """Count tokens of a long phase: a live line on a terminal, nothing in a log."""
+    if not console.is_terminal:
+        yield lambda tokens: None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:.0f} tokens, {task.fields[rate]:.0f}/s"),
+        TimeElapsedColumn(),
+    )
+    started = time.perf_counter()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(description, total=None, rate=0.0)
+        done = 0
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            seconds = max(time.perf_counter() - started, 1e-9)
+            bar.update(task, completed=done, rate=done / seconds)
+
+        yield advance
 
 
 def check_tensorboard() -> None:

@@ -39,6 +39,7 @@ class _Row:
     request: int
     sample: int
     temperature: float
+    top_p: float
     uniforms: np.ndarray  # one per token to sample
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -127,6 +128,7 @@ class HfRollout:
                 index,
                 sample,
                 request.temperature,
+                request.top_p,
                 np.random.default_rng([request.seed, sample]).random(max_new_tokens),
             )
             for index, request in enumerate(requests)
@@ -185,12 +187,14 @@ class HfRollout:
         else:
             cache.batch_select_indices(expand)
         active = list(rows)
+        cut = any(row.top_p < 1 for row in rows)
         for step in range(max_new_tokens):
             ids, logprobs = sample_tokens(
                 logits,
                 torch.tensor([row.temperature for row in active], device=device),
                 torch.tensor([row.uniforms[step] for row in active], device=device),
                 in_cpp=self._in_cpp,
+                top_p=torch.tensor([row.top_p for row in active], device=device) if cut else None,
             )
             for row, token, logprob in zip(active, ids.tolist(), logprobs.tolist(), strict=True):
                 if not row.done:
@@ -264,15 +268,32 @@ def _shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
 
 
 def sample_tokens(
-    logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor, *, in_cpp: bool
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    uniform: torch.Tensor,
+    *,
+    in_cpp: bool,
+    top_p: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row of softmax(logits / temperature) by inverting its distribution.
 
-    logits: [B, V]. temperature, uniform in [0, 1): [B]. in_cpp: by our C++ operation, on a CPU.
-    Returns ids [B] and log-probs [B], fp32. A token of probability zero is never drawn. Raises
-    BrokenWeightsError of logits not finite.
+    logits: [B, V]. temperature, uniform in [0, 1), top_p: [B], see `Request`. in_cpp: by our C++
+    operation, on a CPU, where nothing is cut off by top_p. Returns ids [B] and log-probs [B], fp32.
+    A token of probability zero is never drawn. Raises BrokenWeightsError of logits not finite.
     """
-    if in_cpp:
+    greedy = temperature == 0
+    if greedy.any():
+        best, most_likely = torch.log_softmax(logits.float(), dim=-1).max(dim=-1)
+        if not best.isfinite().all():
+            raise BrokenWeightsError(_NOT_FINITE)
+        if greedy.all():
+            return most_likely, best
+        others = temperature.masked_fill(greedy, 1.0)
+        ids, chosen = sample_tokens(logits, others, uniform, in_cpp=in_cpp, top_p=top_p)
+        return torch.where(greedy, most_likely, ids), torch.where(greedy, best, chosen)
+    if top_p is not None:
+        logits = _most_likely(logits, temperature, top_p)
+    elif in_cpp:
         ids, logprobs = cpu.draw_tokens(logits, temperature.float().reciprocal(), uniform)
         if (ids < 0).any():
             raise BrokenWeightsError(_NOT_FINITE)
@@ -288,3 +309,16 @@ def sample_tokens(
     if not (chosen + total.squeeze(1)).isfinite().all():
         raise BrokenWeightsError(_NOT_FINITE)
     return ids, chosen
+
+
+def _most_likely(
+    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """The logits [B, V] in fp32, minus infinity of the tokens that top_p [B] leaves out."""
+    logits = logits.float()
+    probs = torch.softmax(logits / temperature.float()[:, None], dim=-1)
+    probs, order = probs.sort(dim=-1, descending=True, stable=True)  # [B, V]
+    before = probs.cumsum(dim=-1, dtype=torch.float64) - probs
+    # A row of NaN keeps them, and is refused.
+    out = (before >= top_p.double()[:, None]) & (top_p < 1)[:, None]
+    return logits.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)

@@ -245,6 +245,7 @@ class VllmRollout:
         return SamplingParams(
             n=request.num_samples,
             temperature=request.temperature,
+            top_p=request.top_p,
             max_tokens=max_new_tokens,
             stop_token_ids=self.eos_ids,
             ignore_eos=True,  # the ids above are all that ends a completion

@@ -45,6 +45,7 @@ from aepo_fast.rollout.load import (
     generation_config,
     load_engine,
 )
+from aepo_fast.samples import Prompt
 from aepo_fast.training.checkpoint import (
     CheckpointError,
     check_same_model,
@@ -144,7 +145,8 @@ def load_inputs(
             "prints the date: today's is taken",
             file=sys.stderr,
         )
-    _check_lengths(cfg, inputs.prompts, inputs.model_folder)
+    everyone = [*inputs.prompts.train, *inputs.prompts.heldout]
+    check_lengths(cfg, everyone, inputs.model_folder)
     return dataclasses.replace(inputs, checkpoint=checkpoint, state=state)
 
 
@@ -255,10 +257,11 @@ def _check_offload(cfg: Config) -> None:
         )
 
 
-def _check_lengths(cfg: Config, prompts: PromptSet, model_folder: Path | str) -> None:
+def check_lengths(cfg: Config, prompts: Sequence[Prompt], model_folder: Path | str) -> None:
+    """Raise ConfigError where prompts and completions are longer than the model takes."""
     config = read_config(model_folder).get_text_config()
     most = max(getattr(config, "max_position_embeddings", None) or 0, 0)  # XLNet has -1: no limit
-    longest = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.heldout])
+    longest = max(len(prompt.token_ids) for prompt in prompts)
     new = cfg.rollout.max_new_tokens
     if most and longest + new > most:
         reason = f"with prompts of up to {longest} tokens that is more than the model's {most}"

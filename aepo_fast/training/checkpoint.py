@@ -86,8 +86,9 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
     world: World = ALONE,
+    best: int | None = None,
 ) -> Path:
-    """Write step_N under `folder`, then delete all but the newest `keep` checkpoints.
+    """Write step_N under `folder`, then delete all but the newest `keep` and that of step `best`.
 
     world: all its processes call this; they have the folder in common, and each writes its part of
     the optimizer. Raises CheckpointError if the disk is full or refuses; what stood there before
@@ -128,6 +129,8 @@ def save_checkpoint(
             "Free some space and go on with --resume, or lower checkpoint.keep"
         ) from error
     for old in complete_checkpoints(folder)[:-keep] if world.is_first else ():
+        if old.name == f"step_{best}":
+            continue
         try:
             shutil.rmtree(old)
         except OSError as error:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from aepo_fast.rewards.reward import Reward, RewardError
 from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.scored import sample_and_score
 from aepo_fast.samples import Completion, Prompt, Request, seed_of
+from aepo_fast.training.eval_statistics import (
+    Comparison,
+    Interval,
+    ProblemResult,
+    clustered_interval,
+    powers_of_two,
+)
 from aepo_fast.world import ALONE, World
 
 
@@ -18,17 +27,23 @@ class EvalResult:
     """What an evaluation found, over `num_prompts` prompts of `num_samples` samples each.
 
     avg_at_k: mean reward. ci95: its 95% interval. pass_at_k: k -> share of prompts with a reward
-    of at least 1 among k samples. errors: samples whose scoring failed, left out of all figures.
+    of at least 1 among k samples, pass_ci95: k -> its 95% interval. errors: samples whose scoring
+    failed, left out of all figures. problems: the same for each prompt. settings: what was
+    evaluated, and how. comparison: with another evaluation, where one was asked for.
     """
 
     avg_at_k: float
-    ci95: tuple[float, float]
+    ci95: Interval
     pass_at_k: dict[int, float]
     num_prompts: int
     num_samples: int
     mean_length: float
     truncated: float
     errors: int
+    pass_ci95: dict[int, Interval] = field(default_factory=dict)
+    problems: tuple[ProblemResult, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    comparison: Comparison | None = None
 
     def metrics(self) -> dict[str, float]:
         """The figures under their names in metrics.jsonl."""
@@ -46,39 +61,24 @@ class EvalResult:
         }
 
     def __str__(self) -> str:
-        passes = ", ".join(f"pass@{k} {value:.3f}" for k, value in self.pass_at_k.items() if k > 1)
+        passes = ", ".join(
+            f"pass@{k} {value:.3f} (95% {self.pass_ci95[k][0]:.3f}-{self.pass_ci95[k][1]:.3f})"
+            for k, value in self.pass_at_k.items()
+            if k > 1
+        )
+        errors = f", {self.errors} samples without a reward" if self.errors else ""
         return (
             f"avg@{self.num_samples} {self.avg_at_k:.3f} "
             f"(95% {self.ci95[0]:.3f}-{self.ci95[1]:.3f}){', ' + passes if passes else ''}, "
             f"mean length {self.mean_length:.1f}, {self.num_prompts} prompts x "
-            f"{self.num_samples} samples"
+            f"{self.num_samples} samples{errors}"
         )
 
 
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is correct (arXiv 2107.03374).
-
-    1 - C(n - c, k) / C(n, k), for n samples of which c were correct, k <= n.
-    """
-    if not 1 <= k <= num_samples:
-        raise ValueError(f"k = {k}: must lie in [1, {num_samples}], the number of samples")
-    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
-
-
-def clustered_interval(prompt_means: Sequence[float]) -> tuple[float, float]:
-    """95% normal interval of a mean whose samples cluster by prompt, from the prompts' means.
-
-    Stays within [0, 1] where every mean does, as the rewards of verifiers do.
-    """
-    count = len(prompt_means)
-    mean = sum(prompt_means) / count
-    share = all(0 <= value <= 1 for value in prompt_means)
-    low, high = (0.0, 1.0) if share else (-math.inf, math.inf)
-    if count < 2:
-        return low, high
-    variance = sum((value - mean) ** 2 for value in prompt_means) / (count - 1)
-    half = 1.96 * math.sqrt(variance / count)
-    return max(low, mean - half), min(high, mean + half)
+def problem_id(prompt: Prompt) -> str:
+    """The same for a question in every evaluation, whatever instruction and template it gets."""
+    asked = json.dumps(prompt.columns["prompt"], sort_keys=True, default=str)
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 
 def evaluate(
@@ -91,18 +91,24 @@ def evaluate(
     max_new_tokens: int,
     seed: int,
     overlap: bool,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    ks: Sequence[int] = (),
     on_tokens: Callable[[int], None] = lambda tokens: None,
     on_group: Callable[[int, list[Completion]], None] = lambda index, group: None,
     world: World = ALONE,
 ) -> EvalResult:
-    """Sample every prompt `samples` times at temperature 1 and score the completions.
+    """Sample every prompt `samples` times and score the completions.
 
     Raises what `sample_and_score` does, and RewardError where no sample has a reward.
+
+    temperature, top_p: see `Request`. ks: of pass@k, up to `samples`; empty: the powers of two. A k
+    for which a prompt has too few samples with a reward is left out.
 
     overlap: score them while others are still being sampled. on_tokens, on_group, world: as there.
     """
     requests = [
-        Request(prompt.token_ids, samples, 1.0, seed_of(seed, index))
+        Request(prompt.token_ids, samples, temperature, seed_of(seed, index), top_p)
         for index, prompt in enumerate(prompts)
     ]
     found = sample_and_score(
@@ -118,26 +124,30 @@ def evaluate(
         on_group=on_group,
     )
     flat = [completion for group in found.groups for completion in group]
-    kept: list[list[float]] = []
-    for group in found.scores:
+    problems = []
+    for prompt, group in zip(prompts, found.scores, strict=True):
         valid = [value for value in group.rewards if value is not None]
         if valid:
-            kept.append(valid)
-    if not kept:
+            correct, mean = sum(value >= 1 for value in valid), sum(valid) / len(valid)
+            problems.append(ProblemResult(problem_id(prompt), len(valid), correct, mean))
+    if not problems:
         raise RewardError("evaluation: no sample could be scored; see the reported reward errors")
-    smallest = min(len(group) for group in kept)
-    ks = sorted({1, *(2**power for power in range(11) if 2**power <= smallest), smallest})
-    means = [sum(group) / len(group) for group in kept]
+    smallest = min(problem.samples for problem in problems)
+    means = [problem.reward for problem in problems]
+    estimates = {
+        k: [problem.pass_at_k(k) for problem in problems]
+        for k in ks or powers_of_two(smallest)
+        if k <= smallest
+    }
     return EvalResult(
         avg_at_k=sum(means) / len(means),
         ci95=clustered_interval(means),
-        pass_at_k={
-            k: sum(pass_at_k(len(g), sum(r >= 1 for r in g), k) for g in kept) / len(kept)
-            for k in ks
-        },
-        num_prompts=len(kept),
+        pass_at_k={k: sum(values) / len(values) for k, values in estimates.items()},
+        num_prompts=len(problems),
         num_samples=samples,
         mean_length=sum(len(c.completion_ids) for c in flat) / len(flat),
         truncated=sum(c.finish_reason == "length" for c in flat) / len(flat),
         errors=found.errors,
+        pass_ci95={k: clustered_interval(values) for k, values in estimates.items()},
+        problems=tuple(problems),
     )

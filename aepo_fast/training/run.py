@@ -20,6 +20,7 @@ from aepo_fast.report.unexpected import doing, first_line
 from aepo_fast.rewards.reward import RewardError
 from aepo_fast.rollout.engine import BrokenWeightsError, RolloutError
 from aepo_fast.training.assemble import hold_folder, load_inputs, prepare_folder
+from aepo_fast.training.best import BestCheckpoint
 from aepo_fast.training.checkpoint import CheckpointError, complete_checkpoints, save_checkpoint
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
@@ -88,6 +89,8 @@ class _Run:
         self.folder = Path(cfg.output_dir)
         self.rollouts = RolloutLog(self.folder, cfg.logging.rollouts_per_step)
         self.logged = trainer.steps_done  # the last step that is in both logs
+        checkpoints = self.folder / "checkpoints"
+        self.best = BestCheckpoint(cfg.checkpoint.keep_best, trainer.inputs.state, checkpoints)
 
     def run(self) -> int:
         done, total = self.trainer.steps_done, self.cfg.trainer.steps
@@ -158,13 +161,15 @@ class _Run:
         metrics["perf/predicted_memory_gib"] = None if peak is None else peak / 2**30
         metrics["kernel/backend"] = self.trainer.policy.machine.head_backend
         metrics["kernel/rows"] = self.trainer.policy.row_kernels
+        is_best = False
         try:
             if self._heldout() and (last or (cfg.eval.every and number % cfg.eval.every == 0)):
                 metrics |= self._evaluate().metrics()
+                is_best = self.best.update(number, metrics)
         finally:  # the step is done and counted, however its evaluation ends
             self._log(metrics, result)
             self.logged = number
-        if last or (cfg.checkpoint.every and number % cfg.checkpoint.every == 0):
+        if last or is_best or (cfg.checkpoint.every and number % cfg.checkpoint.every == 0):
             self._save()
 
     def _forget_after(self, step: int) -> None:
@@ -220,9 +225,10 @@ class _Run:
             model=trainer.model,
             tokenizer=trainer.inputs.tokenizer,
             optimizer=trainer.optimizer,
-            state=trainer.resume_state,
+            state={**trainer.resume_state, **self.best.state_dict()},
             keep=self.cfg.checkpoint.keep,
             world=self.world,
+            best=self.best.step,
         )
 
     def _finish(self, *, ran: bool) -> None:
@@ -236,6 +242,9 @@ class _Run:
                 f"held-out accuracy at T = 1: {first['eval/avg@k']:.3f} at step {first['step']}, "
                 f"{last['eval/avg@k']:.3f} at step {last['step']}"
             )
+        if self.best.step is not None:
+            where = self.folder / "checkpoints" / f"step_{self.best.step}"
+            print(f"best {self.best.metric}: {self.best.value:.3f}, {where}")
         if self.cfg.logging.plot:
             with doing("drawing the plot of the finished run"):
                 print(f"plot: {self.world.on_first(lambda: plot_run(self.folder))}")

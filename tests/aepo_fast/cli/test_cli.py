@@ -82,7 +82,7 @@ def test_doctor_reports_backends_and_packages() -> None:
 def test_eval_of_a_model_on_a_task(tiny_model_dir: Path) -> None:
     result = CliRunner().invoke(
         app, ["eval", str(tiny_model_dir), "--task", PRODUCTS.name, "--samples", "1",
-              "--prompts", "2"]
+              "--prompts", "2", "--backend", "hf", "--set", "rollout.max_new_tokens=8"]
     )  # fmt: skip
     assert result.exit_code == 0 and "2 prompts x 1 samples" in result.output
 
@@ -91,7 +91,7 @@ def test_eval_takes_overrides_with_a_task_alone(tiny_model_dir: Path) -> None:
     from aepo_fast.cli.evaluate import evaluate_model
 
     given = {"config": None, "task": PRODUCTS.name, "samples": 1, "prompts": 2}
-    overrides = ["rollout.max_new_tokens=3", "trainer.device=cpu"]
+    overrides = ["rollout.max_new_tokens=3", "trainer.device=cpu", "rollout.backend=hf"]
     result = evaluate_model(str(tiny_model_dir), **given, overrides=overrides)
     assert result.mean_length <= 3
     with pytest.raises(ConfigError, match="rollout.no_such"):

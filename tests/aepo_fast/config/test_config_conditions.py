@@ -149,6 +149,7 @@ CASES = [
     Case("eval.every", 8, "data.holdout_fraction", (0.2,), (0.0,)),
     Case("eval.samples", 8, "eval.prompts", (64, 1), (0,)),
     Case("eval.every", 8, "eval.prompts", (64, 1), (0,)),
+    Case("checkpoint.keep_best", "eval/avg@k", "eval.every", (5,), (0,)),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aepo_fast.config.sections import ModelConfig
 from aepo_fast.model.load import load_model
-from aepo_fast.rollout.engine import RolloutError
+from aepo_fast.rollout.engine import BrokenWeightsError, RolloutError
 from aepo_fast.rollout.hf import HfRollout, sample_tokens
 from aepo_fast.rollout.packed_linear import PackedLinear, can_pack, packed_linears
 from aepo_fast.samples import Completion, Request
@@ -60,6 +61,53 @@ def test_nearly_greedy_sampling_equals_transformers_generate(model: PreTrainedMo
             eos_token_id=-1,
         )[0, len(prompt) :]
         assert completion.completion_ids == tuple(expected.tolist())
+
+
+def test_temperature_zero_is_greedy_beside_samples_of_others(model: PreTrainedModel) -> None:
+    requests = [Request(PROMPTS[0], 1, 0.0, 3), Request(PROMPTS[1], 2, 1.0, 7)]
+    (greedy,), sampled = engine_of(model).generate(requests, max_new_tokens=12)
+    nearly = engine_of(model).generate([Request(PROMPTS[0], 1, 1e-4, 3)], max_new_tokens=12)[0][0]
+    assert greedy.completion_ids == nearly.completion_ids
+    expected = logprobs_of(model, replace(greedy, temperature=1.0))
+    torch.testing.assert_close(
+        torch.tensor(greedy.logprobs, dtype=torch.float64), expected, atol=2e-5, rtol=0
+    )
+    alone = engine_of(model).generate([Request(PROMPTS[1], 2, 1.0, 7)], max_new_tokens=12)[0]
+    assert [one.completion_ids for one in sampled] == [one.completion_ids for one in alone]
+
+
+@pytest.mark.parametrize("in_cpp", [False, True])
+def test_top_p_draws_from_the_fewest_tokens_that_hold_it(in_cpp: bool) -> None:
+    """Against the definition, token by token in float64, at many points of the distribution."""
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2)) * 2
+    points = (torch.arange(500) + 0.5) / 500
+    for top_p, temperature in ((0.5, 1.0), (0.9, 0.7), (1e-9, 1.0), (1.0, 1.3)):
+        probs = torch.softmax(logits[0].double() / temperature, 0)
+        kept: list[int] = []
+        for token in probs.argsort(descending=True).tolist():
+            if probs[kept].sum() < top_p:
+                kept.append(token)
+        ids, logprobs = sample_tokens(
+            logits.expand(500, -1),
+            torch.full((500,), temperature),
+            points,
+            in_cpp=in_cpp,
+            top_p=torch.full((500,), top_p),
+        )
+        assert set(ids.tolist()) <= set(kept)
+        shares = torch.bincount(ids, minlength=40) / 500
+        law = torch.zeros(40, dtype=torch.float64)
+        law[kept] = probs[kept] / probs[kept].sum()
+        assert (shares - law).abs().max() <= 2 / 500
+        torch.testing.assert_close(logprobs.double(), law[ids].log(), atol=2e-6, rtol=0)
+
+
+def test_top_p_and_temperature_zero_refuse_logits_that_are_not_finite() -> None:
+    logits = torch.tensor([[0.0, float("nan"), 1.0]])
+    for temperature, top_p in ((0.0, None), (1.0, torch.tensor([0.5]))):
+        at, point = torch.tensor([temperature]), torch.tensor([0.5])
+        with pytest.raises(BrokenWeightsError, match="not finite"):
+            sample_tokens(logits, at, point, in_cpp=False, top_p=top_p)
 
 
 def test_logprobs_are_those_of_the_sampling_law(model: PreTrainedModel) -> None:

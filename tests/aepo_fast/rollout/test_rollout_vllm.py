@@ -119,6 +119,18 @@ def test_samples_at_mixed_temperatures_carry_the_law_they_were_drawn_from(
     assert sum(counted) == sum(len(one.completion_ids) for group in groups for one in group)
 
 
+def test_temperature_zero_and_a_tiny_top_p_take_the_most_likely_tokens(
+    engine: Any, policy: Policy, prompts: list[tuple[int, ...]]
+) -> None:
+    requests = [Request(prompts[0], 1, 0.0, 1), Request(prompts[0], 2, 1.0, 2, top_p=1e-6)]
+    (greedy,), nearly = engine.generate(requests, max_new_tokens=10)
+    assert {one.completion_ids for one in nearly} == {greedy.completion_ids}
+    assert max(abs(value) for one in nearly for value in one.logprobs) < 1e-4
+    values = policy.token_values([Sample(greedy, 0, False, None)], [0], second_temperature=1.0)
+    assert values.second_logprob is not None
+    assert (values.second_logprob - torch.tensor(greedy.logprobs)).abs().mean() < 0.06
+
+
 def test_a_seed_gives_the_same_samples_again(engine: Any, prompts: list[tuple[int, ...]]) -> None:
     requests = [Request(prompts[0], 4, 1.0, 7)]
     first, second = (engine.generate(requests, max_new_tokens=10) for _ in range(2))

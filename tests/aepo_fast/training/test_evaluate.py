@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from aepo_fast.config.sections import TrainerConfig
-from aepo_fast.training.evaluate import clustered_interval, pass_at_k
+from aepo_fast.training.eval_statistics import (
+    ProblemResult,
+    clustered_interval,
+    compare_problems,
+    paired_interval,
+    pass_at_k,
+)
 from aepo_fast.training.optim import build_optimizer, guarded_step, learning_rate
 
 
@@ -71,3 +77,35 @@ def test_a_step_that_is_not_finite_leaves_the_weights(loss: float, poison: float
     norm, taken = guarded_step(optimizer, 0.0, max_grad_norm=1.0)
     assert taken and norm == pytest.approx((2 * 3 + 2) ** 0.5)
     assert not torch.equal(model.weight, before)
+
+
+def test_the_paired_interval_covers_at_its_stated_rate() -> None:
+    """And is narrower than that of two evaluations of other problems: problems differ a lot."""
+    rng = np.random.default_rng(1)
+    covered, widths = 0, []
+    for _ in range(400):
+        chances = rng.beta(2, 2, size=80) * 0.8
+        ours = rng.binomial(4, chances + 0.1) / 4
+        theirs = rng.binomial(4, chances) / 4
+        low, high = paired_interval(list(ours - theirs))
+        covered += low <= 0.1 <= high
+        apart = [clustered_interval(list(values)) for values in (ours, theirs)]
+        widths.append((high - low) / sum(one[1] - one[0] for one in apart))
+    assert 0.91 < covered / 400 < 0.98 and np.mean(widths) < 0.8
+    assert paired_interval([0.5]) == (-1.0, 1.0)
+    # Not cut at 0, where all differences happen to be shares.
+    assert paired_interval([0.0, 0.0, 0.0, 1.0])[0] < 0
+
+
+def test_two_evaluations_are_paired_by_problem() -> None:
+    ours = [ProblemResult("a", 4, 2, 0.5), ProblemResult("b", 4, 4, 1.0)]
+    theirs = [ProblemResult("b", 8, 4, 0.5), ProblemResult("c", 8, 8, 1.0)]
+    theirs.append(ProblemResult("a", 8, 2, 0.25))
+    found = compare_problems(ours, theirs, other="x", ks=(1, 2, 4, 8))
+    assert found.num_prompts == 2 and found.difference == pytest.approx((0.25 + 0.5) / 2)
+    half = 1.96 * np.std([0.25, 0.5], ddof=1) / np.sqrt(2)
+    assert found.ci95 == pytest.approx((0.375 - half, 0.375 + half))
+    assert list(found.pass_at_k) == [1, 2, 4]  # ours has no 8 samples
+    two = [1 - 2 / 12 - (1 - 30 / 56), 1 - (1 - 12 / 56)]
+    assert found.pass_at_k[2][0] == pytest.approx(np.mean(two))
+    assert "difference to x" in str(found) and "avg@k +0.375" in str(found)

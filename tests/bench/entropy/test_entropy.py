@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from aepo_fast.config.toml import load_config
-from aepo_fast.training.evaluate import pass_at_k
+from aepo_fast.training.eval_statistics import pass_at_k
 from bench import entropy
 from bench.common.environment import device_name
 from bench.entropy import measures, report, runs, small_model, small_tasks
