@@ -88,7 +88,7 @@ class SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         if self.copies is not None:
             return
         for layer in self.model.modules():
-            method = getattr(layer, "quant_method", None)
+            method: Any = getattr(layer, "quant_method", None)
             if not self.on_gpu and getattr(method, "moe_kernel", None) is not None:
                 # vLLM packs experts for a CPU only where it makes their kernel.
                 method.moe_kernel = None
