@@ -109,6 +109,11 @@ class ModelConfig:
     router_aux_loss_coef: float = setting(0.0, needs=(_ALL_WEIGHTS, _TRAINED_ROUTER))
     lora: LoraConfig = field(default_factory=LoraConfig)
 
+    @property
+    def origin(self) -> str:
+        """The path, with the revision where one is named: path@revision."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
     def __post_init__(self) -> None:
         settle_older(self)
         layers = self.gradient_checkpointing

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from aepo_fast.config.errors import ConfigError
+from aepo_fast.model.batch import make_microbatches
 from aepo_fast.model.policy import Policy
 from aepo_fast.samples import Completion, Sample
 
@@ -47,5 +48,5 @@ def _second_states(policy: Policy, start: int) -> torch.Tensor:
         Sample(Completion(prompt, tuple(ids), (0.0,) * len(ids), "length", 1.0, 0), 0, False, None)
         for ids in completions
     ]
-    (batch,) = policy.microbatches(samples, (0, 1))
+    (batch,) = make_microbatches(samples, (0, 1), layout=policy.layout, max_tokens=2 * _PROMPT + 32)
     return policy.hidden(batch)[batch.sample_of_token == 1].float()

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.errors import ConfigError, require
 from aepo_fast.config.resolve import Machine, dtype_name
 from aepo_fast.config.sections import Attention, ModelConfig
 from aepo_fast.model.activations import checkpoint_layers
@@ -51,6 +51,7 @@ from aepo_kernels.integrations.heads import compare_logits, relative_error
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Architectures whose attention is no more than what "grouped" does, as tests say.
 _GROUPED = ("llama", "qwen2", "qwen3")
+_WITH_SINKS = ("gpt_oss",)  # attention sinks, which eager attention alone knows
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -90,15 +91,13 @@ def resolve(path: str, *, revision: str = "", with_code: bool = False) -> Path:
     try:
         patterns = [*_HUB_FILES, *(["*.py"] if with_code else [])]
         folder = Path(snapshot_download(found, revision=revision or None, allow_patterns=patterns))
+    except RevisionNotFoundError as error:
+        reason, fix = f"the hub has no such revision of {path}", "Name a branch, a tag or a commit"
+        raise ConfigError("model.revision", revision, reason, fix) from error
     except Exception as error:  # no connection, a proxy that httpx cannot use, no space left
-        reason = "is no local folder, and the hub did not give it: " + str(error).split("\n")[
-            0
-        ].rstrip(".")
+        said = first_line(error).rstrip(".")
+        reason = f"is no local folder, and the hub did not give it: {said}"
         fix = "Check the path or id and the connection, or use package:smollm2-135m-instruct"
-        if isinstance(error, RevisionNotFoundError):
-            reason = f"the hub has no such revision of {path}"
-            fix = "Name a branch, a tag or a commit of it"
-            raise ConfigError("model.revision", revision, reason, fix) from error
         raise ConfigError("model.path", path, reason, fix) from error
     check_folder(folder, path)
     return folder
@@ -125,8 +124,7 @@ def read_config(folder: Path | str, *, trust_code: bool = False) -> PretrainedCo
             fix = "Install a newer transformers, or name a model that it has"
             if "auto_map" in written:
                 reason += ", and the code that comes with it is not run"
-                fix = "Set model.trust_remote_code = true if you trust its authors; else name "
-                fix += "a model that transformers has"
+                fix = "Set model.trust_remote_code = true if you trust its authors"
         raise ConfigError("model.path", str(folder), reason, fix) from error
 
 
@@ -325,6 +323,10 @@ def choose_attention(requested: Attention, machine: Machine, model_type: str = "
     architectures without it.
     """
     fast = machine.is_gpu and machine.compute_dtype == torch.bfloat16
+    if model_type in _WITH_SINKS:
+        reason = f"leaves out the attention sinks of {model_type}"
+        require(requested in ("auto", "eager"), "model.attention", requested, reason, 'Use "auto"')
+        return "eager"
     if requested == "auto":
         if not machine.is_gpu and model_type in _GROUPED:
             register()

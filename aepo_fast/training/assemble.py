@@ -133,7 +133,7 @@ def load_inputs(
     state = None
     if checkpoint is not None:
         state = load_state(checkpoint)
-        check_same_model(state, cfg.model.path, checkpoint)
+        check_same_model(state, cfg.model.origin, checkpoint)
         check_same_adapter(checkpoint, cfg.model.lora)
         check_same_quantization(checkpoint, cfg.model)
         check_same_optimizer(state, cfg.trainer.optimizer, checkpoint)

@@ -19,7 +19,13 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import ModelConfig
 from aepo_fast.config.toml import dump_config
 from aepo_fast.model.load import load_model, load_tokenizer, read_config
-from aepo_fast.training.checkpoint import OPTIMIZER_NAME, STATE_NAME, load_optimizer, load_state
+from aepo_fast.training.checkpoint import (
+    OPTIMIZER_NAME,
+    STATE_NAME,
+    load_optimizer,
+    load_state,
+    save_model,
+)
 from aepo_fast.training.checkpoint_damage import damage
 from bench.common.environment import ROOT
 from tests.tiny_run import a_machine, tiny_config
@@ -110,7 +116,10 @@ def test_code_of_a_model_runs_where_it_is_trusted(
     cfg = ModelConfig(path=str(folder), trust_remote_code=True)
     model = load_model(cfg, folder, a_machine())
     assert type(model).__name__ == "OwnModel" and model.config.model_type == "own"
-    load_tokenizer(folder, trust_code=True)
+    tokenizer = load_tokenizer(folder, trust_code=True)
+    save_model(model, tokenizer, saved := tmp_path / "saved")  # with the code that it needs
+    again = load_model(cfg, saved, a_machine()).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
     assert read_config(folder, trust_code=True).vocab_size == model.config.vocab_size
 
 

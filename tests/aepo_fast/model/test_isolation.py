@@ -22,7 +22,8 @@ def a_policy(kind: str, folder: Path, layout: Any, compute: torch.dtype = torch.
     architecture(kind).build(folder)
     machine = a_machine(compute=compute)
     model = load_model(ModelConfig(path=str(folder)), folder, machine)
-    return Policy(model, machine, TrainerConfig(layout=layout))
+    # Too few tokens for two samples: what is tried is the layout, not a batch of the run.
+    return Policy(model, machine, TrainerConfig(layout=layout, tokens_per_microbatch=8))
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])

@@ -188,6 +188,14 @@ def test_auto_attention_is_that_of_transformers(kind, length, tmp_path):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "grouped", "varlen", "flash_attention_2"])
+def test_attention_without_sinks_is_refused_where_a_model_has_them(attention):
+    on_gpu = a_machine("cuda", compute=torch.bfloat16)
+    assert load.choose_attention("auto", on_gpu, "gpt_oss") == "eager"
+    with pytest.raises(ConfigError, match="leaves out the attention sinks of gpt_oss"):
+        load.choose_attention(attention, on_gpu, "gpt_oss")
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model_dir):
     gradients = []
     for on in (True, False):
