@@ -80,7 +80,7 @@ def page(record: dict[str, Any]) -> str:
     ]
     reasons: list[str] = []
     for one in ARCHITECTURES:
-        cells = [_cell(record["found"][one.kind][column], reasons) for column in columns]
+        cells = [_cell(record["found"][one.kind].get(column), reasons) for column in columns]
         if one.vllm_dtype == "bfloat16" and cells[-1] == "yes":
             cells[-1] = "yes, in bfloat16"
         lines.append(f"| {one.name} | `{one.kind}` | {' | '.join(cells)} |")
@@ -89,7 +89,9 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(result: str, reasons: list[str]) -> str:
+def _cell(result: str | None, reasons: list[str]) -> str:
+    if result is None:
+        return "not run"
     if not result:
         return "yes"
     if "has no experts" in result:
