@@ -120,6 +120,9 @@ class VllmRollout:
                 fix = "Use another model or another vLLM"
             fix += ', or set it to "hf"'
             raise ConfigError("rollout.backend", "vllm", reason, fix) from error
+        if self.llm.model_config.using_transformers_backend():
+            reason = "vLLM takes transformers' code for this model, and changes it for the trainer"
+            raise ConfigError("rollout.backend", "vllm", reason, 'Use "hf"')
 
     @torch.no_grad()
     def sync_weights(self, model: nn.Module, version: int) -> None:

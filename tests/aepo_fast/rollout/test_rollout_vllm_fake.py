@@ -322,3 +322,11 @@ def test_what_a_checkpoint_names_otherwise_is_loaded_anew_at_each_sync(
         assert engine.metrics["sync/bytes_copied"] == 36
     # vLLM packs experts anew only where it makes their kernel anew.
     assert kernels == [None] * 4
+
+
+def test_a_model_that_vllm_runs_by_code_of_transformers_is_refused(
+    allocator: fake_vllm.Allocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_vllm.LLM, "of_transformers", True)
+    with pytest.raises(ConfigError, match="takes transformers' code for this model"):
+        build()
