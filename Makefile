@@ -14,7 +14,7 @@ TRL_VERSIONS := 1.15.0 1.16.0
 OTHER_PEERS := verl==0.9.1
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 
-.PHONY: train test test-vllm test-peers fuzz soak lint bench clean
+.PHONY: train test test-vllm test-models test-peers fuzz soak lint bench clean
 
 train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 	backend=$(or $(ROLLOUT),$$($(BIN)/python -c '$(FIND_ROLLOUT)')); eager=; \
@@ -37,6 +37,10 @@ test-vllm: $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/aepo_fast/rollout/test_rollout_vllm.py \
 		tests/aepo_fast/rollout/test_rollout_vllm_shared.py \
 		tests/aepo_fast/rollout/test_rollout_vllm_lora.py $(ARGS)
+
+# docs/models.md against all its checks, about 15 minutes; one row: make test-models ARGS=qwen3_moe
+test-models: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python docs/write_models.py --check $(ARGS)
 
 # Our head inside the real TRL, verl, OpenRLHF and peft, and once more what an older TRL may change.
 test-peers: $(PEERS_STAMP)

@@ -67,7 +67,9 @@ def _merge(run: Path, checkpoint: Path, folder: Path) -> None:
     plain = dataclasses.replace(
         cfg.model, attention="auto", liger=False, gradient_checkpointing="none"
     )
-    model = load_model(plain, resolve(cfg.model.path), machine, adapter=checkpoint)
+    trusts = cfg.model.trust_remote_code
+    source = resolve(cfg.model.path, revision=cfg.model.revision, with_code=trusts)
+    model = load_model(plain, source, machine, adapter=checkpoint)
     merge_adapter(model)
     model.to("cpu")  # type: ignore[arg-type]
-    save_model(model, load_tokenizer(checkpoint), folder)
+    save_model(model, load_tokenizer(checkpoint, trust_code=trusts), folder)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PretrainedConfig
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import machine_on, resolve_machine
-from aepo_fast.config.sections import Config
+from aepo_fast.config.sections import Config, ModelConfig
 from aepo_fast.config.toml import load_config
 from aepo_fast.memory.devices import import_packages, named_device, this_device
 from aepo_fast.memory.fit import (
@@ -67,7 +67,7 @@ def plan_text(
         raise ConfigError("--measure", True, reason, "Leave out --gpu, or --measure")
     check_lora(cfg.model.lora)
     for_gpu = gpu is not None or resolve_machine(cfg, trains=False).is_gpu
-    settings = read_settings(cfg.model.path)
+    settings = read_settings(cfg.model)
     import_packages(cfg)
     device = this_device(is_gpu=for_gpu) if gpu is None else named_device(gpu)
     plan = planner(settings, device, prompt_tokens=prompt_tokens, for_gpu=for_gpu)
@@ -88,22 +88,29 @@ def plan_text(
     return "\n".join(lines)
 
 
-def read_settings(path: str) -> PretrainedConfig:
-    """The settings of a model by what `model.path` may be, without its weights.
+def read_settings(cfg: ModelConfig) -> PretrainedConfig:
+    """The settings of a model, without its weights.
 
     Raises ConfigError for a model that does not exist or that transformers does not know.
     """
+    path, trusts = cfg.path, cfg.trust_remote_code
+    if cfg.revision:
+        check_model(path, cfg.revision)
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             reason = "the folder has no config.json"
             raise ConfigError("model.path", path, reason, "Name a folder in Hugging Face format")
-        return read_config(folder)
-    found = check_model(path)
+        return read_config(folder, trust_code=trusts)
+    found = check_model(path, cfg.revision)
     if str(found).startswith(PREFIX):
         return read_config(resolve_package(str(found)))
     try:
-        return read_config(Path(hf_hub_download(str(found), "config.json")).parent)
+        revision = cfg.revision or None
+        if trusts:
+            snapshot_download(str(found), revision=revision, allow_patterns=["*.py"])
+        file = hf_hub_download(str(found), "config.json", revision=revision)
+        return read_config(Path(file).parent, trust_code=trusts)
     except ConfigError:
         raise
     except Exception as error:  # no connection, no such model

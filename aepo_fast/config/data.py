@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aepo_fast.config.conditions import Needs, one_of, refuse_what_does_nothing, setting
@@ -82,6 +82,9 @@ class DataConfig:
     # The same for prompts of more than rollout.max_prompt_tokens tokens.
     long_prompts: Literal["drop", "stop"] = "drop"
     system_prompt: str = ""  # system message; empty: the chat template's own default
+    # Variables of the chat template, e.g. {enable_thinking = false}. One that it does not read is
+    # refused.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     instruction: str = ""  # appended to each question after a space
     # Share of the distinct questions that is kept from training, for evaluation.
     holdout_fraction: float = 0.2

@@ -8,6 +8,7 @@ from typing import Literal
 from aepo_fast.config.conditions import (
     Needs,
     above_zero,
+    one_of,
     refuse_what_does_nothing,
     setting,
     settle_older,
@@ -27,6 +28,8 @@ _WITH_ADAPTER = Needs(
     "set {} above 0",
     without="{} = 0: weights of 4 bits are never trained themselves",
 )
+_ALL_WEIGHTS = one_of("model.lora.rank", 0)
+_TRAINED_ROUTER = one_of("freeze_router", False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class ModelConfig:
     """Which weights to train and how they are held."""
 
     path: str = ""  # local folder, hub id, or package:NAME (see `aepo-fast doctor`)
+    # Revision of a hub model: a branch, a tag or a commit; empty: its main branch.
+    revision: str = ""
+    # Python files that come with the model are run, also by vLLM; false: a model that needs them is
+    # refused. Only for authors whom you trust with this machine.
+    trust_remote_code: bool = False
     # Jinja template of a chat, or a file with one, in place of the tokenizer's own. Base models may
     # have none.
     chat_template: str = ""
@@ -94,7 +102,17 @@ class ModelConfig:
     liger: bool = False  # Liger-Kernel for the layers other than the head
     # Backend of the head's kernels; `aepo-fast doctor` says which run here.
     head_backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
+    # Routers of a mixture of experts stay as they are.
+    freeze_router: bool = setting(False, needs=_ALL_WEIGHTS)
+    # Weight of the loss that balances the experts of a mixture (arXiv 2101.03961, over all layers
+    # and each micro-batch); 0: none.
+    router_aux_loss_coef: float = setting(0.0, needs=(_ALL_WEIGHTS, _TRAINED_ROUTER))
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def origin(self) -> str:
+        """The path, with the revision where one is named: path@revision."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
 
     def __post_init__(self) -> None:
         settle_older(self)
@@ -113,3 +131,12 @@ class ModelConfig:
             "no model is named",
             "Set a folder, a hub id, or package:smollm2-135m-instruct",
         )
+        require(
+            not self.revision or not self.path.startswith("package:"),
+            "model.revision",
+            self.revision,
+            f"is of a hub model, and {self.path} is pinned by the package",
+            "Leave it out",
+        )
+        require_not_negative("model", self, "router_aux_loss_coef")
+        refuse_what_does_nothing("model", self)

@@ -26,6 +26,13 @@ def check_over_ranks(cfg: Config) -> None:
             'Set it to "none": each process holds only a part of the weights',
         ),
         (
+            "model.router_aux_loss_coef",
+            cfg.model.router_aux_loss_coef,
+            cfg.model.router_aux_loss_coef > 0,
+            "the loss that balances experts is one over the micro-batches of one process",
+            "Leave it out, or set model.freeze_router = true",
+        ),
+        (
             "trainer.optimizer",
             cfg.trainer.optimizer,
             cfg.trainer.optimizer == "muon",

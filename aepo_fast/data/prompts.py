@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import Any
 
 from jinja2 import TemplateError
+from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
@@ -24,6 +25,8 @@ from aepo_fast.data.tasks import task_key
 from aepo_fast.samples import Prompt
 
 _TOKENIZED_TOGETHER = 1024
+# What every template is rendered with: the chat, its end and functions of transformers.
+_RENDERED_WITH = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
 _REPLYING = ("assistant", "model", "gpt")  # roles
 _IMAGES = ("image", "images", "decoded_image", "video", "videos", "audio", "audios")  # columns
 _IMAGE_MARK = re.compile(r"<image[ _]?\d*>|<\|(?:image|vision)[^|>]*\|>")
@@ -81,6 +84,7 @@ def load_prompts(
     `max_prompt_tokens` tokens where the configuration does not drop them.
     """
     rendered_at = rendered_at or datetime.now()
+    check_template_kwargs(cfg, tokenizer)
     found: list[_Question] = []
     seen: set[bytes] = set()
     num_duplicates, notes = 0, []
@@ -236,7 +240,10 @@ def render(
         with clock:
             return [
                 tokenizer.apply_chat_template(
-                    list(chat), tokenize=False, add_generation_prompt=True
+                    list(chat),
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **cfg.chat_template_kwargs,
                 )
                 for chat in chats
             ]  # type: ignore[return-value]
@@ -244,6 +251,27 @@ def render(
         reason = f"the model's chat template refuses a prompt: {error}"
         fix = "Drop the system prompt if the model knows none, or correct the messages"
         raise ConfigError("data.system_prompt", cfg.system_prompt, reason, fix) from error
+
+
+def check_template_kwargs(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError for one of data.chat_template_kwargs that the chat template does not read.
+
+    Also for those that the rendering itself decides.
+    """
+    if not cfg.chat_template_kwargs:
+        return
+    source: Any = tokenizer.get_chat_template()
+    parser: Any = chat_template_utils._compile_jinja_template(source)  # knows transformers' tags
+    read = find_undeclared_variables(parser.environment.parse(source))
+    free = read - _RENDERED_WITH - set(tokenizer.special_tokens_map)
+    for name in cfg.chat_template_kwargs:
+        if name not in free:
+            reason = f"the model's chat template does not read {name!r}"
+            if name in read:
+                reason = f"{name!r} is not free: the rendering itself gives it to the chat template"
+            fix = f"Leave it out; it reads: {', '.join(sorted(free)) or 'none'}"
+            value = cfg.chat_template_kwargs
+            raise ConfigError("data.chat_template_kwargs", value, reason, fix)
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:

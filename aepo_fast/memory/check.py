@@ -45,7 +45,7 @@ def predict(
 
     Raises ConfigError where the plan needs more than `MARGIN` above what there is.
     """
-    config = read_config(folder)
+    config = read_config(folder, trust_code=cfg.model.trust_remote_code)
     import_packages(cfg)
     device = this_device(is_gpu=machine.is_gpu)
     if device.counted:

@@ -7,7 +7,7 @@ log-probs up to rounding; they differ in how many other tokens the model has to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,7 +28,8 @@ class MicroBatch:
     bool [B, 1, L, L] (shared) or int [B, L] (padded). select: [N], flat positions in [B * L] whose
     output predicts a completion token. targets: [N], those tokens. sample_of_token: [N], indices
     into `samples`; tokens of a sample are consecutive and in order. samples: indices into the
-    step's samples. idle: it only keeps step with other processes and counts for nothing.
+    step's samples. share: of the model tokens of all micro-batches that were made together. idle:
+    it only keeps step with other processes and counts for nothing.
     """
 
     input_ids: torch.Tensor
@@ -38,7 +39,16 @@ class MicroBatch:
     targets: torch.Tensor
     sample_of_token: torch.Tensor
     samples: tuple[int, ...]
+    share: float = 1.0
     idle: bool = False
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """False for padding: bool [B, L]."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.input_ids, dtype=torch.bool)
+        first = torch.arange(self.position_ids.shape[1]) == 0
+        return (self.position_ids > 0) | first  # padding has position 0 behind all tokens
 
 
 @dataclass
@@ -68,7 +78,11 @@ def make_microbatches(
         samples, indices, layout=layout, max_tokens=max_tokens, batch_tokens=batch_tokens
     )
     make = _packed if layout == "packed" else _lines
-    return [make(samples, batch) for batch in batches]
+    total = sum(element.length for batch in batches for element in batch)
+    return [
+        replace(make(samples, batch), share=sum(one.length for one in batch) / total)
+        for batch in batches
+    ]
 
 
 def split_elements(

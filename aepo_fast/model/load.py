@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RevisionNotFoundError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -27,12 +28,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.errors import ConfigError, require
 from aepo_fast.config.resolve import Machine, dtype_name
 from aepo_fast.config.sections import Attention, ModelConfig
 from aepo_fast.model.activations import checkpoint_layers
 from aepo_fast.model.attention import register, varlen_groups_heads
 from aepo_fast.model.cpu_layers import fuse_layers
+from aepo_fast.model.experts import freeze_routers
 from aepo_fast.model.folder import check_folder
 from aepo_fast.model.lora import add_adapter, load_adapter
 from aepo_fast.model.packages import PREFIX, find_package, resolve_package
@@ -49,19 +51,24 @@ from aepo_kernels.integrations.heads import compare_logits, relative_error
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Architectures whose attention is no more than what "grouped" does, as tests say.
 _GROUPED = ("llama", "qwen2", "qwen3")
+_WITH_SINKS = ("gpt_oss",)  # attention sinks, which eager attention alone knows
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
-def check_model(path: str) -> Path | str:
+def check_model(path: str, revision: str = "") -> Path | str:
     """What `model.path` means, without a download: a local folder, a hub id or a package.
 
-    Raises ConfigError for a missing folder, one that holds no whole model and an unknown package.
+    Raises ConfigError for a missing folder, one that holds no whole model, an unknown package, and
+    a `model.revision` of what is not on the hub.
     """
     if path.startswith(PREFIX):
         find_package(path)
         return path
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if revision:
+            reason = f"is of a hub model, and {path} is a local folder"
+            raise ConfigError("model.revision", revision, reason, "Leave it out")
         check_folder(folder, path)
         return folder
     if not _HUB_ID.fullmatch(path):
@@ -71,29 +78,40 @@ def check_model(path: str) -> Path | str:
     return path
 
 
-def resolve(path: str) -> Path:
-    """The local folder of a model, fetched first where it is a hub id or a package."""
-    found = check_model(path)
+def resolve(path: str, *, revision: str = "", with_code: bool = False) -> Path:
+    """The local folder of a model, fetched first where it is a hub id or a package.
+
+    revision: of a hub model; empty: its main branch. with_code: Python files are fetched, too.
+    """
+    found = check_model(path, revision)
     if isinstance(found, Path):
         return found
     if found.startswith(PREFIX):
         return resolve_package(found)
     try:
-        folder = Path(snapshot_download(found, allow_patterns=_HUB_FILES))
+        patterns = [*_HUB_FILES, *(["*.py"] if with_code else [])]
+        folder = Path(snapshot_download(found, revision=revision or None, allow_patterns=patterns))
+    except RevisionNotFoundError as error:
+        reason, fix = f"the hub has no such revision of {path}", "Name a branch, a tag or a commit"
+        raise ConfigError("model.revision", revision, reason, fix) from error
     except Exception as error:  # no connection, a proxy that httpx cannot use, no space left
-        reason = "is no local folder, and the hub did not give it: " + str(error).split("\n")[
-            0
-        ].rstrip(".")
+        said = first_line(error).rstrip(".")
+        reason = f"is no local folder, and the hub did not give it: {said}"
         fix = "Check the path or id and the connection, or use package:smollm2-135m-instruct"
         raise ConfigError("model.path", path, reason, fix) from error
     check_folder(folder, path)
     return folder
 
 
-def read_config(folder: Path | str) -> PretrainedConfig:
-    """The config.json of a model folder; raises ConfigError for what transformers does not know."""
+def read_config(folder: Path | str, *, trust_code: bool = False) -> PretrainedConfig:
+    """The config.json of a model folder; raises ConfigError for what transformers does not know.
+
+    trust_code: `model.trust_remote_code`, with which the folder's own code may know it.
+    """
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_code
+        )
     except Exception as error:  # of code that reads anything
         written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8-sig"))
         kind = written.get("model_type")
@@ -105,7 +123,8 @@ def read_config(folder: Path | str) -> PretrainedConfig:
             reason = f"transformers {transformers.__version__} knows no model_type {kind!r}"
             fix = "Install a newer transformers, or name a model that it has"
             if "auto_map" in written:
-                reason += ", and the code that the folder brings for it is not run"
+                reason += ", and the code that comes with it is not run"
+                fix = "Set model.trust_remote_code = true if you trust its authors"
         raise ConfigError("model.path", str(folder), reason, fix) from error
 
 
@@ -115,7 +134,9 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
-def load_tokenizer(folder: Path | str, *, chat_template: str = "") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: Path | str, *, chat_template: str = "", trust_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer that pads on the left.
 
     chat_template: a template in place of its own, or a file with one. Raises ConfigError where it
@@ -123,7 +144,7 @@ def load_tokenizer(folder: Path | str, *, chat_template: str = "") -> PreTrained
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=trust_code
         )
         if not tokenizer("a 1", add_special_tokens=False)["input_ids"]:
             raise ValueError("it has no tokens")
@@ -185,10 +206,15 @@ def takes_positions(config: PretrainedConfig) -> bool:
 
 
 def check_vocabulary(
-    folder: Path | str, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Iterable[int],
+    *,
+    trust_code: bool = False,
 ) -> None:
     """Raise ConfigError where the model of a folder has no embedding for one of some token ids."""
-    size = getattr(read_config(folder).get_text_config(), "vocab_size", None)
+    config = read_config(folder, trust_code=trust_code)
+    size = getattr(config.get_text_config(), "vocab_size", None)
     beyond = max(ids, default=0)
     if size is not None and beyond >= size:
         token = tokenizer.convert_ids_to_tokens(beyond)
@@ -217,7 +243,7 @@ def load_model(
     folder's head is not one that `head_arguments` describes.
     """
     check_folder(Path(folder), str(folder))
-    config = without_dropout(read_config(folder))
+    config = without_dropout(read_config(folder, trust_code=cfg.trust_remote_code))
     check_whole(config, str(folder))
     attention = choose_attention(cfg.attention, machine, config.model_type)
     if cfg.liger:
@@ -237,7 +263,7 @@ def load_model(
             dtype=machine.weights_dtype,
             attn_implementation=wanted,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=cfg.trust_remote_code,
             output_loading_info=True,
             quantization_config=quantization,
             **placed,
@@ -262,6 +288,8 @@ def load_model(
         add_adapter(model, cfg.lora, seed=seed)
         if adapter is not None:
             load_adapter(model, adapter)
+    if cfg.freeze_router:
+        freeze_routers(model)
     if not stays_on_cpu:
         model.to(machine.device)  # type: ignore[arg-type]
     if cfg.liger:
@@ -295,6 +323,10 @@ def choose_attention(requested: Attention, machine: Machine, model_type: str = "
     architectures without it.
     """
     fast = machine.is_gpu and machine.compute_dtype == torch.bfloat16
+    if model_type in _WITH_SINKS:
+        reason = f"leaves out the attention sinks of {model_type}"
+        require(requested in ("auto", "eager"), "model.attention", requested, reason, 'Use "auto"')
+        return "eager"
     if requested == "auto":
         if not machine.is_gpu and model_type in _GROUPED:
             register()

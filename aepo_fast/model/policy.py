@@ -21,6 +21,7 @@ from aepo_fast.model.batch import (
     MicroBatch,
     make_microbatches,
 )
+from aepo_fast.model.experts import balancing_loss, with_loss
 from aepo_fast.model.load import recurrent_layers, takes_positions
 from aepo_fast.model.lora import without_adapter
 from aepo_fast.model.rank_batches import microbatches_of_rank
@@ -86,12 +87,16 @@ class Policy:
         *,
         adapter: bool = True,
         activation_offloading: bool = False,
+        router_aux_loss_coef: float = 0.0,
     ) -> None:
         """adapter: False leaves out the model's adapter: the policy before any training.
 
         activation_offloading: the layers' activations lie in CPU memory until the backward pass.
+        router_aux_loss_coef: above 0, backward passes add the gradient of the loss that balances
+        experts, so weighted. The micro-batches of a call of `microbatches` share that weight.
         """
         self.model, self.machine = model, machine
+        self.router_aux_loss_coef = router_aux_loss_coef
         self.activation_offloading = activation_offloading
         self.on_offloaded: Callable[[torch.Tensor], None] = lambda copy: None  # each such tensor
         self.backbone = backbone_of(model)
@@ -146,14 +151,21 @@ class Policy:
         # pass.
         moves = self.activation_offloading and torch.is_grad_enabled()
         saved = OffloadedActivations(on_copy=self.on_offloaded) if moves else nullcontext()
+        balances = self.router_aux_loss_coef > 0 and torch.is_grad_enabled()
+        options = {"output_router_logits": True} if balances else {}
         with self.machine.autocast(), self._adapted(), saved:
             output = self.backbone(
                 input_ids=batch.input_ids.to(self.device),
                 position_ids=batch.position_ids.to(self.device),
                 attention_mask=None if mask is None else mask.to(self.device),
                 use_cache=False,
+                **options,
             )
         states = output.last_hidden_state.flatten(0, 1)
+        if balances:
+            valid = batch.valid.to(self.device)
+            loss = balancing_loss(self.model, output.router_logits, valid)
+            states = with_loss(states, self.router_aux_loss_coef * batch.share * loss)
         # index_select: its backward is deterministic on the CPU where plain indexing's is not.
         return states.index_select(0, batch.select.to(self.device)).to(self.machine.compute_dtype)
 

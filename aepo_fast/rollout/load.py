@@ -96,12 +96,13 @@ def load_engine(
             on_gpu=machine.vllm_on_gpu,
             lora_rank=cfg.model.lora.rank,
             quantization=cfg.model.quantization,
+            trust_code=cfg.model.trust_remote_code,
         )
         if adapter is not None:
             engine.load_adapter(adapter, engine.weights_version)
         return engine
     if model is None:
-        config = read_config(folder)
+        config = read_config(folder, trust_code=cfg.model.trust_remote_code)
     else:
         config = model.config
     kinds = recurrent_layers(config)

@@ -35,8 +35,10 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import RolloutConfig
 from aepo_fast.model.lora import ADAPTER_WEIGHTS, save_adapter
 from aepo_fast.model.sharded import whole_weights
+from aepo_fast.report.unexpected import first_line
 from aepo_fast.rollout.engine import RolloutError
 from aepo_fast.rollout.vllm_weights import BACKEND, register
+from aepo_fast.rollout.weight_names import as_in_checkpoint, differs_from_checkpoint
 from aepo_fast.samples import Completion, Request
 
 _ADAPTER = "policy"
@@ -52,7 +54,8 @@ class VllmRollout:
     folder: the model's, with its tokenizer. eos_ids: ids that end a completion. on_gpu: whether
     this vLLM runs on a GPU. lora_rank: of the adapter that is trained, 0 without one; the folder's
     weights then stay as they are, and a sync hands over the adapter. quantization: of the folder's
-    weights, as `model.quantization` names it; vLLM rounds them in the same way.
+    weights, as `model.quantization` names it; vLLM rounds them in the same way. trust_code:
+    `model.trust_remote_code`.
 
     The completions' log-probs are those after temperature, of the very ids that were sampled. The
     same requests with the same seeds and weights give the same samples; one request alone may give
@@ -71,6 +74,7 @@ class VllmRollout:
         on_gpu: bool,
         lora_rank: int = 0,
         quantization: str = "none",
+        trust_code: bool = False,
     ) -> None:
         self.cfg, self.eos_ids, self.on_gpu = cfg, list(eos_ids), on_gpu
         self.weights_version = 0
@@ -88,10 +92,8 @@ class VllmRollout:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cfg.cpu_kv_cache_gib)))
         register()
         self._sleeps = on_gpu and cfg.sleep != "none" and not cfg.steps_ahead
-        failures: tuple[type[Exception], ...] = (RuntimeError, ValueError)
         fix = "Change rollout.gpu_memory_utilization, rollout.cpu_kv_cache_gib or the lengths"
         if quantization != "none":
-            failures += (AttributeError, ImportError)  # of a plugin for another vLLM
             fix += ", install the vllm-bnb-plugin that goes with this vLLM"
         try:
             self.llm = LLM(
@@ -106,14 +108,21 @@ class VllmRollout:
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 disable_log_stats=True,
                 skip_tokenizer_init=True,  # ids go in and come out
+                trust_remote_code=trust_code,
                 **_lora_settings(lora_rank),
                 **({} if quantization == "none" else _IN_4_BITS),
                 **({} if on_gpu else _cache_blocks()),
             )
-        except failures as error:
+        except Exception as error:  # of its code for this model, or of a plugin for another vLLM
             reason = f"vLLM did not start: {error}"
+            if quantization == "none" and not isinstance(error, RuntimeError | ValueError):
+                reason = f"vLLM {vllm.__version__} cannot run this model: {first_line(error)}"
+                fix = "Use another model or another vLLM"
             fix += ', or set it to "hf"'
             raise ConfigError("rollout.backend", "vllm", reason, fix) from error
+        if self.llm.model_config.using_transformers_backend():
+            reason = "vLLM takes transformers' code for this model, and changes it for the trainer"
+            raise ConfigError("rollout.backend", "vllm", reason, 'Use "hf"')
 
     @torch.no_grad()
     def sync_weights(self, model: nn.Module, version: int) -> None:
@@ -126,10 +135,14 @@ class VllmRollout:
             self.load_adapter(self._adapter.written(model), version)
             return
         self._wake(_WEIGHTS)
-        weights = list(whole_weights(model))  # type: ignore[arg-type]
+        whole: Any = whole_weights(model)  # type: ignore[arg-type]
+        # What a checkpoint has otherwise is copied for each sync, so vLLM must load it anew.
+        in_place = not differs_from_checkpoint(model)
+        weights = list(whole) if in_place else as_in_checkpoint(model, whole)
         if model is not self._connected:
             share = self.cfg.share_weights and not self.cfg.steps_ahead
-            info = {"weights": weights, "share": share, "on_gpu": self.on_gpu}
+            known = weights if in_place else None
+            info = {"weights": known, "share": share, "on_gpu": self.on_gpu}
             self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
             self._connected = model
         self.llm.start_weight_update()

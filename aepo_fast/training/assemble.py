@@ -21,6 +21,8 @@ from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import dump_config
 from aepo_fast.data.prompts import PromptSet, load_prompts, prints_date
+from aepo_fast.model.experts import check_routers
+from aepo_fast.model.isolation import check_isolation
 from aepo_fast.model.load import (
     check_vocabulary,
     load_model,
@@ -132,7 +134,7 @@ def load_inputs(
     state = None
     if checkpoint is not None:
         state = load_state(checkpoint)
-        check_same_model(state, cfg.model.path, checkpoint)
+        check_same_model(state, cfg.model.origin, checkpoint)
         check_same_adapter(checkpoint, cfg.model.lora)
         check_same_quantization(checkpoint, cfg.model)
         check_same_optimizer(state, cfg.trainer.optimizer, checkpoint)
@@ -210,8 +212,11 @@ def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None)
     that chat templates take for now, so that a run's prompts stay what they were on its first day.
     """
     rendered_at = rendered_at or datetime.now()
-    folder = resolve(model)
-    tokenizer = load_tokenizer(folder, chat_template=cfg.model.chat_template)
+    trusts = cfg.model.trust_remote_code
+    revision = cfg.model.revision if model == cfg.model.path else ""
+    folder = resolve(model, revision=revision, with_code=trusts)
+    tokenizer = load_tokenizer(folder, chat_template=cfg.model.chat_template, trust_code=trusts)
+    check_routers(cfg.model, read_config(folder, trust_code=trusts))
     ends = eos_ids(generation_config(folder), tokenizer)
     if not ends:
         reason = "neither its tokenizer nor its generation_config.json names an end token"
@@ -229,7 +234,7 @@ def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None)
     everyone = [*prompts.train, *prompts.heldout]
     check_answers(reward, cfg.data, everyone)
     used = {token for prompt in everyone for token in prompt.token_ids}
-    check_vocabulary(folder, tokenizer, used | {min(ends)})
+    check_vocabulary(folder, tokenizer, used | {min(ends)}, trust_code=trusts)
     return Inputs(tokenizer, prompts, reward, str(folder), rendered_at)
 
 
@@ -259,7 +264,8 @@ def _check_offload(cfg: Config) -> None:
 
 def check_lengths(cfg: Config, prompts: Sequence[Prompt], model_folder: Path | str) -> None:
     """Raise ConfigError where prompts and completions are longer than the model takes."""
-    config = read_config(model_folder).get_text_config()
+    trusts = cfg.model.trust_remote_code
+    config = read_config(model_folder, trust_code=trusts).get_text_config()
     most = max(getattr(config, "max_position_embeddings", None) or 0, 0)  # XLNet has -1: no limit
     longest = max(len(prompt.token_ids) for prompt in prompts)
     new = cfg.rollout.max_new_tokens
@@ -323,8 +329,16 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     in_shards = offload or machine.world.size > 1
     where: Any = {"machine": machine, "stays_on_cpu": in_shards}
     model = load_model(cfg.model, source, **where, adapter=adapter, seed=cfg.trainer.seed)
+    with on_cpu(model, machine) if in_shards else nullcontext(machine) as checks:
+        check_isolation(Policy(model, checks, cfg.trainer), cfg.trainer.layout)
     offloads = cfg.model.activation_offloading
-    policy = Policy(model, machine, cfg.trainer, activation_offloading=offloads)
+    policy = Policy(
+        model,
+        machine,
+        cfg.trainer,
+        activation_offloading=offloads,
+        router_aux_loss_coef=cfg.model.router_aux_loss_coef,
+    )
     reference = None
     if cfg.loss.kl_coef > 0 and lora:
         reference = Policy(model, machine, cfg.trainer, adapter=False)

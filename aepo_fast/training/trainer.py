@@ -317,7 +317,7 @@ class Trainer:
         ahead = self.rollouts.planned  # a resumed run draws its prompts again
         sampler = self.sampler.state_dict() if ahead is None else ahead.sampler_state
         return {
-            "model_path": self.cfg.model.path,
+            "model_path": self.cfg.model.origin,
             "optimizer": self.cfg.trainer.optimizer,
             "rendered_at": self.inputs.rendered_at.isoformat(),
             "steps_done": self.steps_done,

@@ -18,8 +18,8 @@ import torch
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import ModelConfig
 from aepo_fast.config.toml import dump_config
-from aepo_fast.model.load import load_model, load_tokenizer
-from aepo_fast.training.checkpoint import STATE_NAME, load_state
+from aepo_fast.model.load import load_model, load_tokenizer, read_config
+from aepo_fast.training.checkpoint import STATE_NAME, load_state, save_model
 from aepo_fast.training.checkpoint_damage import damage
 from aepo_fast.training.optimizer_state import OPTIMIZER_NAME, load_optimizer
 from bench.common.environment import ROOT
@@ -80,6 +80,42 @@ def test_no_code_of_a_model_runs(tmp_path: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path"):
         load_model(ModelConfig(path=str(folder)), folder, a_machine())
     assert not (tmp_path / "mark").exists()
+
+
+OWN_MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_model_runs_where_it_is_trusted(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "own.py").write_text(OWN_MODEL)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    own = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps({**config, **own}))
+    with pytest.raises(ConfigError, match="code that comes with it is not run") as caught:
+        read_config(folder)
+    assert "Set model.trust_remote_code = true if you trust its authors" in caught.value.fix
+    cfg = ModelConfig(path=str(folder), trust_remote_code=True)
+    model = load_model(cfg, folder, a_machine())
+    assert type(model).__name__ == "OwnModel" and model.config.model_type == "own"
+    tokenizer = load_tokenizer(folder, trust_code=True)
+    save_model(model, tokenizer, saved := tmp_path / "saved")  # with the code that it needs
+    again = load_model(cfg, saved, a_machine()).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    assert read_config(folder, trust_code=True).vocab_size == model.config.vocab_size
 
 
 # Prints every path that a run opens for writing, makes, renames or removes.

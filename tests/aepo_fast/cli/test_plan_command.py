@@ -59,7 +59,7 @@ def test_a_model_that_does_not_exist_is_refused(path: str, reason: str) -> None:
 
 
 def test_an_id_that_the_hub_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(*some: str) -> str:
+    def gone(*some: str, revision: str | None) -> str:
         raise OSError("404 Client Error")
 
     monkeypatch.setattr("aepo_fast.cli.plan.hf_hub_download", gone)

@@ -111,7 +111,7 @@ def test_a_model_whose_pass_depends_on_numbers_is_not_planned(
     with pytest.raises(UntraceableError, match="qwen3_moe cannot be traced") as caught:
         plan_of(experts, "24GiB")
     assert caught.value.key == "model.path"
-    monkeypatch.setattr(check, "read_config", lambda folder: experts)
+    monkeypatch.setattr(check, "read_config", lambda folder, **trust: experts)
     monkeypatch.setattr(check, "_SMALL", 0.0)
     machine = resolve_machine(run)
     found = predict(machine.settled(run), machine, tmp_path, prompt_tokens=8, given=run)
@@ -206,7 +206,7 @@ def test_a_refusal_names_changes(run: Config, monkeypatch: pytest.MonkeyPatch) -
     machine = resolve_machine(run)
     settled = machine.settled(run)
     config = small(num_hidden_layers=1, hidden_size=512, vocab_size=20000)
-    monkeypatch.setattr(check, "read_config", lambda folder: config)
+    monkeypatch.setattr(check, "read_config", lambda folder, **trust: config)
     monkeypatch.setattr(check, "_upper_bound", lambda *some: 2**62)
     roomy = Device(2**40, 0, counted=True)
     monkeypatch.setattr(check, "this_device", lambda **kind: roomy)

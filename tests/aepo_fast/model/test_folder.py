@@ -123,7 +123,7 @@ FOREIGN = {
     "no type": ({"model_type": None}, "names no model_type"),
     "code": (
         {"model_type": "mine", "auto_map": {"AutoConfig": "a.B"}},
-        "knows no model_type 'mine', and the code that the folder brings for it is not run",
+        "knows no model_type 'mine', and the code that comes with it is not run",
     ),
     "no language model": ({"model_type": "t5"}, "no causal language model of type 't5'"),
     "another width": ({"hidden_size": 96, "head_dim": 24}, "transformers cannot load it"),

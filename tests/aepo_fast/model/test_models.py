@@ -1,8 +1,11 @@
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import RevisionNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -66,13 +69,41 @@ def test_folder_without_a_model(tmp_path):
 
 
 def test_unreachable_hub_id(monkeypatch):
-    def offline(name: str, allow_patterns: list[str]) -> str:
+    def offline(name: str, **options: Any) -> str:
         raise OSError("cannot reach the hub\nmore")
 
     monkeypatch.setattr(load, "snapshot_download", offline)
     with pytest.raises(ConfigError, match="no local folder.*cannot reach the hub.") as caught:
         load.resolve("someone/something")
     assert "more" not in str(caught.value)
+
+
+def test_a_revision_is_what_the_hub_is_asked_for(monkeypatch, tiny_model_dir):
+    asked = []
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.append((options["revision"], "*.py" in options["allow_patterns"]))
+        if options["revision"] == "gone":
+            response: Any = SimpleNamespace(headers={}, request=None)
+            raise RevisionNotFoundError("404", response=response)
+        return str(tiny_model_dir)
+
+    monkeypatch.setattr(load, "snapshot_download", snapshot_download)
+    assert load.resolve("someone/something") == tiny_model_dir
+    load.resolve("someone/something", revision="v2", with_code=True)
+    assert asked == [(None, False), ("v2", True)]
+    with pytest.raises(
+        ConfigError, match="hub has no such revision of someone/something"
+    ) as caught:
+        load.resolve("someone/something", revision="gone")
+    assert (caught.value.key, caught.value.value) == ("model.revision", "gone")
+
+
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(tiny_model_dir):
+    with pytest.raises(ConfigError, match="model.revision = 'v2': .* is a local folder"):
+        load.resolve(str(tiny_model_dir), revision="v2")
+    with pytest.raises(ConfigError, match="model.revision = 'v2': .* pinned by the package"):
+        ModelConfig(path="package:smollm2-135m-instruct", revision="v2")
 
 
 def test_local_folder_and_package_names_resolve(tiny_model_dir):
@@ -155,6 +186,14 @@ def test_auto_attention_is_that_of_transformers(kind, length, tmp_path):
         one(input_ids=ids, attention_mask=mask).logits[mask == 1] for one in (model, plain)
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "grouped", "varlen", "flash_attention_2"])
+def test_attention_without_sinks_is_refused_where_a_model_has_them(attention):
+    on_gpu = a_machine("cuda", compute=torch.bfloat16)
+    assert load.choose_attention("auto", on_gpu, "gpt_oss") == "eager"
+    with pytest.raises(ConfigError, match="leaves out the attention sinks of gpt_oss"):
+        load.choose_attention(attention, on_gpu, "gpt_oss")
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model_dir):

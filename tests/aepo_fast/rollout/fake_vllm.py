@@ -133,6 +133,7 @@ class LLM:
     """vLLM's entry point."""
 
     failure: Exception | None = None
+    of_transformers = False
     worker: Any = None  # of which the allocator is all that counts here
 
     def __init__(self, **arguments: Any) -> None:
@@ -141,7 +142,10 @@ class LLM:
         self.arguments = arguments
         self.events: list[Any] = []
         self.llm_engine = Inner(self.events)
-        self.model_config = SimpleNamespace(max_model_len=arguments["max_model_len"])
+        self.model_config = SimpleNamespace(
+            max_model_len=arguments["max_model_len"],
+            using_transformers_backend=lambda: LLM.of_transformers,
+        )
         self.model = Model()
         self.transfer = Factory.engines[arguments["weight_transfer_config"].backend](self.model)
         self.cache_resets = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import WeightRenaming
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.method import LossConfig
@@ -204,7 +206,7 @@ def test_4_bit_weights_are_rounded_by_vllm_itself(
     monkeypatch.setattr(fake_vllm.LLM, "failure", error)
     with pytest.raises(ConfigError, match="WeightsMapper.*vllm-bnb-plugin that goes with"):
         build(lora_rank=4, quantization="nf4")
-    with pytest.raises(AttributeError):
+    with pytest.raises(ConfigError, match="vLLM 0.29.0 cannot run this model: 'WeightsMapper'"):
         build(lora_rank=4)
 
 
@@ -297,3 +299,34 @@ def test_of_an_adapter_a_sync_hands_over_that_alone(
 def test_an_adapter_of_more_than_vllm_takes(allocator: fake_vllm.Allocator) -> None:
     with pytest.raises(ConfigError, match=r"model\.lora\.rank = 33: is more than vLLM takes.*32"):
         build(lora_rank=33)
+
+
+def test_what_a_checkpoint_names_otherwise_is_loaded_anew_at_each_sync(
+    allocator: fake_vllm.Allocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(on_gpu=False)
+    from aepo_fast.rollout import vllm_weights
+
+    kernels: list[Any] = []
+    for name in ("initialize_layerwise_reload", "finalize_layerwise_reload"):
+        monkeypatch.setattr(vllm_weights, name, lambda model, *_: kernels.append(method.moe_kernel))
+    method = engine.llm.model.quant_method = SimpleNamespace(moe_kernel="of packed experts")
+    model: Any = Trained(torch.float32)
+    model.of_q = model._parameters.pop("q")
+    model.config, model._weight_conversions = None, [WeightRenaming("^q", "of_q")]
+    for version in (1, 2):
+        with torch.no_grad():
+            model.of_q += 8
+        engine.sync_weights(model, version)
+        assert torch.equal(engine.llm.model.qk.float(), torch.cat([model.of_q, model.k]))
+        assert engine.metrics["sync/bytes_copied"] == 36
+    # vLLM packs experts anew only where it makes their kernel anew.
+    assert kernels == [None] * 4
+
+
+def test_a_model_that_vllm_runs_by_code_of_transformers_is_refused(
+    allocator: fake_vllm.Allocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_vllm.LLM, "of_transformers", True)
+    with pytest.raises(ConfigError, match="takes transformers' code for this model"):
+        build()

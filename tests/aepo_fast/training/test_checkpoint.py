@@ -1,4 +1,4 @@
-"""What a checkpoint's state holds of random generators and of the best step, and what is kept."""
+"""What a checkpoint says of random generators, the best step and its model, and what is kept."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from aepo_fast.config.sections import CheckpointConfig, EvalConfig
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.config.sections import CheckpointConfig, EvalConfig, ModelConfig
 from aepo_fast.training.best import BestCheckpoint
 from aepo_fast.training.checkpoint import (
+    check_same_model,
     complete_checkpoints,
     load_state,
     rng_state,
@@ -92,3 +94,12 @@ def test_a_run_keeps_its_best_checkpoint_and_resumes_with_it(
     assert kept() == ["step_3", "step_6"]
     assert train(with_trainer(cfg, steps=7), resume=True) == 0
     assert kept() == ["step_7"]  # the newest and the best
+
+
+def test_another_revision_is_another_model(tmp_path: Path) -> None:
+    state = {"model_path": ModelConfig(path="some/model", revision="v1").origin}
+    check_same_model(state, "some/model@v1", tmp_path)
+    for other in ("some/model", "some/model@v2"):
+        with pytest.raises(ConfigError, match="was made from 'some/model@v1'"):
+            check_same_model(state, other, tmp_path)
+    assert ModelConfig(path="some/model").origin == "some/model"  # as earlier checkpoints have it
