@@ -46,7 +46,8 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         self._made = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.parent in self._made:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             with _alone_in(self.folder.parent):
                 if self.folder in self._made and self.folder.exists():  # now another run's
