@@ -104,8 +104,10 @@ def train(
     cfg = load_config(config, set_ or [])
     _folder[:] = [Path(cfg.output_dir)]
     from aepo_fast.training.run import train as train_run
+    from aepo_fast.world import part
 
     code = train_run(cfg, resume=resume, overwrite=overwrite, start_from=start_from)
+    part()
     raise SystemExit(code)
 
 
@@ -206,10 +208,12 @@ def doctor() -> None:
     """Say what this machine offers: versions, devices, kernel backends, optional packages."""
     from aepo_fast.cli.doctor import report
     from aepo_fast.cli.doctor_ranks import report_ranks
+    from aepo_fast.world import part
 
     world, ranks = report_ranks()
     if world.is_first:
         print(report(), *([ranks] if ranks else []), sep="\n\n")
+    part()
 
 
 @app.command(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from aepo_fast.cli.doctor_ranks import report_ranks
 from aepo_fast.config.sections import Config, RewardConfig
 from aepo_fast.config.toml import dump_config
 from aepo_fast.report.unexpected import SAID
@@ -92,6 +93,7 @@ def end_each(cfg: Config, broken: Config) -> dict[str, Any]:
     run.load_inputs = with_fewer_prompts if is_odd else load
     found["data"] = seen(new)
     run.load_inputs = load
+    found["doctor"] = report_ranks()[1]
     found["left"] = Path(new.output_dir).exists()
     part()
     return found
@@ -118,6 +120,9 @@ def test_all_ranks_end_for_the_reason_of_one(tiny_model_dir: Path, tmp_path: Pat
     assert "version of aepo_fast = " in first["version"][0]
     assert "rank 1: '9.9')" in first["version"][0]
     assert "data (prompts to train with) = " in first["data"][0]
+    doctor = first["doctor"].splitlines()
+    assert [line.split(":")[0] for line in doctor[:3]] == ["ranks", "  rank 0", "  rank 1"]
+    assert doctor[3] == "  adding up over 2 ranks: gloo works"
     assert all(first[name][1] and not second[name][1] for name in ("broken", "seed", "data"))
     assert [line["step"] for line in lines_of(cfg)] == [1, 2, 3, 4]
     logs = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
