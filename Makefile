@@ -51,9 +51,10 @@ test-peers: $(PEERS_STAMP)
 			$(ARGS) || exit 1; \
 	done
 
-# 50 kills and two hours of watching; less: make soak ARGS='--kills 5 --seconds 60'
+# 50 kills, two hours of watching, and 10 kills of one of two ranks; the first two in less: make soak ARGS='--kills 5 --seconds 60'
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.rank_kills
 
 # The kernels with options drawn at random, against float64: make fuzz DRAWS=10000 SEED=0
 fuzz: $(STAMP)

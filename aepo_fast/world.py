@@ -12,7 +12,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from aepo_fast.config.errors import ConfigError
+from aepo_fast.fresh_store import fresh_store
+from aepo_fast.report.phase import phase
 
 Value = TypeVar("Value")
 Key = TypeVar("Key")
@@ -45,6 +47,9 @@ class World:
     local_rank: int = 0
     control: Any = None
     timeout_s: float = 1800.0
+    # What needs no rank to wait for another: a store of torch, None for one process.
+    store: Any = None
+    calls: list[int] = field(default_factory=lambda: [0], compare=False)  # of the group, so far
 
     @property
     def is_first(self) -> bool:
@@ -117,11 +122,12 @@ class World:
         """Add up each tensor over ranks, in place; all of them have the same sum, bit for bit."""
         if self.size == 1:
             return
-        for tensor in tensors:
-            ours = tensor.cpu()
-            torch.distributed.all_reduce(ours, group=self.control)
-            if ours is not tensor:
-                tensor.copy_(ours)
+        with self._together():
+            for tensor in tensors:
+                ours = tensor.cpu()
+                torch.distributed.all_reduce(ours, group=self.control)
+                if ours is not tensor:
+                    tensor.copy_(ours)
 
     def sums(self, numbers: Mapping[Key, float]) -> dict[Key, float]:
         """Each name's numbers added up over ranks, in their order, where a rank has any."""
@@ -134,13 +140,14 @@ class World:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
-            torch.distributed.barrier(group=self.control)
+            with self._together():
+                torch.distributed.barrier(group=self.control)
 
     def for_a_thread(self) -> World:
         """The same with a control group of its own, for what runs beside the main thread."""
         if self.size == 1:
             return self
-        return replace(self, control=_control(self.timeout_s))
+        return replace(self, control=_control(self.timeout_s), calls=[0])
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -153,8 +160,15 @@ class World:
 
     def _exchange(self, data: bytes) -> list[bytes]:
         found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, data, group=self.control)
+        with self._together():
+            torch.distributed.all_gather_object(found, data, group=self.control)
         return found
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        self.calls[0] += 1
+        with phase("waiting for other ranks"):
+            yield
 
 
 ALONE = World()
@@ -184,10 +198,12 @@ def join(*, on_gpu: bool, timeout_s: float) -> World:
     rank, size, local_rank = map(int, numbers)
     if on_gpu:
         torch.cuda.set_device(local_rank)
+    store = fresh_store(rank, size, _patience(timeout_s))
     if not torch.distributed.is_initialized():  # whoever started us may have
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    _joined.append(World(rank, size, local_rank, _control(timeout_s), timeout_s))
+        where: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
+        torch.distributed.init_process_group(backend, **where, timeout=_patience(timeout_s))
+    _joined.append(World(rank, size, local_rank, _control(timeout_s), timeout_s, store))
     return _joined[0]
 
 
@@ -199,7 +215,12 @@ def part() -> None:
 
 
 def _control(timeout_s: float) -> Any:
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return torch.distributed.new_group(backend="gloo", timeout=_patience(timeout_s))
+
+
+def _patience(timeout_s: float) -> timedelta:
+    """How long torch waits: longer than `RankWatch`, which knows more of what is waited for."""
+    return timedelta(seconds=timeout_s + 60)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,12 @@ def failing_third_call(completion_ids: list[list[int]], **columns: Any) -> list[
     if _calls > 2 and Path("no_judge").exists():
         raise ValueError("the judge is gone")
     return [float(ids[0] % 2) for ids in completion_ids]
+
+
+def fails_on_rank_1(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """Fails in the second process of a run from the third step on, of 2 groups of 4 a step."""
+    global _calls
+    _calls += len(completion_ids)
+    if _calls > 20 and os.environ.get("RANK") == "1":
+        raise ValueError("the judge of rank 1 is gone")
+    return even_start(completion_ids)

@@ -17,7 +17,7 @@ from aepo_fast.cli.streams import (
     show_every_character,
 )
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.report.unexpected import describe
+from aepo_fast.report.unexpected import SAID, describe
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
@@ -28,7 +28,17 @@ Overrides = Annotated[
 ]
 
 
+_OVER_RANKS = ("train", "doctor")
 _folder: list[Path] = []  # of the run that a command works on, for the traceback of its errors
+
+
+@app.callback()
+def refuse_ranks(context: typer.Context) -> None:
+    """Refuse a command that several processes would do several times."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and context.invoked_subcommand not in (None, *_OVER_RANKS):
+        reason = f"says that several processes do this, and {context.invoked_subcommand} is for one"
+        raise ConfigError("WORLD_SIZE", size, reason, "Start it without torchrun")
 
 
 def run() -> None:
@@ -48,18 +58,20 @@ def run() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
     except ConfigError as error:
-        _fail(f"{error}", 2)
+        _fail(error, f"{error}", 2)
     except RuntimeError as error:
         from aepo_fast.rewards.reward import RewardError
         from aepo_fast.rollout.canary import StaleWeightsError
         from aepo_fast.rollout.engine import RolloutError
         from aepo_fast.training.checkpoint import CheckpointError
+        from aepo_fast.training.rank_watch import LostRankError
         from aepo_fast.training.trainer import TrainingError
 
         expected = (CheckpointError, RewardError, RolloutError, StaleWeightsError, TrainingError)
-        _fail(str(error) if isinstance(error, expected) else _unexpected(error), 1)
+        expected += (LostRankError,)
+        _fail(error, str(error) if isinstance(error, expected) else _unexpected(error), 1)
     except Exception as error:
-        _fail(_unexpected(error), 1)
+        _fail(error, _unexpected(error), 1)
 
 
 def _unexpected(error: Exception) -> str:
@@ -67,9 +79,10 @@ def _unexpected(error: Exception) -> str:
     return describe(error, command, _folder[0] if _folder else None)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    with suppress(OSError):  # nobody reads it
-        print(f"error: {message}", file=sys.stderr, flush=True)
+def _fail(error: Exception, message: str, code: int) -> NoReturn:
+    if SAID not in getattr(error, "__notes__", ()):
+        with suppress(OSError):  # nobody reads it
+            print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -91,8 +104,10 @@ def train(
     cfg = load_config(config, set_ or [])
     _folder[:] = [Path(cfg.output_dir)]
     from aepo_fast.training.run import train as train_run
+    from aepo_fast.world import part
 
     code = train_run(cfg, resume=resume, overwrite=overwrite, start_from=start_from)
+    part()
     raise SystemExit(code)
 
 
@@ -236,8 +251,13 @@ def configs(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
 def doctor() -> None:
     """Say what this machine offers: versions, devices, kernel backends, optional packages."""
     from aepo_fast.cli.doctor import report
+    from aepo_fast.cli.doctor_ranks import report_ranks
+    from aepo_fast.world import part
 
-    print(report())
+    world, ranks = report_ranks()
+    if world.is_first:
+        print(report(), *([ranks] if ranks else []), sep="\n\n")
+    part()
 
 
 @app.command(

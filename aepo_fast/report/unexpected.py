@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from aepo_fast.report.phase import phase
+
 TRACEBACK_NAME = "traceback.txt"
 _WHILE = "while "
+SAID = "rank 0 says it"  # a note at an error that all processes of a run have
 
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
     """Say of an error that it came while `what`, e.g. "loading the model"."""
     try:
-        yield
+        with phase(what):
+            yield
     except Exception as error:
         error.add_note(_WHILE + what)
         raise

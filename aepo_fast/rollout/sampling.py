@@ -9,6 +9,7 @@ from typing import Any
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config
+from aepo_fast.report.phase import phase, progress
 from aepo_fast.rewards.reward import Reward, soft_overlong_penalty
 from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.scored import sample_and_score
@@ -97,6 +98,7 @@ class Rollouts:
         """The plan of what is sampled ahead, until `sample` has returned it."""
         return None if self._ahead is None else self._ahead[0]
 
+    @phase("sampling")
     def sample(
         self, plan: RolloutPlan, on_tokens: Callable[[int], None], lap: Callable[[str], None]
     ) -> Rollout:
@@ -184,5 +186,6 @@ class Rollouts:
         on_tokens(tokens)
 
     def _going(self, tokens: int) -> None:
+        progress()
         if self._stop.is_set():
             raise _Stopped

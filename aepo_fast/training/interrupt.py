@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType, TracebackType
+
+from aepo_fast.report.phase import progress
 
 
 class Interrupted(Exception):
@@ -25,7 +28,8 @@ class Interrupted(Exception):
 class InterruptGuard:
     """Turns the first SIGINT, SIGTERM or SIGHUP into `Interrupted` at the next `check`.
 
-    The second SIGINT or SIGTERM ends the process as if there were no guard.
+    The second SIGINT or SIGTERM ends the process as if there were no guard. Outside the main thread
+    no signal arrives.
     """
 
     def __init__(self) -> None:
@@ -33,6 +37,8 @@ class InterruptGuard:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> InterruptGuard:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # Ignored by whoever started the run, e.g. nohup: the run goes on without its terminal.
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -58,7 +64,18 @@ class InterruptGuard:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self._restore(*self._previous.keys() - {signal.SIGHUP})
 
+    @property
+    def received(self) -> int | None:
+        """The number of the signal that has arrived."""
+        return self._received
+
+    def receive(self, number: int) -> None:
+        """Take a signal that another process of the run has got."""
+        if self._received is None:
+            self._received = number
+
     def check(self) -> None:
         """Raise Interrupted if a signal has arrived."""
+        progress()
         if self._received is not None:
             raise Interrupted(self._received)

@@ -14,6 +14,7 @@ from aepo_fast.config.sections import Config
 from aepo_fast.memory.check import Prediction, predict
 from aepo_fast.model.cpu_layers import fused_kinds
 from aepo_fast.report.logger import MetricsLogger
+from aepo_fast.report.phase import phase
 from aepo_fast.report.plot import plot_run
 from aepo_fast.report.rollout_log import RolloutLog
 from aepo_fast.report.unexpected import doing, first_line
@@ -25,6 +26,8 @@ from aepo_fast.training.checkpoint import CheckpointError, complete_checkpoints,
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
 from aepo_fast.training.malloc import keep_freed_memory
+from aepo_fast.training.rank_agreement import check_same_inputs, check_same_settings
+from aepo_fast.training.rank_watch import LostRankError, RankWatch
 from aepo_fast.training.step_metrics import StepResult
 from aepo_fast.training.trainer import Trainer, TrainingError
 from aepo_kernels import whole_sums
@@ -45,11 +48,15 @@ def train(
     # Beside the kernels, which switch cuBLAS's sums, the sampler's must not differ by chance.
     sums = whole_sums if cfg.rollout.steps_ahead else nullcontext()
     world = machine.world
+    output = Path(cfg.output_dir)
     with InterruptGuard() as guard, sums, world.quiet(), ExitStack() as stack:
-        world.on_first(lambda: stack.enter_context(hold_folder(Path(cfg.output_dir))))
+        watch = stack.enter_context(RankWatch(world, guard, output))
+        check_same_settings(given, machine)
+        world.on_first(lambda: stack.enter_context(hold_folder(output)))
         inputs = world.together(
             lambda: load_inputs(cfg, resume=resume, overwrite=overwrite, start_from=start_from)
         )
+        check_same_inputs(inputs, output, world)
         print(inputs.prompts.preview(), flush=True)
         if resume:
             print(f"goes on from {inputs.checkpoint or 'the start: there is no checkpoint'}")
@@ -71,20 +78,25 @@ def train(
                 lambda: prepare_folder(cfg, overwrite=overwrite, checkpoint=inputs.checkpoint)
             )
             logger = MetricsLogger(
-                Path(cfg.output_dir),
+                output,
                 tensorboard=cfg.logging.tensorboard and world.is_first,
                 total_steps=cfg.trainer.steps,
             )
-            return _Run(cfg, trainer, logger, prediction).run()
+            return _Run(cfg, trainer, logger, prediction, watch).run()
         finally:
             trainer.close()
 
 
 class _Run:
     def __init__(
-        self, cfg: Config, trainer: Trainer, logger: MetricsLogger, prediction: Prediction
+        self,
+        cfg: Config,
+        trainer: Trainer,
+        logger: MetricsLogger,
+        prediction: Prediction,
+        watch: RankWatch,
     ) -> None:
-        self.cfg, self.trainer, self.logger = cfg, trainer, logger
+        self.cfg, self.trainer, self.logger, self.watch = cfg, trainer, logger, watch
         self.prediction, self.world = prediction, trainer.policy.machine.world
         self.folder = Path(cfg.output_dir)
         self.rollouts = RolloutLog(self.folder, cfg.logging.rollouts_per_step)
@@ -96,13 +108,15 @@ class _Run:
         done, total = self.trainer.steps_done, self.cfg.trainer.steps
         self.world.on_first(lambda: self._forget_after(done))
         try:
-            if done == 0 and self._heldout():
-                self._log({"step": 0, **self._evaluate().metrics()})
-            while self.trainer.steps_done < total:
-                self._step()
+            with self.watch.one_end():
+                if done == 0 and self._heldout():
+                    self._log({"step": 0, **self._evaluate().metrics()})
+                while self.trainer.steps_done < total:
+                    self._step()
         except Interrupted as stop:
             path = self._save()
-            print(f"{stop}: saved {path}; go on with --resume", file=sys.stderr)
+            if self.world.is_first:
+                print(f"{stop}: saved {path}; go on with --resume", file=sys.stderr)
             return stop.exit_code
         except BrokenWeightsError as error:
             raise RolloutError(self._after_broken_weights(error)) from error
@@ -115,7 +129,7 @@ class _Run:
         except OSError as error:  # a full disk, mostly
             reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             raise TrainingError(self._after_saving(reason)) from error
-        except (CheckpointError, TrainingError):
+        except (CheckpointError, LostRankError, TrainingError):
             raise
         except Exception as error:
             error.add_note(self._after_unexpected())
@@ -214,6 +228,7 @@ class _Run:
         folder = self.folder / "checkpoints"
         return self.world.on_first(lambda: next(reversed(complete_checkpoints(folder)), None))
 
+    @phase("saving a checkpoint")
     def _save(self) -> Path:
         trainer, last = self.trainer, self._last_checkpoint()
         step = trainer.resume_state["steps_done"]

@@ -31,6 +31,7 @@ from aepo_fast.method.objective import (
 from aepo_fast.method.tokens import StepContext
 from aepo_fast.model.sharded import leave
 from aepo_fast.report.moving_mean import MovingMean
+from aepo_fast.report.phase import phase, progress
 from aepo_fast.rewards.reward import RewardError
 from aepo_fast.rollout.canary import Canary
 from aepo_fast.rollout.sampling import Rollouts
@@ -178,6 +179,7 @@ class Trainer:
             part.to_cpu()
         self.clock.lap("train")
 
+    @phase("weights to the sampler")
     def _sync_weights(self) -> float | None:
         """Hand the weights to the rollout engine; the canary's difference where there is one."""
         self.engine.sync_weights(self.model, self.updates)
@@ -195,10 +197,12 @@ class Trainer:
         if self.cfg.rollout.steps_ahead and step < self.cfg.trainer.steps:
             self.rollouts.start(self._plan(step))
 
+    @phase("waiting for samples drawn ahead")
     def _wait_for_samples_ahead(self) -> None:
         self.rollouts.wait()
         self.clock.lap("wait")
 
+    @phase("log-probs before the updates")
     def _old_logprobs(
         self, samples: Sequence[Sample], indices: Sequence[int], temperature: float
     ) -> tuple[TokenValues | None, TokenValues | None]:
@@ -233,6 +237,7 @@ class Trainer:
             )
         ]
 
+    @phase("an update")
     def _update(
         self,
         samples: Sequence[Sample],
@@ -250,7 +255,7 @@ class Trainer:
             objective,
             max_grad_norm=self.cfg.trainer.max_grad_norm,
             # Once the weights have moved, the step is finished before stopping.
-            check=self.check if first else lambda: None,
+            check=self.check if first else progress,
         )
         self._count(result)
         self.clock.lap("train")

@@ -127,3 +127,15 @@ def test_what_needs_no_model_loads_no_torch(command: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.endswith("[]\n"), done
+
+
+@pytest.mark.parametrize("command", ["eval", "export", "plan", "plot", "configs", "bench"])
+def test_several_processes_are_for_train_and_doctor(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(app, [command, "one", "two"][: 1 + (command != "configs")])
+    assert isinstance(done.exception, ConfigError)
+    assert f"WORLD_SIZE = '2': says that several processes do this, and {command} is for one" in (
+        str(done.exception)
+    )

@@ -1,0 +1,215 @@
+"""Keeps a run of several processes from waiting for one that cannot come.
+
+Nobody who waits in a collective operation of torch can be told of another's error, so each process
+has a thread that reads and writes a store, which needs nobody else. It shares signals, and it ends
+its process where another has failed alone or where nothing has gone on for too long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from aepo_fast.config.errors import ConfigError
+from aepo_fast.fresh_store import part_of
+from aepo_fast.report.phase import phase_of, progress_count
+from aepo_fast.report.unexpected import SAID, describe, first_line
+from aepo_fast.training.interrupt import InterruptGuard
+from aepo_fast.training.rank_agreement import in_words
+from aepo_fast.world import World
+
+_SECONDS = 0.5  # between two looks
+_OTHERS_COME_S = 5.0  # where all fail alike, they do so within this time
+_OTHERS_END_S = 10.0  # a process that waits in vain for one that has failed ends after it
+_GO_ON = "Go on from the last checkpoint with --resume"
+_SIGNAL, _FAILED, _STOPPED, _AT = "signal", "failed", "stopped", "at"
+
+
+class LostRankError(RuntimeError):
+    """Another process of the run has failed or is gone; this one cannot go on without it."""
+
+
+class RankWatch:
+    """Watches over one process of a run while it is open; does nothing for a run of one process."""
+
+    def __init__(self, world: World, guard: InterruptGuard, folder: Path) -> None:
+        self.world, self._guard, self._folder = world, guard, folder
+        if world.size > 1:  # one process may do several runs
+            self._store = part_of(world.store, f"run {world.calls[0]}")
+        self._thread = threading.get_ident()  # that which is watched
+        self._ended = threading.Event()
+        self._progress, self._since = progress_count(), time.monotonic()
+        self._failed_since: float | None = None
+        self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
+
+    def __enter__(self) -> RankWatch:
+        if self.world.size > 1:
+            self._watcher.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.world.size == 1:
+            return
+        try:
+            if isinstance(error, Exception) and not isinstance(error, LostRankError):
+                self._end_together(error)
+        finally:
+            self._ended.set()
+            self._watcher.join()
+
+    @contextmanager
+    def one_end(self) -> Iterator[None]:
+        """Raise an error as it is where all processes have failed at the same place.
+
+        They can still save together then. Raises LostRankError in place of an error that others
+        do not have.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.world.size > 1:
+                self._end_together(error)
+            raise
+
+    def _end_together(self, error: Exception) -> None:
+        """Return where all have failed at the same place, else raise LostRankError."""
+        if _is_of_connection(error):
+            raise LostRankError(self._loss(first_line(error).split(". This is")[0])) from error
+        if self._all_stopped(error):
+            if not self.world.is_first:
+                error.add_note(SAID)
+            return
+        words = f"rank {self.world.rank} failed alone: {self._words(error)}"
+        with _ignoring_lost_stores():
+            self._store.set(_FAILED, words)
+        if not isinstance(error, ConfigError):
+            raise LostRankError(f"{words} {_GO_ON}") from error
+
+    def _all_stopped(self, error: Exception) -> bool:
+        """Whether all processes come to their end after as many common operations."""
+        world = self.world
+        calls = str(world.calls[0])
+        names = [f"{_STOPPED}/{calls}/{rank}" for rank in range(world.size)]
+        try:
+            self._store.set(names[world.rank], type(error).__name__)
+            return _within(_OTHERS_COME_S, lambda: self._store.check(names))
+        except RuntimeError:  # of a store that is gone
+            return False
+
+    def _words(self, error: Exception) -> str:
+        if type(error).__module__.startswith("aepo_fast."):  # it says all
+            return str(error)
+        where = f"running aepo-fast: {phase_of(self._thread)}"
+        return describe(error, where, self._folder)
+
+    def _loss(self, reason: str) -> str:
+        """What is known of a lost process."""
+        store, found = self._store, ""
+        with _ignoring_lost_stores():
+            if _within(_OTHERS_COME_S + 2 * _SECONDS, lambda: store.check([_FAILED])):
+                found = store.get(_FAILED).decode()
+        if found:
+            return f"rank {self.world.rank} stops: {found} {_GO_ON}"
+        return (
+            f"rank {self.world.rank} has lost another rank, which was killed or whose machine is "
+            f"gone: {reason}. {_GO_ON}"
+        )
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_SECONDS):
+            now, count = time.monotonic(), progress_count()
+            if count != self._progress:
+                self._progress, self._since = count, now
+            with _ignoring_lost_stores():
+                self._tell()
+                self._share_signal()
+                self._end_after_failure(now)
+            if now - self._since > self.world.timeout_s:
+                self._end(self._who_is_where())
+
+    def _tell(self) -> None:
+        at = self._at(), time.monotonic() - self._since
+        self._store.set(f"{_AT}/{self.world.rank}", json.dumps(at))
+
+    def _at(self) -> str:
+        """The phase of the watched thread, and the line of code that it is at."""
+        frame = sys._current_frames().get(self._thread)
+        phase = phase_of(self._thread)
+        if frame is None:
+            return phase
+        code = frame.f_code
+        return f"{phase}, at {code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
+
+    def _share_signal(self) -> None:
+        store, own = self._store, self._guard.received
+        if own is not None:
+            store.set(_SIGNAL, str(own))
+        elif store.check([_SIGNAL]):
+            self._guard.receive(int(store.get(_SIGNAL)))
+
+    def _end_after_failure(self, now: float) -> None:
+        if self._failed_since is None and self._store.check([_FAILED]):
+            self._failed_since = now
+        # Not if it goes on: then it comes to an end of its own.
+        if self._failed_since is not None:
+            if now - max(self._since, self._failed_since) > _OTHERS_END_S:
+                words = self._store.get(_FAILED).decode()
+                self._end(f"rank {self.world.rank} stops: {words} {_GO_ON}")
+
+    def _who_is_where(self) -> str:
+        """What a run that hangs is doing, each rank."""
+        world, phases = self.world, dict[str, list[int]]()
+        for rank in range(world.size):
+            with _ignoring_lost_stores():
+                where, idle = json.loads(self._store.get(f"{_AT}/{rank}"))
+                where += "" if idle > world.timeout_s / 2 else ", and goes on"
+                phases.setdefault(where, []).append(rank)
+        parts = [f"{in_words(ranks)} {where}" for where, ranks in phases.items()]
+        return (
+            f"rank {world.rank}: nothing has gone on for trainer.timeout_s = {world.timeout_s:g} s "
+            f"while {phase_of(self._thread)}. Where each is: {'; '.join(parts)}. {_GO_ON}"
+        )
+
+    def _end(self, words: str) -> None:
+        """End this process, whose main thread can hear of nothing."""
+        print(f"error: {words}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _within(seconds: float, done: Callable[[], bool]) -> bool:
+    until = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@contextmanager
+def _ignoring_lost_stores() -> Iterator[None]:
+    """The store goes with the process that holds it; nobody learns more from it then."""
+    try:
+        yield
+    except RuntimeError:  # torch's errors of distribution are
+        pass
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    """Whether an error is of torch's words with other processes."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
