@@ -31,7 +31,8 @@ from aepo_fast.model.load import (
 from aepo_fast.model.lora import check_lora, check_same_adapter
 from aepo_fast.model.policy import Policy
 from aepo_fast.model.quantized import check_quantization, check_same_quantization
-from aepo_fast.model.sharded import on_cpu, shard
+from aepo_fast.model.sharded import device_mesh, on_cpu, shard
+from aepo_fast.model.tensor_parallel import check_tensor_parallel
 from aepo_fast.report.json_lines import is_step, lines_of
 from aepo_fast.report.logger import check_tensorboard
 from aepo_fast.report.unexpected import TRACEBACK_NAME, doing
@@ -257,6 +258,7 @@ def _check_offload(cfg: Config) -> None:
 
 def _check_lengths(cfg: Config, prompts: PromptSet, model_folder: Path | str) -> None:
     config = read_config(model_folder).get_text_config()
+    check_tensor_parallel(cfg.trainer.tensor_parallel, config)
     most = max(getattr(config, "max_position_embeddings", None) or 0, 0)  # XLNet has -1: no limit
     longest = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.heldout])
     new = cfg.rollout.max_new_tokens
@@ -337,6 +339,7 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
         with on_cpu(model, machine) if in_shards else nullcontext(machine) as checks:
             check_agreement(cfg, checks, model, some)
     if in_shards:  # now that everything is made of the model that is made of it
+        mesh = device_mesh(machine)
         for one in {id(one.model): one.model for one in (policy, reference) if one}.values():
-            shard(one, machine, offload=offload)
+            shard(one, machine, mesh, offload=offload)
     return Models(model, policy, reference, engine)

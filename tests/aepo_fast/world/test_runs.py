@@ -14,7 +14,7 @@ from aepo_fast.config.sections import Config, LoraConfig
 from tests.aepo_fast.world.ranks import run_ranks
 from tests.aepo_fast.world.runs import (
     Job,
-    lines_of,
+    assert_same,
     run_config,
     train_each,
     untied,
@@ -105,17 +105,3 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
     if name.startswith("2-2"):
         ours, theirs = weights_of(before), weights_of(after)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def assert_same(one: Config, other: Config, *, rel: float = 1e-6) -> None:
-    for ours, theirs in zip(lines_of(one), lines_of(other), strict=True):
-        for name in ("loss", "grad_norm", "entropy", "kl", "policy_kl"):
-            if name in ours:
-                close = pytest.approx(theirs[name], rel=rel, abs=rel / 10)
-                assert ours[name] == close, (name, ours["step"])
-        for name in ("reward", "completions/mean_length", "aepo/temperature", "skipped_updates"):
-            assert ours[name] == pytest.approx(theirs[name], rel=rel), (name, ours["step"])
-    ours, theirs = weights_of(one), weights_of(other)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=10 * rel, msg=name)
