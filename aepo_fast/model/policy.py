@@ -102,7 +102,7 @@ class Policy:
         self.device = machine.device
         embedding = model.get_input_embeddings()
         tied = isinstance(embedding, torch.nn.Embedding) and embedding.weight is self.weight
-        if tied and not machine.is_gpu:
+        if tied and not machine.is_gpu and not is_sharded(model):
             # The rows of the batch's tokens are added to the head's gradient, instead of V x H
             # numbers that are mostly zero.
             embedding.sparse = True  # type: ignore[union-attr]

@@ -28,6 +28,7 @@ from aepo_fast.model.load import (
     read_config,
     resolve,
 )
+from aepo_fast.model.load_parts import load_parts
 from aepo_fast.model.lora import check_lora, check_same_adapter
 from aepo_fast.model.policy import Policy
 from aepo_fast.model.quantized import check_quantization, check_same_quantization
@@ -318,9 +319,10 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     source, adapter, lora = inputs.model_folder, inputs.checkpoint, cfg.model.lora.rank > 0
     if inputs.checkpoint is not None and not lora:
         source, adapter = str(inputs.checkpoint), None
+    if machine.world.size > 1:
+        return _load_over_ranks(cfg, machine, inputs, source, adapter)
     offload = cfg.trainer.offload == "all"
-    in_shards = offload or machine.world.size > 1
-    where: Any = {"machine": machine, "stays_on_cpu": in_shards}
+    where: Any = {"machine": machine, "stays_on_cpu": offload}
     model = load_model(cfg.model, source, **where, adapter=adapter, seed=cfg.trainer.seed)
     offloads = cfg.model.activation_offloading
     policy = Policy(model, machine, cfg.trainer, activation_offloading=offloads)
@@ -336,10 +338,40 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model, adapter=adapter)
     if not engine.verify:  # a canary compares others
         some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
-        with on_cpu(model, machine) if in_shards else nullcontext(machine) as checks:
+        with on_cpu(model, machine) if offload else nullcontext(machine) as checks:
             check_agreement(cfg, checks, model, some)
-    if in_shards:  # now that everything is made of the model that is made of it
+    if offload:  # now that everything is made of the model that is made of it
         mesh = device_mesh(machine)
         for one in {id(one.model): one.model for one in (policy, reference) if one}.values():
-            shard(one, machine, mesh, offload=offload)
+            shard(one, machine, mesh, offload=True)
+    return Models(model, policy, reference, engine)
+
+
+def _load_over_ranks(
+    cfg: Config, machine: Machine, inputs: Inputs, source: str, adapter: Path | None
+) -> Models:
+    """The models of one of several processes, which never holds a whole one that it trains.
+
+    source, adapter: where the policy's weights are. hf samples from a whole model of each process.
+    """
+    whole = None
+    if cfg.rollout.backend == "hf":
+        seed = cfg.trainer.seed
+        options: dict[str, Any] = {"adapter": adapter, "seed": seed, "stays_on_cpu": True}
+        whole = load_model(cfg.model, source, machine, **options)
+        some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
+        with on_cpu(whole, machine) as checks:
+            check_agreement(cfg, checks, whole, some)
+    engine = load_engine(cfg, machine, source, inputs.tokenizer, model=whole, adapter=adapter)
+    mesh, offload = device_mesh(machine), cfg.trainer.offload == "all"
+    where: Any = {"machine": machine, "mesh": mesh, "offload": offload, "seed": cfg.trainer.seed}
+    model = load_parts(cfg.model, source, **where, adapter=adapter)
+    offloads = cfg.model.activation_offloading
+    policy = Policy(model, machine, cfg.trainer, activation_offloading=offloads)
+    reference = None
+    if cfg.loss.kl_coef > 0 and cfg.model.lora.rank:
+        reference = Policy(model, machine, cfg.trainer, adapter=False)
+    elif cfg.loss.kl_coef > 0:
+        frozen = load_parts(cfg.model, inputs.model_folder, **where, frozen=True)
+        reference = Policy(frozen, machine, cfg.trainer)
     return Models(model, policy, reference, engine)
