@@ -16,13 +16,13 @@ from aepo_fast.config.sections import Config
 from tests.aepo_fast.world.ranks import run_ranks
 from tests.aepo_fast.world.runs import (
     Job,
-    assert_same,
     run_config,
     train_each,
     untied,
     weights_of,
     with_output,
 )
+from tests.aepo_fast.world.test_runs import compare
 
 VOCAB = 301  # of two processes, one has a row more than the other
 SPLIT, REPLICAS = {"trainer": {"tensor_parallel": 2}}, {"trainer": {"replicas": 2}}
@@ -80,7 +80,7 @@ def runs(
 @pytest.mark.parametrize("name", [*RUNS, "4-4", "1-4", "4-1"])
 def test_four_processes_end_as_one(runs: dict[str, tuple[Config, Config]], name: str) -> None:
     one, four = runs[name]
-    assert_same(one, four)
+    compare(name, one, four)
     if name == "4-4":
         ours, theirs = weights_of(one), weights_of(four)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
