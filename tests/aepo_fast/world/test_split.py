@@ -23,6 +23,7 @@ from tests.aepo_fast.world.runs import (
     with_output,
 )
 from tests.aepo_fast.world.test_runs import compare
+from tests.tiny_run import with_trainer
 
 VOCAB = 301  # of two processes, one has a row more than the other
 SPLIT, REPLICAS = {"trainer": {"tensor_parallel": 2}}, {"trainer": {"replicas": 2}}
@@ -39,7 +40,6 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         SPLIT,
     ),
     "replicas of shards": ({"loss": LossConfig(policy="gspo")}, REPLICAS),
-    "replicas of parts": ({}, {"trainer": {"tensor_parallel": 2, "replicas": 2}}),
 }
 
 
@@ -67,12 +67,15 @@ def runs(
         found[name] = one, run_config(model, folder / f"{name} four", both | four_only)
     one, four = found["shards of parts"]
     found["4-4"] = four, with_output(four, folder / "4-4")
-    found["1-4"] = one, with_output(four, folder / "1-4")
+    # As two replicas, of two processes that split layers.
+    as_replicas = with_trainer(with_output(four, folder / "1-4"), replicas=2)
+    found["1-4"] = one, as_replicas
     found["4-1"] = four, with_output(one, folder / "4-1")
     train_each([Job(found[name][0]) for name in RUNS])
     jobs = [Job(found[name][1]) for name in RUNS]
     jobs += [Job(found[name][1], found[name][0]) for name in ("4-4", "1-4")]
-    run_ranks("tests.aepo_fast.world.runs:train_each", 4, folder / "ranks", jobs)
+    do = "tests.aepo_fast.world.runs:train_each"
+    run_ranks(do, 4, folder / "ranks", jobs, timeout_s=560)
     train_each([Job(found["4-1"][1], four)])
     return found
 
