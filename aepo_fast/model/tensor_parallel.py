@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ _HEADS = ("num_attention_heads", "num_key_value_heads")
 def check_tensor_parallel(size: int, config: PretrainedConfig) -> None:
     """Raise ConfigError where a model of some settings cannot be split among `size` processes."""
 
-    def refuse(reason: str, fix: str) -> None:
+    def refuse(reason: str, fix: str) -> NoReturn:
         raise ConfigError("trainer.tensor_parallel", size, reason, fix)
 
     if size == 1:

@@ -34,7 +34,8 @@ def test_it_is_read_as_the_same_model(
     assert max(written) <= largest and (len(written) > 1) == (largest < 10**9)
     assert sum(written) == sum(one.numel() * 4 for one in model.parameters())
 
-    again, loading = AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
+    again, loading = loaded
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     state = model.state_dict()
     assert all(torch.equal(one, state[name]) for name, one in again.state_dict().items())
