@@ -45,9 +45,9 @@ def load_parts(
 ) -> PreTrainedModel:
     """Load this process's part of a model onto its device; arguments as those of `load_model`.
 
-    mesh: that of `device_mesh`. frozen: nothing of it is trained. offload: as in `shard`. Where the
-    files name weights otherwise than the model does, as those of experts, it says so, and all of
-    them are first loaded into CPU memory.
+    mesh: that of `device_mesh`. frozen: nothing of it is trained. offload: as in `shard`; all
+    weights are first loaded into CPU memory. So they are where the files name weights otherwise
+    than the model does, as those of experts, and it says so.
 
     Raises ConfigError as `load_model` and `shard` do.
     """
@@ -64,6 +64,9 @@ def load_parts(
     names = _names_in_files(model, files)
     if names is None:
         print(f"the weights of {folder} have other names than the model's: each process loads all")
+    if offload:  # shards that are read would be put on the GPU
+        names = None
+    if names is None:
         options: dict[str, Any] = {"adapter": adapter, "seed": seed, "stays_on_cpu": True}
         model = load_model(cfg, folder, machine, **options)
     else:
@@ -72,7 +75,7 @@ def load_parts(
         model.requires_grad_(False)
     shard(model.train(not frozen), machine, mesh, offload=offload)
     if names is not None:
-        _read(model, names, files, torch.device("cpu") if offload else machine.device)
+        _read(model, names, files, machine.device)
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -34,6 +35,9 @@ def device_mesh(machine: Machine) -> Any:
     always there. Processes that split a layer are neighbours.
     """
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.distributed_c10d import (
+        _set_pg_timeout,  # pyright: ignore[reportPrivateUsage]
+    )
 
     _join_alone(machine)
     sizes = {
@@ -42,7 +46,10 @@ def device_mesh(machine: Machine) -> Any:
         "split": machine.tensor_parallel,
     }
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
-    return init_device_mesh(machine.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    mesh = init_device_mesh(machine.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    for name in sizes:  # torch gives groups of some of the ranks a timeout of its own
+        _set_pg_timeout(timedelta(seconds=machine.world.timeout_s), mesh.get_group(name))
+    return mesh
 
 
 def shard(model: PreTrainedModel, machine: Machine, mesh: Any, *, offload: bool) -> None:

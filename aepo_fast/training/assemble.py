@@ -352,7 +352,8 @@ def _load_over_ranks(
 ) -> Models:
     """The models of one of several processes, which never holds a whole one that it trains.
 
-    source, adapter: where the policy's weights are. hf samples from a whole model of each process.
+    source, adapter: where the policy's weights are. hf samples from a whole model of each process,
+    on which head and attention are checked first; vLLM's log-probs are compared by its canary.
     """
     whole = None
     if cfg.rollout.backend == "hf":
