@@ -149,6 +149,14 @@ class World:
             return self
         return replace(self, control=_control(self.timeout_s), calls=[0])
 
+    def every(self, step: int) -> World:
+        """Every `step`-th rank from this one on, and before it, as a world of their own."""
+        if step == 1:
+            return self
+        groups = [_control(self.timeout_s, range(one, self.size, step)) for one in range(step)]
+        own = groups[self.rank % step]
+        return replace(self, rank=self.rank // step, size=self.size // step, control=own)
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """While it is open, rank 0 alone prints to stdout."""
@@ -214,8 +222,9 @@ def part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _control(timeout_s: float) -> Any:
-    return torch.distributed.new_group(backend="gloo", timeout=_patience(timeout_s))
+def _control(timeout_s: float, ranks: Sequence[int] | None = None) -> Any:
+    given = None if ranks is None else list(ranks)
+    return torch.distributed.new_group(given, backend="gloo", timeout=_patience(timeout_s))
 
 
 def _patience(timeout_s: float) -> timedelta:

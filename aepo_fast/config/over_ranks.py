@@ -70,3 +70,30 @@ def check_over_ranks(cfg: Config) -> None:
     ):
         if refused:
             raise ConfigError(key, value, f"{reason}, and WORLD_SIZE says there are several", fix)
+
+
+def check_parts(cfg: Config, size: int, head_backend: str) -> None:
+    """Raise ConfigError where `size` processes cannot be parted as a configuration says.
+
+    head_backend: the one that runs.
+    """
+    split, replicas = cfg.trainer.tensor_parallel, cfg.trainer.replicas
+    for key, value, each in (
+        ("trainer.tensor_parallel", split, split),
+        ("trainer.replicas", replicas, split * replicas),
+    ):
+        if value > 1 and size % each:
+            reason = f"{size} processes are no multiple of {each}"
+            if each > value:
+                reason += f", with trainer.tensor_parallel = {split}"
+            raise ConfigError(key, value, reason, "Start as many with torchrun, or set it to 1")
+    if split == 1:
+        return
+    for key, value, refused, fix in (
+        ("model.lora.rank", cfg.model.lora.rank, cfg.model.lora.rank > 0, "Set it to 0"),
+        ("trainer.offload", cfg.trainer.offload, cfg.trainer.offload != "none", 'Use "none"'),
+        ("model.head_backend", head_backend, head_backend != "chunked", 'Use "chunked"'),
+    ):
+        if refused:
+            reason = f"does not go together with trainer.tensor_parallel = {split}"
+            raise ConfigError(key, value, reason, f"{fix}, or trainer.tensor_parallel to 1")

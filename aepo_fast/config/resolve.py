@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.over_ranks import check_over_ranks
+from aepo_fast.config.over_ranks import check_over_ranks, check_parts
 from aepo_fast.config.sections import Config
 from aepo_fast.world import ALONE, World, is_started_with_others, join
 from aepo_kernels import multiplies_bfloat16, resolve_backend
@@ -24,6 +24,8 @@ class Machine:
 
     weights_dtype: of the trained weights. compute_dtype: of the GEMMs. rollout_dtype: of the
     weights that sample. head_backend: of the head's kernels. world: the processes of the run.
+    tensor_parallel: neighbours among them that split each layer. data: one of each such group; they
+    share the micro-batches. replicas: how often all weights are there.
     """
 
     device: torch.device
@@ -32,6 +34,9 @@ class Machine:
     rollout_dtype: torch.dtype
     head_backend: str
     world: World = ALONE
+    data: World = ALONE
+    tensor_parallel: int = 1
+    replicas: int = 1
 
     @property
     def is_gpu(self) -> bool:
@@ -94,7 +99,16 @@ def resolve_machine(cfg: Config, *, trains: bool = True) -> Machine:
     backend = _head_backend(cfg.model.head_backend, device, machine.compute_dtype)
     if machine.is_gpu and world.size > 1:
         device = torch.device("cuda", world.local_rank)
-    return dataclasses.replace(machine, device=device, head_backend=backend, world=world)
+    check_parts(cfg, world.size, backend)
+    return dataclasses.replace(
+        machine,
+        device=device,
+        head_backend=backend,
+        world=world,
+        data=world.every(cfg.trainer.tensor_parallel),
+        tensor_parallel=cfg.trainer.tensor_parallel,
+        replicas=cfg.trainer.replicas,
+    )
 
 
 def machine_on(device: torch.device, cfg: Config) -> Machine:

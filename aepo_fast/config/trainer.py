@@ -53,6 +53,12 @@ class TrainerConfig:
     max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
     seed: int = 0  # seed of sampling and of the order of prompts and minibatches
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is the GPU where torch sees one
+    # Of several processes: so many neighbours split each layer and the vocabulary among them, and
+    # have the same micro-batches. For models of which one layer, or one sample, is too much.
+    tensor_parallel: int = 1
+    # Of several processes: how often all weights are there, each time in shards of some of them.
+    # With one replica a machine, whole weights are gathered inside of machines alone.
+    replicas: int = 1
     # Of several processes, how long one waits for the others before it gives up, seconds.
     timeout_s: float = 1800.0
     # A run is refused that `aepo-fast plan` says cannot fit the memory; false: it is tried.
@@ -60,7 +66,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         names = "steps prompts_per_step group_size minibatches epochs tokens_per_microbatch lr"
-        names += " max_grad_norm max_skipped_steps eps timeout_s"
+        names += " max_grad_norm max_skipped_steps eps timeout_s tensor_parallel replicas"
         require_positive("trainer", self, *names.split())
         require_not_negative("trainer", self, "warmup_steps", "weight_decay")
         for name in ("beta1", "beta2"):

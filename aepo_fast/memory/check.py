@@ -28,7 +28,7 @@ _SMALL = 0.04
 class Prediction:
     """Bytes at a run's peak, and the plan that says so; None where no plan was needed.
 
-    peak: None where the model cannot be traced.
+    peak: None where the model cannot be traced, and for one of several processes.
     """
 
     peak: int | None
@@ -45,6 +45,9 @@ def predict(
 
     Raises ConfigError where the plan needs more than `MARGIN` above what there is.
     """
+    if machine.world.size > 1:  # it would count all weights for each, and no run may be refused so
+        print("memory is not predicted: several processes have a part of the weights each")
+        return Prediction(None, None)
     config = read_config(folder, trust_code=cfg.model.trust_remote_code)
     import_packages(cfg)
     device = this_device(is_gpu=machine.is_gpu)

@@ -21,7 +21,7 @@ from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.model.activations import checkpoint_layers
 from aepo_fast.model.attention import register
-from aepo_fast.model.cpu_layers import fuse_layers
+from aepo_fast.model.cpu_layers import fuse_layers, with_numbers
 from aepo_fast.model.load import choose_attention, without_dropout
 from aepo_fast.model.lora import add_adapter
 from aepo_fast.model.policy import Policy
@@ -102,7 +102,7 @@ def fake_policy(
     with mode:
         _make_fake(model)
     if machine.runs_cpp:
-        fuse_layers(model, _with_numbers)
+        fuse_layers(model, with_numbers)
     with mode:
         checkpoint_layers(model, cfg.model.gradient_checkpointing)
         model.train()
@@ -151,32 +151,6 @@ def _model(cfg: Config, machine: Machine, config: PretrainedConfig) -> PreTraine
         fix = "Check config.json, and model.attention"
         raise ConfigError("model.path", cfg.model.path, reason, fix) from error
     return model
-
-
-def _with_numbers(module: nn.Module) -> nn.Module:
-    """A small module of the same class and settings, with numbers, to try what it computes."""
-    small = copy.copy(module)
-    small._modules = {name: _small(child) for name, child in module._modules.items()}
-    small._parameters = {
-        name: None if one is None else _numbers_like(one)
-        for name, one in module._parameters.items()
-    }
-    return small
-
-
-def _small(child: nn.Module | None) -> nn.Module | None:
-    if not isinstance(child, nn.Linear):
-        return child
-    up = child.out_features > child.in_features
-    sizes = (8, 16) if up else (16, 8)
-    return nn.Linear(*sizes, bias=child.bias is not None, dtype=child.weight.dtype)
-
-
-def _numbers_like(parameter: Tensor) -> nn.Parameter:
-    if parameter.ndim > 1:  # not of a module that is tried whole
-        return nn.Parameter(torch.zeros(1, dtype=parameter.dtype))
-    numbers = torch.linspace(0.5, 1.5, parameter.numel()).to(parameter.dtype)
-    return nn.Parameter(numbers)
 
 
 def _register_stand_in() -> None:

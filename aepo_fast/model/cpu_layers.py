@@ -6,6 +6,7 @@ module is tried on a few numbers first, and stays as it is where the results dif
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from types import FunctionType
@@ -40,6 +41,32 @@ def fuse_layers(
             members = {**own, "__module__": plain.__module__}
             classes[plain] = type(plain.__name__, (plain,), members)
         module.__class__ = classes[plain]
+
+
+def with_numbers(module: nn.Module) -> nn.Module:
+    """A small module of the same class and settings, with numbers, to try what it computes."""
+    small = copy.copy(module)
+    small._modules = {name: _small(child) for name, child in module._modules.items()}
+    small._parameters = {
+        name: None if one is None else _numbers_like(one)
+        for name, one in module._parameters.items()
+    }
+    return small
+
+
+def _small(child: nn.Module | None) -> nn.Module | None:
+    if not isinstance(child, nn.Linear):
+        return child
+    up = child.out_features > child.in_features
+    sizes = (8, 16) if up else (16, 8)
+    return nn.Linear(*sizes, bias=child.bias is not None, dtype=child.weight.dtype)
+
+
+def _numbers_like(parameter: Tensor) -> nn.Parameter:
+    if parameter.ndim > 1:  # not of a module that is tried whole
+        return nn.Parameter(torch.zeros(1, dtype=parameter.dtype))
+    numbers = torch.linspace(0.5, 1.5, parameter.numel()).to(parameter.dtype)
+    return nn.Parameter(numbers)
 
 
 def fused_kinds(model: PreTrainedModel) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.model.batch import make_microbatches
 from aepo_fast.model.policy import Policy
+from aepo_fast.model.sharded import inside_forward, is_sharded
 from aepo_fast.samples import Completion, Sample
 
 # Relative change of a sample's hidden states where only the other sample of its row changes, of the
@@ -29,7 +30,8 @@ def check_isolation(policy: Policy, requested: str) -> None:
     """
     if policy.layout == "padded":
         return
-    one, other = (_second_states(policy, start) for start in (0, _FIRST + 1))
+    with policy.same_weights():
+        one, other = (_second_states(policy, start) for start in (0, _FIRST + 1))
     change = ((one - other).norm(dim=1) / one.norm(dim=1)).median().item()
     if not change < _LIMIT[policy.machine.compute_dtype]:
         reason = (
@@ -49,4 +51,9 @@ def _second_states(policy: Policy, start: int) -> torch.Tensor:
         for ids in completions
     ]
     (batch,) = make_microbatches(samples, (0, 1), layout=policy.layout, max_tokens=2 * _PROMPT + 32)
-    return policy.hidden(batch)[batch.sample_of_token == 1].float()
+
+    def run() -> torch.Tensor:
+        return policy.hidden(batch)
+
+    hidden = inside_forward(policy.model, run) if is_sharded(policy.model) else run()
+    return hidden[batch.sample_of_token == 1].float()

@@ -26,6 +26,7 @@ from aepo_fast.model.load import recurrent_layers, takes_positions
 from aepo_fast.model.lora import without_adapter
 from aepo_fast.model.rank_batches import microbatches_of_rank
 from aepo_fast.model.sharded import inside_forward, is_sharded, reshard
+from aepo_fast.model.tensor_parallel import is_split, part_of_head
 from aepo_fast.samples import Sample, TokenValues, token_index, token_offsets
 from aepo_kernels import (
     LogprobOutput,
@@ -106,7 +107,7 @@ class Policy:
         self.device = machine.device
         embedding = model.get_input_embeddings()
         tied = isinstance(embedding, torch.nn.Embedding) and embedding.weight is self.weight
-        if tied and not machine.is_gpu:
+        if tied and not machine.is_gpu and not is_sharded(model):
             # The rows of the batch's tokens are added to the head's gradient, instead of V x H
             # numbers that are mostly zero.
             embedding.sparse = True  # type: ignore[union-attr]
@@ -135,8 +136,8 @@ class Policy:
             "max_tokens": self.max_tokens,
             "batch_tokens": self.batch_tokens,
         }
-        if self.machine.world.size > 1:
-            return microbatches_of_rank(self.machine.world, samples, indices, **options)
+        if self.machine.data.size > 1:
+            return microbatches_of_rank(self.machine.data, samples, indices, **options)
         return make_microbatches(samples, indices, **options)
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
@@ -228,6 +229,8 @@ class Policy:
         if is_sharded(self.model):  # whole only now, in tensors of its own
             with self._adapted():
                 weight, head = head_arguments(self.model)
+        if is_split(weight):
+            weight, head = part_of_head(weight, head)
         settings = {
             **head,
             "ignore_index": None,  # a micro-batch selects its completion tokens itself
@@ -261,5 +264,5 @@ class Policy:
                 columns[1][index] = output.entropy.cpu()
                 if output.second_logprob is not None:
                     columns[2][index] = output.second_logprob.cpu()
-        self.machine.world.add(*columns)
+        self.machine.data.add(*columns)
         return TokenValues(columns[0], columns[1], columns[2] if second_temperature else None)

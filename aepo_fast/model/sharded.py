@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
+from aepo_fast.model.tensor_parallel import split_layers
 
 Result = TypeVar("Result")
 _RUN = "run_inside_forward"
@@ -26,18 +28,42 @@ _NEEDS_GPU = ("flash_attention_2", "varlen")
 _made: list[Any] = []  # the process group, where `shard` has made it
 
 
-def shard(model: PreTrainedModel, machine: Machine, *, offload: bool) -> None:
+def device_mesh(machine: Machine) -> Any:
+    """The processes of a run: replicas of shards of the parts of a layer.
+
+    Its dimensions are "replicate", "shard" and "split", but for those of one process; "shard" is
+    always there. Processes that split a layer are neighbours.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.distributed_c10d import (
+        _set_pg_timeout,  # pyright: ignore[reportPrivateUsage]
+    )
+
+    _join_alone(machine)
+    sizes = {
+        "replicate": machine.replicas,
+        "shard": machine.data.size // machine.replicas,
+        "split": machine.tensor_parallel,
+    }
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    mesh = init_device_mesh(machine.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    for name in sizes:  # torch gives groups of some of the ranks a timeout of its own
+        _set_pg_timeout(timedelta(seconds=machine.world.timeout_s), mesh.get_group(name))
+    return mesh
+
+
+def shard(model: PreTrainedModel, machine: Machine, mesh: Any, *, offload: bool) -> None:
     """Put a model's weights into shards, one group a layer and one for all else.
 
     The last group holds embedding, last norm and head, which may be one tensor. Adapters are there
     already: those that came later would get wrong gradients. Weights become whole in the machine's
     compute_dtype, those of norms and embeddings, too; gradients are added up in float32.
 
+    mesh: that of `device_mesh`. Where it says so, layers are split first, see `split_layers`.
     offload: the shards lie in CPU memory, pinned beside a GPU, and with them gradients and the
     optimizer's state, whose step the processor takes. Raises ConfigError for a model without
     layers to be told apart.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
         FSDPModule,
@@ -53,11 +79,13 @@ def shard(model: PreTrainedModel, machine: Machine, *, offload: bool) -> None:
         if machine.world.size > 1:
             raise ConfigError("WORLD_SIZE", machine.world.size, reason, "Start one process")
         raise ConfigError("trainer.offload", "all", reason, 'Use "optimizer"')
-    _join_alone(machine)
     embedding: Any = model.get_input_embeddings()
     embedding.sparse = False  # sparse gradients cannot be put together
+    if machine.tensor_parallel > 1:
+        split_layers(model, mesh["split"])
+    names = tuple(name for name in mesh.mesh_dim_names if name != "split")
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(machine.device.type, (machine.world.size,)),
+        "mesh": mesh[names],
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=machine.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),

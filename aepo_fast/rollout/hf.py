@@ -52,7 +52,8 @@ class HfRollout:
 
     model: the trainer's model. machine: where it samples, in rollout_dtype; with the model's own
     dtype the weights are the trainer's, on a CPU beside a copy of linear layers' that lies as its
-    GEMMs read it. Each of several processes has a whole copy. eos_ids: ids that end a
+    GEMMs read it. Each of several processes trains a part and has a whole model for this alone,
+    which becomes the engine's. eos_ids: ids that end a
     completion. batch_rows: rows decoded together. pack: whether that copy is made.
     """
 
@@ -70,7 +71,7 @@ class HfRollout:
         dtype = machine.rollout_dtype
         self.shared = model.dtype == dtype and machine.world.size == 1
         packs = pack and not machine.is_gpu and can_pack(dtype)
-        if self.shared and not packs:
+        if machine.world.size > 1 or (self.shared and not packs):
             self.model = model
         else:  # modules of its own, which packing changes
             # 4-bit weights never change.

@@ -30,10 +30,12 @@ from aepo_fast.model.load import (
     read_config,
     resolve,
 )
+from aepo_fast.model.load_parts import load_parts
 from aepo_fast.model.lora import check_lora, check_same_adapter
 from aepo_fast.model.policy import Policy
 from aepo_fast.model.quantized import check_quantization, check_same_quantization
-from aepo_fast.model.sharded import on_cpu, shard
+from aepo_fast.model.sharded import device_mesh, on_cpu, shard
+from aepo_fast.model.tensor_parallel import check_tensor_parallel
 from aepo_fast.report.json_lines import is_step, lines_of
 from aepo_fast.report.logger import check_tensorboard
 from aepo_fast.report.unexpected import TRACEBACK_NAME, doing
@@ -149,6 +151,8 @@ def load_inputs(
         )
     everyone = [*inputs.prompts.train, *inputs.prompts.heldout]
     check_lengths(cfg, everyone, inputs.model_folder)
+    config = read_config(inputs.model_folder, trust_code=cfg.model.trust_remote_code)
+    check_tensor_parallel(cfg.trainer.tensor_parallel, config.get_text_config())
     return dataclasses.replace(inputs, checkpoint=checkpoint, state=state)
 
 
@@ -325,11 +329,12 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     source, adapter, lora = inputs.model_folder, inputs.checkpoint, cfg.model.lora.rank > 0
     if inputs.checkpoint is not None and not lora:
         source, adapter = str(inputs.checkpoint), None
+    if machine.world.size > 1:
+        return _load_over_ranks(cfg, machine, inputs, source, adapter)
     offload = cfg.trainer.offload == "all"
-    in_shards = offload or machine.world.size > 1
-    where: Any = {"machine": machine, "stays_on_cpu": in_shards}
+    where: Any = {"machine": machine, "stays_on_cpu": offload}
     model = load_model(cfg.model, source, **where, adapter=adapter, seed=cfg.trainer.seed)
-    with on_cpu(model, machine) if in_shards else nullcontext(machine) as checks:
+    with on_cpu(model, machine) if offload else nullcontext(machine) as checks:
         check_isolation(Policy(model, checks, cfg.trainer), cfg.trainer.layout)
     offloads = cfg.model.activation_offloading
     policy = Policy(
@@ -351,9 +356,42 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model, adapter=adapter)
     if not engine.verify:  # a canary compares others
         some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
-        with on_cpu(model, machine) if in_shards else nullcontext(machine) as checks:
+        with on_cpu(model, machine) if offload else nullcontext(machine) as checks:
             check_agreement(cfg, checks, model, some)
-    if in_shards:  # now that everything is made of the model that is made of it
+    if offload:  # now that everything is made of the model that is made of it
+        mesh = device_mesh(machine)
         for one in {id(one.model): one.model for one in (policy, reference) if one}.values():
-            shard(one, machine, offload=offload)
+            shard(one, machine, mesh, offload=True)
+    return Models(model, policy, reference, engine)
+
+
+def _load_over_ranks(
+    cfg: Config, machine: Machine, inputs: Inputs, source: str, adapter: Path | None
+) -> Models:
+    """The models of one of several processes, which never holds a whole one that it trains.
+
+    source, adapter: where the policy's weights are. hf samples from a whole model of each process,
+    on which head and attention are checked first; vLLM's log-probs are compared by its canary.
+    """
+    whole = None
+    if cfg.rollout.backend == "hf":
+        seed = cfg.trainer.seed
+        options: dict[str, Any] = {"adapter": adapter, "seed": seed, "stays_on_cpu": True}
+        whole = load_model(cfg.model, source, machine, **options)
+        some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
+        with on_cpu(whole, machine) as checks:
+            check_agreement(cfg, checks, whole, some)
+    engine = load_engine(cfg, machine, source, inputs.tokenizer, model=whole, adapter=adapter)
+    mesh, offload = device_mesh(machine), cfg.trainer.offload == "all"
+    where: Any = {"machine": machine, "mesh": mesh, "offload": offload, "seed": cfg.trainer.seed}
+    model = load_parts(cfg.model, source, **where, adapter=adapter)
+    offloads = cfg.model.activation_offloading
+    policy = Policy(model, machine, cfg.trainer, activation_offloading=offloads)
+    check_isolation(policy, cfg.trainer.layout)
+    reference = None
+    if cfg.loss.kl_coef > 0 and cfg.model.lora.rank:
+        reference = Policy(model, machine, cfg.trainer, adapter=False)
+    elif cfg.loss.kl_coef > 0:
+        frozen = load_parts(cfg.model, inputs.model_folder, **where, frozen=True)
+        reference = Policy(frozen, machine, cfg.trainer)
     return Models(model, policy, reference, engine)

@@ -27,6 +27,7 @@ from aepo_fast.model.folder import same_model
 from aepo_fast.model.lora import adapter_state, has_adapter, save_adapter
 from aepo_fast.model.sharded import is_sharded, whole
 from aepo_fast.training.optimizer_state import save_optimizer
+from aepo_fast.training.write_weights import write_weights, writes_by_files
 from aepo_fast.world import ALONE, World
 
 _COMPLETE = re.compile(r"step_(\d+)")
@@ -104,8 +105,13 @@ def save_checkpoint(
             shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
 
+    by_files = writes_by_files(model, world)
+
     def finish() -> None:
-        save_model(model, tokenizer, partial, weights)
+        if by_files:
+            _save_tokenizer(tokenizer, partial)
+        else:
+            save_model(model, tokenizer, partial, weights)
         torch.save(state, partial / STATE_NAME)
         _flush(partial)
         if final.exists():  # a run that starts anew in an old folder
@@ -115,7 +121,9 @@ def save_checkpoint(
 
     try:
         world.on_first(begin)
-        weights = whole_for_saving(model, world)
+        if by_files:
+            write_weights(model, partial, world)
+        weights = None if by_files else whole_for_saving(model, world)
         save_optimizer(optimizer, partial, world)
         world.on_first(finish)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -167,6 +175,10 @@ def save_model(
     else:
         kept: dict[str, Any] = {} if weights is None else {"state_dict": weights}
         model.save_pretrained(folder, **kept)
+    _save_tokenizer(tokenizer, folder)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     _make_portable(folder)
 

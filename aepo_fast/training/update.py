@@ -92,7 +92,7 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         raise
     # Of all processes; gradients have been added up on their way.
-    world = policy.machine.world
+    world = policy.machine.data
     world.add(logprob, entropy)
     counts = {"loss": total.item(), "model": model_tokens, "active": active_tokens}
     counts, metrics = world.sums(counts), world.sums({n: float(x) for n, x in sums.items()})

@@ -23,8 +23,9 @@ _NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 # Plain tensors whose memory is known to be there.
 _PLAIN = (Tensor, torch.nn.Parameter)
 _WRAPPER = (
-    "wraps other tensors; pass full_tensor(), or to_local() with shard=, or call this inside the "
-    "module's forward, where FSDP has gathered the weight"
+    "wraps other tensors; pass full_tensor(), or to_local() with "
+    "shard=VocabShard.from_dtensor(weight), or call this inside the module's forward, where FSDP "
+    "has gathered the weight"
 )
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

@@ -122,7 +122,7 @@ def test_a_lack_is_refused_too(name: str) -> None:
 
 def test_the_refusal_of_a_wrapper_says_what_to_pass() -> None:
     with pytest.raises(
-        ValueError, match=r"full_tensor\(\), or to_local\(\) with shard=, .*forward"
+        ValueError, match=r"full_tensor\(\), or to_local\(\) with shard=Vocab.*, .*forward"
     ):
         linear_logprob(**given() | {"weight": Flattened(torch.zeros(VOCAB, SIZE))})
 

@@ -17,7 +17,7 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config, LoraConfig
 from aepo_fast.config.toml import load_config
 from aepo_fast.model.load import load_model
-from aepo_fast.model.sharded import leave, shard, whole_weights
+from aepo_fast.model.sharded import device_mesh, leave, shard, whole_weights
 from aepo_fast.training import assemble
 from aepo_fast.training import update as update_module
 from aepo_fast.training.run import train
@@ -101,7 +101,7 @@ def test_whole_weights_are_what_the_shards_hold(tiny_model_dir: Path) -> None:
     cfg = tiny_config(tiny_model_dir, tiny_model_dir)
     model = load_model(cfg.model, tiny_model_dir, a_machine(), stays_on_cpu=True)
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
-    shard(model, a_machine(), offload=True)
+    shard(model, a_machine(), device_mesh(a_machine()), offload=True)
     try:
         for _ in range(2):  # an engine finds them where they were
             found = dict(whole_weights(model))

@@ -23,7 +23,8 @@ from torch.distributed.tensor import (
     init_device_mesh,
 )
 
-from aepo_kernels import VocabShard, linear_logprob, linear_token_loss
+from aepo_kernels import VocabShard, cpu, linear_logprob, linear_token_loss
+from aepo_kernels.cpu import layers
 from aepo_kernels.integrations import backbone_of, head_arguments
 from tests.kernels.gemm_units import counted
 from tests.kernels.head.test_lora import factors
@@ -192,6 +193,21 @@ def refused_tensors(mesh: DeviceMesh) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             VocabShard.from_dtensor(tensor)
+    # Their kernels would read from addresses that are none.
+    parts, targets = distribute_tensor(weight, mesh, [Shard(0)]), torch.tensor([1, 2, 3])
+    way_out = r"weight = DTensor \(10, 4\): .*full_tensor\(\), .*VocabShard.from_dtensor\(weight\)"
+    with pytest.raises(ValueError, match=way_out):
+        linear_logprob(torch.randn(3, 4), parts, targets)
+    with pytest.raises(ValueError, match=way_out):
+        linear_token_loss(torch.randn(3, 4), parts, targets, lambda logprob, *_: -logprob.sum())
+    if cpu.unavailable_reason() is None:
+        with pytest.raises(TypeError, match=r"got a DTensor, which .*full_tensor\(\)"):
+            layers.rms_norm(torch.randn(3, 4), parts[0], 1e-6)
+        same = [
+            distribute_tensor(one, mesh, [Replicate()]) for one in (weight.T, *torch.rand(2, 4))
+        ]
+        with pytest.raises((RuntimeError, NotImplementedError), match="cpu_sample_rows"):
+            cpu.draw_tokens(*same)
 
 
 class Body(torch.nn.Linear):
