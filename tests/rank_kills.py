@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def kill_ranks(folder: Path, *, kills: int, ranks: int, seed: int) -> list[tuple
         if len(done) == kills:
             moment = float("inf")
         elif in_training:
-            _seconds(lambda: agent.poll() is not None or _logs(killed) != logged)
+            _seconds(partial(_begins, agent, killed, logged))
             since = time.monotonic()
         while agent.poll() is None and time.monotonic() - since < moment:
             time.sleep(0.02)
@@ -130,6 +131,11 @@ def _seconds(done: Callable[[], bool]) -> float:
     while not done():
         time.sleep(0.02)
     return time.monotonic() - begun
+
+
+def _begins(agent: subprocess.Popen[bytes], cfg: Config, logged: float) -> bool:
+    """Whether a run has logged anything since, or has ended."""
+    return agent.poll() is not None or _logs(cfg) != logged
 
 
 def _logs(cfg: Config) -> float:
