@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +82,22 @@ def kill_ranks(folder: Path, *, kills: int, ranks: int, seed: int) -> list[tuple
     cfg = with_trainer(tiny_config(model, folder / "straight"), steps=STEPS, timeout_s=120.0)
     straight = replace(cfg, checkpoint=CheckpointConfig(every=1, keep=3))
     killed = replace(straight, output_dir=str(folder / "killed"))
-    begun, mark = time.monotonic(), uuid.uuid4().hex
-    assert start(straight, ranks, folder / "straight.log", mark).wait() == 0
-    whole = time.monotonic() - begun
+    mark = uuid.uuid4().hex
+    agent = start(straight, ranks, folder / "straight.log", mark)
+    whole = _seconds(lambda: agent.poll() is not None or _logs(straight) > 0)
+    trains = _seconds(lambda: agent.poll() is not None)
+    assert agent.returncode == 0
     chance, done = random.Random(seed), list[tuple[int, float]]()
     agent = start(killed, ranks, folder / "killed.log", mark)
     while True:
-        before, since = ranks_of(agent.pid), time.monotonic()
-        moment = chance.uniform(0, 1.2 * whole) if len(done) < kills else float("inf")
+        before, since, logged = ranks_of(agent.pid), time.monotonic(), _logs(killed)
+        in_training = chance.random() < 0.75  # the others while ranks start
+        moment = chance.uniform(0, trains if in_training else whole)
+        if len(done) == kills:
+            moment = float("inf")
+        elif in_training:
+            _seconds(partial(_begins, agent, killed, logged))
+            since = time.monotonic()
         while agent.poll() is None and time.monotonic() - since < moment:
             time.sleep(0.02)
         if agent.poll() is not None:
@@ -104,15 +114,34 @@ def kill_ranks(folder: Path, *, kills: int, ranks: int, seed: int) -> list[tuple
         rank = chance.randrange(ranks)
         os.kill(living[rank], signal.SIGKILL)
         done.append((rank, moment))
-        print(
-            f"kill {len(done)}: rank {rank} after {moment:.1f} s, {_last_step(killed)}", flush=True
-        )
+        what = "of steps" if in_training else "of its start"
+        where = f"rank {rank} after {moment:.1f} s {what}, {_last_step(killed)}"
+        print(f"kill {len(done)}: {where}", flush=True)
         while agent.poll() is None and set(ranks_of(agent.pid)) & {*before, *living}:
             time.sleep(0.05)  # until torchrun has ended the others, too
     _check_same_end(straight, killed)
     time.sleep(2)
     assert not marked(mark), marked(mark)
     return done
+
+
+def _seconds(done: Callable[[], bool]) -> float:
+    """How long it takes until `done`."""
+    begun = time.monotonic()
+    while not done():
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def _begins(agent: subprocess.Popen[bytes], cfg: Config, logged: float) -> bool:
+    """Whether a run has logged anything since, or has ended."""
+    return agent.poll() is not None or _logs(cfg) != logged
+
+
+def _logs(cfg: Config) -> float:
+    """When a run last wrote its log, 0 where it has none."""
+    path = Path(cfg.output_dir) / "metrics.jsonl"
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def forget_after(cfg: Config, step: int) -> None:
