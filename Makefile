@@ -36,7 +36,8 @@ test: $(STAMP)
 test-vllm: $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/aepo_fast/rollout/test_rollout_vllm.py \
 		tests/aepo_fast/rollout/test_rollout_vllm_shared.py \
-		tests/aepo_fast/rollout/test_rollout_vllm_lora.py $(ARGS)
+		tests/aepo_fast/rollout/test_rollout_vllm_lora.py \
+		tests/aepo_fast/rollout/test_rollout_vllm_ranks.py $(ARGS)
 
 # Our head inside the real TRL, verl, OpenRLHF and peft: once with each version of TRL.
 test-peers: $(PEERS_STAMP)

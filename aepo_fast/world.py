@@ -142,6 +142,15 @@ class World:
             return self
         return replace(self, control=_control(self.timeout_s))
 
+    def neighbours(self, count: int) -> World:
+        """So many ranks in a row, this one among them, as a world of their own."""
+        if count == 1:
+            return ALONE
+        starts = range(0, self.size, count)
+        groups = [_control(self.timeout_s, range(start, start + count)) for start in starts]
+        own = groups[self.rank // count]
+        return replace(self, rank=self.rank % count, size=count, control=own)
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """While it is open, rank 0 alone prints to stdout."""
@@ -198,8 +207,10 @@ def part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _control(timeout_s: float) -> Any:
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+def _control(timeout_s: float, ranks: Sequence[int] | None = None) -> Any:
+    given = None if ranks is None else list(ranks)
+    timeout = timedelta(seconds=timeout_s)
+    return torch.distributed.new_group(given, backend="gloo", timeout=timeout)
 
 
 @dataclass(frozen=True)

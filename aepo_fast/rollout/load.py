@@ -96,6 +96,7 @@ def load_engine(
             on_gpu=machine.vllm_on_gpu,
             lora_rank=cfg.model.lora.rank,
             quantization=cfg.model.quantization,
+            world=machine.world,
         )
         if adapter is not None:
             engine.load_adapter(adapter, engine.weights_version)

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -35,18 +37,21 @@ def register() -> None:
 
 @dataclass
 class _InitInfo(WeightTransferInitInfo):
-    """The trainer's parameters, by the names of the checkpoint format; on_gpu: where vLLM runs."""
+    """The trainer's parameters, by the names of the checkpoint format; on_gpu: where vLLM runs.
 
-    weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    weights: None where the checkpoint's are not these very tensors.
+    """
+
+    weights: list[tuple[str, nn.Parameter]] | None = None
     share: bool = False
     on_gpu: bool = False
 
 
 @dataclass
 class _UpdateInfo(WeightTransferUpdateInfo):
-    """The same parameters as they are now; `report` is told the bytes written."""
+    """What they are now, by the same names; `report` is told the bytes written."""
 
-    weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    weights: Iterable[tuple[str, torch.Tensor]] = ()
     report: dict[str, int] = field(default_factory=dict)
 
 
@@ -65,7 +70,9 @@ class SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
         """Find out which of the ways it is; shares what can be shared where `share` says so."""
         self.copies, self.on_gpu = None, init_info.on_gpu
-        if any(parameter.numel() == 0 for parameter in self.model.parameters()):
+        if init_info.weights is None or any(
+            parameter.numel() == 0 for parameter in self.model.parameters()
+        ):
             return  # packed for a CPU, where loading without a reload raises
         model: Any = self.model
         places = weight_sharing.find_placements(model.load_weights, init_info.weights)
@@ -84,12 +91,16 @@ class SameProcessEngine(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     def receive_weights(self, update_info: _UpdateInfo) -> None:
         """Take the weights over, cast to vLLM's dtypes and fused as its layers are."""
         if self.copies is None:
-            self.model.load_weights((name, w.detach()) for name, w in update_info.weights)
-            size = self.model_config.dtype.itemsize
-            update_info.report["bytes"] = sum(size * w.numel() for _, w in update_info.weights)
+            update_info.report["bytes"] = 0
+            self.model.load_weights(self._counted(update_info))
         else:
             weight_sharing.copy(self.copies)
             update_info.report["bytes"] = sum(place.num_bytes for place in self.copies)
+
+    def _counted(self, update_info: _UpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in update_info.weights:
+            update_info.report["bytes"] += self.model_config.dtype.itemsize * weight.numel()
+            yield name, weight.detach()
 
     def finish_weight_update(self) -> None:
         """Pack what was loaded."""

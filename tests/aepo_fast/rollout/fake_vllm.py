@@ -89,6 +89,7 @@ class Inner:
         self.finish_reason = "length"
         self.failure: Exception | None = None
         self.takes_lora = True
+        self.seeds: list[int | None] = []
 
     def add_lora(self, request: LoRARequest) -> bool:
         self.events.append(request)
@@ -117,6 +118,7 @@ class Inner:
             raise self.failure
         self.events.append("step")
         number, _, params = self.waiting.pop()
+        self.seeds.append(params.seed)
         samples = [
             SimpleNamespace(
                 index=index,
@@ -141,7 +143,9 @@ class LLM:
         self.arguments = arguments
         self.events: list[Any] = []
         self.llm_engine = Inner(self.events)
-        self.model_config = SimpleNamespace(max_model_len=arguments["max_model_len"])
+        self.model_config = SimpleNamespace(
+            max_model_len=arguments["max_model_len"], dtype=torch.bfloat16
+        )
         self.model = Model()
         self.transfer = Factory.engines[arguments["weight_transfer_config"].backend](self.model)
         self.cache_resets = True

@@ -143,3 +143,12 @@ def test_variables_that_are_not_whole_are_refused(
         monkeypatch.setenv(key, given)
     with pytest.raises(ConfigError, match=r"WORLD_SIZE = '2': .*torchrun"):
         join(on_gpu=False, timeout_s=1)
+
+
+def test_neighbours_are_ranks_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aepo_fast.world._control", lambda timeout_s, ranks: list(ranks))
+    two = World(rank=2, size=6, control="all").neighbours(2)
+    assert (two.rank, two.size, two.control) == (0, 2, [2, 3])
+    three = World(rank=5, size=6, control="all").neighbours(3)
+    assert (three.rank, three.size, three.control) == (2, 3, [3, 4, 5])
+    assert World(rank=2, size=6).neighbours(1) is ALONE
