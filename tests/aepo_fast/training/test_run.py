@@ -226,11 +226,11 @@ def test_a_step_without_any_reward_stops_the_run(tiny_model_dir: Path, tmp_path:
         train(cfg)
 
 
-def test_more_than_one_process_is_refused(
+def test_more_than_one_process_needs_torchrun(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+    with pytest.raises(ConfigError, match="WORLD_SIZE = '2': .*torchrun"):
         train(tiny_config(tiny_model_dir, tmp_path / "run"))
 
 

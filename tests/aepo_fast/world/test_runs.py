@@ -11,6 +11,7 @@ import torch
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.config.sections import Config, LoraConfig
+from aepo_fast.world import join
 from tests.aepo_fast.world.ranks import run_ranks
 from tests.aepo_fast.world.runs import (
     Job,
@@ -21,6 +22,7 @@ from tests.aepo_fast.world.runs import (
     weights_of,
     with_output,
 )
+from tests.aepo_fast.world.talk import check_what_was_heard, talk
 
 Changes = dict[str, dict[str, Any]]
 LORA = LoraConfig(rank=4, targets=("q_proj", "down_proj", "lm_head"))
@@ -43,7 +45,6 @@ RUNS: dict[str, Changes] = {
     "dcpo": {"aepo": form("dcpo")},
     "gspo, untied": {"loss": LossConfig(policy="gspo")},
     "lora, kl": {"model": {"lora": LORA}, "loss": LossConfig(kl_coef=0.1)},
-    "lora, untied": {"model": {"lora": LORA}},
     "8 bit": {"trainer": {"optimizer": "adamw_8bit"}, "checkpoint": {"every": 1, "keep": 9}},
     "ahead": {"rollout": {"steps_ahead": 1, "dtype": "bfloat16"}, "loss": LossConfig()},
     # A sample a micro-batch: of an update, 3 ranks have 3, 3 and 2 at most.
@@ -52,70 +53,63 @@ RUNS: dict[str, Changes] = {
 OF_THREE = ("uneven",)
 
 
-@pytest.fixture(scope="module")
-def runs(
-    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Config, Config]]:
-    """Each run as one process and as several did it, and those that went on as other numbers."""
-    folder = tmp_path_factory.mktemp("runs")
-    two_weights = untied(tiny_model_dir, folder / "untied model")
-    found = {}
-    for name, changes in RUNS.items():
-        model = two_weights if "untied" in name else tiny_model_dir
-        outputs = (folder / f"{name} {who}" for who in ("one", "several"))
-        one, several = (run_config(model, output, changes) for output in outputs)
-        found[name] = one, several
-    one, two = found["published"]
-    again = {name: with_output(two, folder / name) for name in ("2-2", "2-1", "1-2", "2-3")}
-    for source, target in again.items():
-        found[source] = one if source[0] == "1" else two, target
-    in_8_bits = found["8 bit"][1]
-    found["2-2 of 8 bits"] = in_8_bits, with_output(in_8_bits, folder / "2-2 of 8 bits")
-    of_two = [Job(pair[1]) for name, pair in found.items() if name in RUNS and name not in OF_THREE]
-    of_two += [Job(again["2-2"], two), Job(again["1-2"], one)]
-    of_two += [Job(found["2-2 of 8 bits"][1], in_8_bits)]
-    of_three = [*(Job(found[name][1]) for name in OF_THREE), Job(again["2-3"], two)]
-    train_each([Job(found[name][0]) for name in RUNS])
-    run_ranks("tests.aepo_fast.world.runs:train_each", 2, folder / "ranks of two", of_two)
-    run_ranks("tests.aepo_fast.world.runs:train_each", 3, folder / "ranks of three", of_three)
-    train_each([Job(again["2-1"], two)])
-    return found
-
-
-@pytest.mark.parametrize("name", list(RUNS))
-def test_several_processes_end_as_one(runs: dict[str, tuple[Config, Config]], name: str) -> None:
-    one, several = runs[name]
-    # The numbers of 8 bits of a shard are in blocks of its own, or too few for them.
-    assert_same(one, several, rel=1e-2 if name == "8 bit" else 1e-6)
-
-
-def test_8_bits_need_as_many_processes(runs: dict[str, tuple[Config, Config]]) -> None:
-    _, two = runs["8 bit"]
-    one = with_output(two, Path(two.output_dir).with_name("8 bits 2-1"))
-    with pytest.raises(ConfigError, match="WORLD_SIZE = 1: .*as many processes as it had"):
-        train_each([Job(one, two)])
-
-
-@pytest.mark.parametrize("name", ["2-2", "2-2 of 8 bits", "2-1", "1-2", "2-3"])
-def test_a_checkpoint_goes_on_with_another_number_of_processes(
-    runs: dict[str, tuple[Config, Config]], name: str
+def test_several_processes_end_as_one_and_go_on_from_each_others_checkpoints(
+    tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    before, after = runs[name]
-    assert_same(before, after)
-    if name.startswith("2-2"):
-        ours, theirs = weights_of(before), weights_of(after)
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    # One test: starting processes takes longest.
+    models = tiny_model_dir, untied(tiny_model_dir, tmp_path / "untied model")
+    ones, many = (
+        {
+            name: run_config(models["untied" in name], tmp_path / f"{name} {who}", changes)
+            for name, changes in RUNS.items()
+        }
+        for who in ("one", "several")
+    )
+    one, two, in_8_bits = ones["published"], many["published"], many["8 bit"]
+    again = {name: with_output(two, tmp_path / name) for name in ("2-2", "2-1", "1-2", "2-3")}
+    again["8 bit 2-2"] = with_output(in_8_bits, tmp_path / "8 bit 2-2")
+    of_two = [Job(cfg) for name, cfg in many.items() if name not in OF_THREE]
+    of_two += [Job(again["2-2"], two), Job(again["1-2"], one), Job(again["8 bit 2-2"], in_8_bits)]
+    of_three = [*(Job(many[name]) for name in OF_THREE), Job(again["2-3"], two)]
+    train_each([Job(cfg) for cfg in ones.values()])
+    ranks_do = "tests.aepo_fast.world.test_runs:ranks_do"
+    check_what_was_heard(run_ranks(ranks_do, 2, tmp_path / "ranks of two", of_two))
+    run_ranks(ranks_do, 3, tmp_path / "ranks of three", of_three)
+    train_each([Job(again["2-1"], two)])
+
+    for name in RUNS:
+        # The 8-bit numbers of a shard are in blocks of its own, or too few for them.
+        compare(name, ones[name], many[name], rel=1e-2 if name == "8 bit" else 1e-6)
+    for name, source in {"2-1": two, "1-2": one, "2-3": two}.items():
+        compare(name, source, again[name])
+    for name, source in {"2-2": two, "8 bit 2-2": in_8_bits}.items():
+        ours, theirs = weights_of(source), weights_of(again[name])
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+    other = with_output(in_8_bits, tmp_path / "8 bit 2-1")
+    with pytest.raises(ConfigError, match="WORLD_SIZE = 1: .*as many processes as it had"):
+        train_each([Job(other, in_8_bits)])
 
 
-def assert_same(one: Config, other: Config, *, rel: float = 1e-6) -> None:
+def ranks_do(jobs: list[Job]) -> dict[str, Any]:
+    """What a rank does."""
+    heard = talk(join(on_gpu=False, timeout_s=120))
+    train_each(jobs)
+    return heard
+
+
+def compare(run: str, one: Config, other: Config, *, rel: float = 1e-6) -> None:
     for ours, theirs in zip(lines_of(one), lines_of(other), strict=True):
         for name in ("loss", "grad_norm", "entropy", "kl", "policy_kl"):
             if name in ours:
-                close = pytest.approx(theirs[name], rel=rel, abs=rel / 10)
-                assert ours[name] == close, (name, ours["step"])
+                # A loss is a sum of terms of both signs, each about 1.
+                close = pytest.approx(theirs[name], rel=rel, abs=rel / 2)
+                assert ours[name] == close, (run, name, ours["step"])
         for name in ("reward", "completions/mean_length", "aepo/temperature", "skipped_updates"):
-            assert ours[name] == pytest.approx(theirs[name], rel=rel), (name, ours["step"])
+            assert ours[name] == pytest.approx(theirs[name], rel=rel), (run, name, ours["step"])
     ours, theirs = weights_of(one), weights_of(other)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=10 * rel, msg=name)
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=0, atol=10 * rel, msg=f"{run}: {name}"
+        )

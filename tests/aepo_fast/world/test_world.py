@@ -2,111 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from aepo_fast.config import resolve
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.training.checkpoint import rng_state
-from aepo_fast.training.interrupt import Interrupted
+from aepo_fast.config.over_ranks import check_ranks_that_sample_together
+from aepo_fast.config.sections import LoraConfig, RolloutConfig
+from aepo_fast.model.batch import Layout
+from aepo_fast.model.rank_batches import microbatches_of_rank
+from aepo_fast.samples import Completion, Sample
 from aepo_fast.world import ALONE, World, join, part
-from tests.aepo_fast.world.ranks import run_ranks
-
-
-class OddError(Exception):
-    """It cannot be unpickled."""
-
-    def __init__(self, one: int, other: int) -> None:
-        super().__init__(f"{one} and {other}")
-
-
-class NoException(BaseException):
-    """As the one of torch's checkpoints."""
-
-
-def raised(world: World, rank: int, error: BaseException) -> str:
-    def work() -> int:
-        if world.rank == rank:
-            raise error
-        return world.rank
-
-    try:
-        world.attempt(work)
-    except BaseException as found:
-        return f"{type(found).__name__}: {found}"
-    return "nothing"
-
-
-def talk() -> dict[str, Any]:
-    """What a rank hears."""
-    world = join(on_gpu=False, timeout_s=60)
-    assert join(on_gpu=False, timeout_s=60) is world and torch.distributed.is_initialized()
-    own, by_thread = torch.arange(3.0) + world.rank, world.for_a_thread()
-    world.add(own)
-    np.random.seed(world.rank)
-    states = world.gather(rng_state(with_gpu=False))
-    world.wait()
-    heard = {
-        "who": (world.rank, world.size, world.local_rank, world.is_first),
-        "gather": world.gather({"rank": world.rank}),
-        "thread": by_thread.gather(world.rank),
-        "attempt": world.attempt(lambda: world.rank * 10),
-        "together": world.together(lambda: world.rank * 10),
-        "first": world.on_first(lambda: world.rank + 7),
-        "most": world.most(5 - world.rank),
-        "add": own.tolist(),
-        "sums": world.sums({"both": 1.5, f"of {world.rank}": 2}),
-        "keys": [np.random.RandomState(rank).get_state()[1].tolist() for rank in range(world.size)]
-        == [state["numpy"][1].tolist() for state in states],
-        "share": world.share("abcdefg"),
-        "config": raised(world, 1, ConfigError("a", 1, "b", "c")),
-        "signal": raised(world, 1, Interrupted(15)),
-        "odd": raised(world, 1, OddError(1, 2)),
-        "no exception": raised(world, 1, NoException("full")),
-        "on first": raised_on_first(world),
-    }
-    with world.quiet():
-        print(f"printed by {world.rank}")
-    part()
-    assert not torch.distributed.is_initialized()
-    return heard
-
-
-def raised_on_first(world: World) -> str:
-    try:
-        world.on_first(lambda: 1 // 0)
-    except ZeroDivisionError as error:
-        return str(error)
-    return "nothing"
-
-
-def test_ranks_hear_the_same(tmp_path: Path) -> None:
-    heard = run_ranks("tests.aepo_fast.world.test_world:talk", 2, tmp_path)
-    for rank, one in enumerate(heard):
-        assert one.pop("who") == (rank, 2, rank, rank == 0)
-        assert one.pop("together") == rank * 10
-        assert one.pop("share") == ["aceg", "bdf"][rank].replace("", " ").split()
-        odd = one.pop("odd")
-        assert odd == ("RankError: rank 1: OddError: 1 and 2", "OddError: 1 and 2")[rank]
-        assert one == {
-            "gather": [{"rank": 0}, {"rank": 1}],
-            "thread": [0, 1],
-            "attempt": [0, 10],
-            "first": 7,
-            "most": 5,
-            "add": [1.0, 3.0, 5.0],
-            "sums": {"both": 3.0, "of 0": 2, "of 1": 2},
-            "keys": True,
-            "config": "ConfigError: a = 1: b. c.",
-            "signal": "Interrupted: SIGTERM",
-            "no exception": "NoException: full",
-            "on first": "integer division or modulo by zero",
-        }
-    logs = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
-    assert "printed by 0" in logs[0] and "printed by" not in logs[1]
+from tests.aepo_fast.world.talk import OddError
+from tests.tiny_run import tiny_config
 
 
 def test_shares_are_whole_and_even() -> None:
@@ -145,6 +57,52 @@ def test_variables_that_are_not_whole_are_refused(
         join(on_gpu=False, timeout_s=1)
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "key"),
+    [
+        ("trainer", {"optimizer": "muon"}, "trainer.optimizer"),
+        ("trainer", {"offload": "optimizer"}, "trainer.offload"),
+        ("model", {"dtype": "bfloat16", "compute_dtype": "auto"}, "model.dtype"),
+        ("model", {"quantization": "nf4", "lora": LoraConfig(rank=2)}, "model.quantization"),
+        ("model", {"liger": True}, "model.liger"),
+    ],
+)
+def test_what_needs_one_process_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, section: str, changes: Any, key: str
+) -> None:
+    cfg = tiny_config(tmp_path / "no model", tmp_path)
+    cfg = replace(cfg, **{section: replace(getattr(cfg, section), **changes)})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(resolve, "check_no_offloading", lambda cfg: None)
+    with pytest.raises(ConfigError, match=rf"{key} = .*WORLD_SIZE says there are several"):
+        resolve.resolve_machine(cfg)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded", "packed"])
+@pytest.mark.parametrize("max_tokens", [1, 12, 1000])
+@pytest.mark.parametrize("prompts", [0, 1, 5])
+def test_ranks_have_equally_many_microbatches_and_each_sample_once(
+    layout: Layout, max_tokens: int, prompts: int
+) -> None:
+    samples = [
+        Sample(Completion((1, prompt), (3,) * length, (), "stop", 1.0, 0), prompt, False, 1.0)
+        for prompt in range(prompts)
+        for length in (2, 5, 0, 3)
+    ]
+    indices = range(len(samples))
+    parts = [
+        microbatches_of_rank(
+            World(rank, 3), samples, indices, layout=layout, max_tokens=max_tokens, batch_tokens=1
+        )
+        for rank in range(3)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    real = [index for part in parts for batch in part if not batch.idle for index in batch.samples]
+    assert sorted(real) == [index for index in indices if samples[index].length]
+    idle = {batch.samples for part in parts for batch in part if batch.idle}
+    assert idle <= {(0,)}  # the shortest
+
+
 def test_neighbours_are_ranks_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aepo_fast.world._control", lambda timeout_s, ranks: list(ranks))
     two = World(rank=2, size=6, control="all").neighbours(2)
@@ -152,3 +110,20 @@ def test_neighbours_are_ranks_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     three = World(rank=5, size=6, control="all").neighbours(3)
     assert (three.rank, three.size, three.control) == (2, 3, [3, 4, 5])
     assert World(rank=2, size=6).neighbours(1) is ALONE
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_ranks_that_sample_together_divide_all(tmp_path: Path, size: int) -> None:
+    cfg = tiny_config(tmp_path, tmp_path, rollout=RolloutConfig("vllm", tensor_parallel=2))
+    with pytest.raises(ConfigError, match=rf"rollout.tensor_parallel = 2: .*processes is {size},"):
+        check_ranks_that_sample_together(cfg, size)
+    check_ranks_that_sample_together(cfg, 2 * size)
+    if size == 1:
+        with pytest.raises(ConfigError, match="rollout.tensor_parallel"):
+            resolve.resolve_machine(cfg)
+        assert resolve.resolve_machine(cfg, trains=False)  # an evaluation takes one device
+
+
+def test_ranks_that_sample_together_are_refused_ahead() -> None:
+    with pytest.raises(ConfigError, match=r"rollout.tensor_parallel = 2: .*in a thread"):
+        RolloutConfig("vllm", tensor_parallel=2, steps_ahead=1)
