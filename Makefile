@@ -36,7 +36,8 @@ test: $(STAMP)
 test-vllm: $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/aepo_fast/rollout/test_rollout_vllm.py \
 		tests/aepo_fast/rollout/test_rollout_vllm_shared.py \
-		tests/aepo_fast/rollout/test_rollout_vllm_lora.py $(ARGS)
+		tests/aepo_fast/rollout/test_rollout_vllm_lora.py \
+		tests/aepo_fast/rollout/test_rollout_vllm_ranks.py $(ARGS)
 
 # docs/models.md against all its checks, about 15 minutes; one row: make test-models ARGS=qwen3_moe
 test-models: $(VLLM_STAMP)

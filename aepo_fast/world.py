@@ -157,6 +157,15 @@ class World:
         own = groups[self.rank % step]
         return replace(self, rank=self.rank // step, size=self.size // step, control=own)
 
+    def neighbours(self, count: int) -> World:
+        """So many ranks in a row, this one among them, as a world of their own."""
+        if count == 1:
+            return ALONE
+        starts = range(0, self.size, count)
+        groups = [_control(self.timeout_s, range(start, start + count)) for start in starts]
+        own = groups[self.rank // count]
+        return replace(self, rank=self.rank % count, size=count, control=own)
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """While it is open, rank 0 alone prints to stdout."""

@@ -52,7 +52,7 @@ def build_tiny_tokenizer(*, chat_template: bool = True) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def build_tiny_model(folder: Path, seed: int = 0) -> Path:
+def build_tiny_model(folder: Path, seed: int = 0, *, heads: int = 4) -> Path:
     """Write model and tokenizer to `folder` in the Hugging Face layout; returns the folder."""
     tokenizer = build_tiny_tokenizer()
     config = LlamaConfig(
@@ -60,7 +60,7 @@ def build_tiny_model(folder: Path, seed: int = 0) -> Path:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=True,

@@ -60,13 +60,6 @@ def check_over_ranks(cfg: Config) -> None:
             "moves the optimizer's state of one process",
             "Set it to false",
         ),
-        (
-            "rollout.backend",
-            cfg.rollout.backend,
-            cfg.rollout.backend == "vllm",
-            "vLLM samples for one process",
-            'Use "hf"',
-        ),
     ):
         if refused:
             raise ConfigError(key, value, f"{reason}, and WORLD_SIZE says there are several", fix)
@@ -97,3 +90,12 @@ def check_parts(cfg: Config, size: int, head_backend: str) -> None:
         if refused:
             reason = f"does not go together with trainer.tensor_parallel = {split}"
             raise ConfigError(key, value, reason, f"{fix}, or trainer.tensor_parallel to 1")
+
+
+def check_ranks_that_sample_together(cfg: Config, size: int) -> None:
+    """Raise ConfigError where `size` processes cannot be parted among engines of vLLM."""
+    together = cfg.rollout.tensor_parallel
+    if size % together:
+        reason = f"the number of processes is {size}, which is no multiple of it"
+        fix = "Start as many with torchrun, or set it to 1"
+        raise ConfigError("rollout.tensor_parallel", together, reason, fix)

@@ -121,7 +121,11 @@ class RolloutConfig:
     gpu_memory_utilization: float = setting(0.3, needs=_VLLM)
     cpu_kv_cache_gib: float = setting(1.0, needs=_VLLM)  # vLLM's cache without a GPU, GiB
     enforce_eager: bool = setting(False, needs=_VLLM)  # vLLM without compilation and CUDA graphs
+    # Of several processes: so many neighbours hold one vLLM together, each a part of its weights;
+    # 1: each has one of its own. For models that one GPU does not hold beside the policy's part.
+    tensor_parallel: int = setting(1, needs=_VLLM)
     # On a GPU: trained weights of rollout.dtype live in vLLM's storage, so a sync copies nothing.
+    # Not of several processes, of which each has only a part of the weights.
     share_weights: bool = setting(True, needs=(_VLLM, _IN_TURN))
     # What vLLM gives back of a GPU's memory while the policy trains: its cache, or "all", its
     # weights, too, which a sync then writes anew.
@@ -143,6 +147,14 @@ class RolloutConfig:
         settle_older(self)
         require_positive("rollout", self, "max_new_tokens", "max_prompt_tokens", "batch_rows")
         require_positive("rollout", self, "gpu_memory_utilization", "cpu_kv_cache_gib")
+        require_positive("rollout", self, "tensor_parallel")
+        require(
+            self.tensor_parallel == 1 or self.steps_ahead == 0,
+            "rollout.tensor_parallel",
+            self.tensor_parallel,
+            "ranks that sample together cannot do so in a thread beside those that train together",
+            "Set it to 1, or rollout.steps_ahead = 0",
+        )
         require(
             self.gpu_memory_utilization <= 1,
             "rollout.gpu_memory_utilization",

@@ -147,7 +147,7 @@ def _sampler(cfg: Config, machine: Machine, model: nn.Module, weights: int) -> t
     if cfg.rollout.backend == "vllm":
         on_gpu = machine.is_gpu
         views = on_gpu and shared and cfg.rollout.share_weights and not cfg.rollout.steps_ahead
-        views = views and not cfg.model.lora.rank
+        views = views and not cfg.model.lora.rank and machine.world.size == 1
         return (0 if views else numbers * width), 0
     packs = not machine.is_gpu and can_pack(machine.rollout_dtype)
     packed = 0

@@ -136,10 +136,23 @@ def whole(tensor: Tensor) -> Tensor:
     return shard.to_local() if shard.device_mesh.size() == 1 else shard.full_tensor()
 
 
-def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors of all parameters; one at a time where others have parts of them."""
+def whole_weights(
+    model: PreTrainedModel, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors of all parameters; one at a time where others have parts of them.
+
+    dtype: of those that others have parts of, but for vectors, which may matter in all their
+    digits; None leaves each in its own. All processes must take all of them, in this order.
+    """
     for name, parameter in model.named_parameters():
-        yield name, whole(parameter)
+        cast = dtype is not None and in_parts(parameter) and parameter.ndim > 1
+        yield name, whole(parameter.detach().to(dtype) if cast else parameter)
+
+
+def in_parts(tensor: Tensor) -> bool:
+    """Whether other processes have parts of a tensor."""
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    return mesh is not None and mesh.size() > 1
 
 
 def whole_state(state: dict[str, Any]) -> dict[str, Any]:

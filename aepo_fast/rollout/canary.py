@@ -27,7 +27,8 @@ class Canary:
 
     prompts: token ids. Comparisons before anything was trained or transferred say by how much the
     engines differ by themselves; a later one must stay within 1.5 times that. Where one does not,
-    more samples decide.
+    more samples decide. Each rank compares with an engine of its own; where one of them fails, all
+    of them raise the error.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Canary:
         samples: int = 4,
         max_new_tokens: int = _TOKENS,
     ) -> None:
-        self.engine, self.policy = engine, policy
+        self.engine, self.policy, self.world = engine, policy, policy.machine.world
         self.max_new_tokens = min(max_new_tokens, _TOKENS)
         self.prompts, self.samples = list(prompts), samples
         self.fresh = self._mean_difference()
@@ -53,12 +54,18 @@ class Canary:
         return sum(self.difference(draw) for draw in range(_DRAWS)) / _DRAWS
 
     def difference(self, draw: int = 0) -> float:
-        """Mean of |sampler's log-prob - trainer's| over the tokens of one draw, nats."""
+        """Mean of |sampler's log-prob - trainer's| over the tokens of one draw, nats.
+
+        Of this rank's engine; all of them compute the trainer's log-probs of all ranks' samples.
+        """
         requests = [
             Request(prompt, self.samples, 1.0, draw * len(self.prompts) + index)
             for index, prompt in enumerate(self.prompts)
         ]
-        groups = self.engine.generate(requests, max_new_tokens=self.max_new_tokens)
+        by_rank = self.world.attempt(
+            lambda: self.engine.generate(requests, max_new_tokens=self.max_new_tokens)
+        )
+        groups = [completions for groups in by_rank for completions in groups]
         samples = [
             Sample(completion, group, False, None)
             for group, completions in enumerate(groups)
@@ -66,13 +73,24 @@ class Canary:
         ]
         values = self.policy.token_values(samples, range(len(samples)))
         sampled = torch.tensor([x for sample in samples for x in sample.completion.logprobs])
-        return (values.logprob - sampled).abs().mean().item()
+        differences = (values.logprob - sampled).abs()
+        lengths = [
+            sum(len(one.completion_ids) for group in groups for one in group) for groups in by_rank
+        ]
+        return differences.split(lengths)[self.world.rank].mean().item()
 
     def check(self) -> float:
-        """The difference now; raises StaleWeightsError where it is beyond the limit."""
+        """The difference now, the greatest of all ranks.
+
+        Raises StaleWeightsError on all of them where it is beyond the limit of one.
+        """
         found = self.difference()
-        if not found <= self.limit:
+        if self.world.most(not found <= self.limit):
             found = self._mean_difference()
+        self.world.together(lambda: self._judge(found))
+        return self.world.most(found)
+
+    def _judge(self, found: float) -> None:
         if not found <= self.limit:
             raise StaleWeightsError(
                 f"rollouts of weights version {self.engine.weights_version}: their log-probs "
@@ -82,4 +100,3 @@ class Canary:
                 "--resume; if it happens again, with rollout.share_weights = false or "
                 'rollout.backend = "hf"'
             )
-        return found

@@ -22,10 +22,12 @@ class RolloutEngine(Protocol):
     """Samples completions with the trainer's weights.
 
     verify: whether a canary should compare its log-probs with the trainer's after each sync.
-    metrics: figures of its latest doings, for the log of the step.
+    metrics: figures of its latest doings, for the log of the step. ranks: neighbours among the
+    processes of a run that sample the same requests together.
     """
 
     verify: bool
+    ranks: int
     weights_version: int
     metrics: dict[str, float]
 

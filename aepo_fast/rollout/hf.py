@@ -58,6 +58,7 @@ class HfRollout:
     """
 
     verify = False  # its weights are the trainer's, or copied one by one
+    ranks = 1
 
     def __init__(
         self,

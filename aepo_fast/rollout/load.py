@@ -97,6 +97,7 @@ def load_engine(
             lora_rank=cfg.model.lora.rank,
             quantization=cfg.model.quantization,
             trust_code=cfg.model.trust_remote_code,
+            world=machine.world,
         )
         if adapter is not None:
             engine.load_adapter(adapter, engine.weights_version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aepo_fast.rewards.reward import Reward
 from aepo_fast.rewards.scorer import GroupScorer, ScoredGroup
@@ -45,7 +45,7 @@ def sample_and_score(
     Raises RolloutError where sampling fails and RewardError as `GroupScorer.results` does, over
     ranks all of them what the first raised. on_tokens, on_group: as in `RolloutEngine.generate`, of
     this rank's requests; on_tokens is called with 0, too, while scoring takes its time. lap: is
-    told when sampling is done ("rollout").
+    told when sampling is done ("rollout"). Of ranks that sample together, the first one scores.
     """
     num_samples = sum(request.num_samples for request in requests)
 
@@ -53,9 +53,16 @@ def sample_and_score(
         length = len(requests[index].prompt_ids) + max_new_tokens
         return length * requests[index].num_samples
 
-    own = world.share(range(len(requests)), tokens)
+    # Ranks that sample together have one part.
+    part, place = divmod(world.rank, engine.ranks)
+    sampling = replace(world, rank=part, size=world.size // engine.ranks)
+    own = sampling.share(range(len(requests)), tokens)
 
     def work() -> tuple[dict[int, tuple[list[Completion], ScoredGroup]], int, str, float]:
+        if place > 0:
+            mine = [requests[index] for index in own]
+            engine.generate(mine, max_new_tokens=max_new_tokens, on_tokens=on_tokens)
+            return {}, 0, "", 0.0
         with GroupScorer(
             reward,
             [prompts[index] for index in own],

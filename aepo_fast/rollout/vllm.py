@@ -39,7 +39,8 @@ from aepo_fast.report.unexpected import first_line
 from aepo_fast.rollout.engine import RolloutError
 from aepo_fast.rollout.vllm_weights import BACKEND, register
 from aepo_fast.rollout.weight_names import as_in_checkpoint, differs_from_checkpoint
-from aepo_fast.samples import Completion, Request
+from aepo_fast.samples import Completion, Request, seed_of
+from aepo_fast.world import ALONE, World
 
 _ADAPTER = "policy"
 _CACHE, _WEIGHTS = "kv_cache", "weights"  # vLLM's names for parts of its memory
@@ -55,11 +56,12 @@ class VllmRollout:
     this vLLM runs on a GPU. lora_rank: of the adapter that is trained, 0 without one; the folder's
     weights then stay as they are, and a sync hands over the adapter. quantization: of the folder's
     weights, as `model.quantization` names it; vLLM rounds them in the same way. trust_code:
-    `model.trust_remote_code`.
+    `model.trust_remote_code`. world: of several processes, each or so many neighbours as
+    `rollout.tensor_parallel` says have one engine.
 
     The completions' log-probs are those after temperature, of the very ids that were sampled. The
-    same requests with the same seeds and weights give the same samples; one request alone may give
-    others.
+    same requests with the same seeds and weights give the same samples. In one process, a request
+    alone may give others; over ranks it gives the same, whichever engine has it.
     """
 
     verify = True
@@ -75,8 +77,12 @@ class VllmRollout:
         lora_rank: int = 0,
         quantization: str = "none",
         trust_code: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.cfg, self.eos_ids, self.on_gpu = cfg, list(eos_ids), on_gpu
+        self.over_ranks = world.size > 1
+        self.ranks = cfg.tensor_parallel if self.over_ranks else 1
+        self._peers = world.neighbours(self.ranks)  # they sample the same at the same time
         self.weights_version = 0
         self.metrics: dict[str, float] = {}
         self._numbers = itertools.count()
@@ -112,6 +118,7 @@ class VllmRollout:
                 **_lora_settings(lora_rank),
                 **({} if quantization == "none" else _IN_4_BITS),
                 **({} if on_gpu else _cache_blocks()),
+                **(_settings_over_ranks(world, self.ranks, on_gpu) if self.over_ranks else {}),
             )
         except Exception as error:  # of its code for this model, or of a plugin for another vLLM
             reason = f"vLLM did not start: {error}"
@@ -135,10 +142,13 @@ class VllmRollout:
             self.load_adapter(self._adapter.written(model), version)
             return
         self._wake(_WEIGHTS)
-        whole: Any = whole_weights(model)  # type: ignore[arg-type]
-        # What a checkpoint has otherwise is copied for each sync, so vLLM must load it anew.
-        in_place = not differs_from_checkpoint(model)
-        weights = list(whole) if in_place else as_in_checkpoint(model, whole)
+        # What ranks gather is there only while vLLM loads it, one weight after the other; what a
+        # checkpoint has otherwise is copied for each sync.
+        renamed = differs_from_checkpoint(model)
+        in_place = not self.over_ranks and not renamed
+        dtype = self.llm.model_config.dtype if self.over_ranks else None
+        whole: Any = whole_weights(model, dtype)  # type: ignore[arg-type]
+        weights = list(whole) if in_place else as_in_checkpoint(model, whole) if renamed else whole
         if model is not self._connected:
             share = self.cfg.share_weights and not self.cfg.steps_ahead
             known = weights if in_place else None
@@ -215,11 +225,27 @@ class VllmRollout:
             raise RolloutError("vLLM has given its weights back, and got none since")
         self._wake(_CACHE)
         results: dict[int, list[Completion]] = {}
-        # One stream for the whole call: a seed per request would make vLLM draw row by row, which
-        # took two fifths of its speed on a CPU, and breaks there when a prompt is split.
+        # In one process, one stream for the whole call: a seed per request would make vLLM draw row
+        # by row, which took two fifths of its speed on a CPU, and breaks there when a prompt is
+        # split.
         seed = np.random.SeedSequence([request.seed for request in requests])
         numbers = {str(next(self._numbers)): index for index in range(len(requests))}
         engine = self.llm.llm_engine
+
+        def step() -> None:
+            counted = 0
+            for output in self._step(engine):
+                if not output.finished:
+                    continue
+                index = numbers[output.request_id]
+                group = _completions(requests[index], output, self.weights_version)
+                results[index] = group
+                counted += sum(len(one.completion_ids) for one in group)
+                if on_group is not None:
+                    on_group(index, group)
+            if on_tokens is not None:
+                on_tokens(counted)
+
         adapter = None if self._adapter is None else self._adapter.request
         numpy_state = np.random.get_state()
         try:
@@ -234,18 +260,8 @@ class VllmRollout:
                         number, {"prompt_token_ids": ids}, params, lora_request=adapter
                     )
                 while engine.has_unfinished_requests():
-                    counted = 0
-                    for output in self._step(engine):
-                        if not output.finished:
-                            continue
-                        index = numbers[output.request_id]
-                        group = _completions(requests[index], output, self.weights_version)
-                        results[index] = group
-                        counted += sum(len(one.completion_ids) for one in group)
-                        if on_group is not None:
-                            on_group(index, group)
-                    if on_tokens is not None:
-                        on_tokens(counted)
+                    # Where one stops, its peers would wait for it in their next step.
+                    self._peers.together(step)
         finally:
             np.random.set_state(numpy_state)
             if engine.has_unfinished_requests():
@@ -260,6 +276,8 @@ class VllmRollout:
             temperature=request.temperature,
             top_p=request.top_p,
             max_tokens=max_new_tokens,
+            # vLLM adds a sample's number to it.
+            seed=seed_of(request.seed) >> 1 if self.over_ranks else None,
             stop_token_ids=self.eos_ids,
             ignore_eos=True,  # the ids above are all that ends a completion
             logprobs=0,
@@ -342,6 +360,14 @@ def _completion(request: Request, sample: Any, version: int) -> Completion:
 def _cache_blocks() -> dict[str, Any]:
     """On a CPU 128 tokens are a block by default, and samples of shorter prompts share nothing."""
     return {"block_size": 16 if vllm.__version__.startswith("0.28.") else 32}  # later: 32 at least
+
+
+def _settings_over_ranks(world: World, ranks: int, on_gpu: bool) -> dict[str, Any]:
+    """vLLM in the processes and groups that there are already."""
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # where it looks for its GPU
+    settings = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": ranks}
+    # On a CPU, a prompt that is computed in parts cannot have a seed.
+    return settings if on_gpu else {**settings, "enable_chunked_prefill": False}
 
 
 def _discard(tag: str) -> None:

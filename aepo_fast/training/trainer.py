@@ -182,7 +182,8 @@ class Trainer:
     @phase("weights to the sampler")
     def _sync_weights(self) -> float | None:
         """Hand the weights to the rollout engine; the canary's difference where there is one."""
-        self.engine.sync_weights(self.model, self.updates)
+        world, sync = self.policy.machine.world, self.engine.sync_weights
+        world.together(partial(sync, self.model, self.updates))
         difference = None if self.canary is None else self.canary.check()
         self.clock.lap("sync")
         return difference

@@ -89,6 +89,7 @@ class Inner:
         self.finish_reason = "length"
         self.failure: Exception | None = None
         self.takes_lora = True
+        self.seeds: list[int | None] = []
 
     def add_lora(self, request: LoRARequest) -> bool:
         self.events.append(request)
@@ -117,6 +118,7 @@ class Inner:
             raise self.failure
         self.events.append("step")
         number, _, params = self.waiting.pop()
+        self.seeds.append(params.seed)
         samples = [
             SimpleNamespace(
                 index=index,
@@ -144,6 +146,7 @@ class LLM:
         self.llm_engine = Inner(self.events)
         self.model_config = SimpleNamespace(
             max_model_len=arguments["max_model_len"],
+            dtype=torch.bfloat16,
             using_transformers_backend=lambda: LLM.of_transformers,
         )
         self.model = Model()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from aepo_fast.model.lora import ADAPTER_WEIGHTS, add_adapter
 from aepo_fast.rollout.engine import RolloutError
 from aepo_fast.rollout.load import check_rollout_backend
 from aepo_fast.samples import Request
+from aepo_fast.world import ALONE, World
 from tests.aepo_fast.rollout import fake_vllm
 from tests.tiny_run import tiny_config
 
@@ -34,12 +37,17 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> fake_vllm.Allocator:
 
 
 def build(
-    *, on_gpu: bool = True, lora_rank: int = 0, quantization: str = "none", **settings: Any
+    *,
+    on_gpu: bool = True,
+    lora_rank: int = 0,
+    quantization: str = "none",
+    world: World = ALONE,
+    **settings: Any,
 ) -> Any:
     from aepo_fast.rollout.vllm import VllmRollout
 
     cfg = RolloutConfig("vllm", max_prompt_tokens=8, max_new_tokens=4, **settings)
-    own = {"on_gpu": on_gpu, "lora_rank": lora_rank, "quantization": quantization}
+    own = {"on_gpu": on_gpu, "lora_rank": lora_rank, "quantization": quantization, "world": world}
     return VllmRollout("folder", cfg, eos_ids=[2], seed=0, **own)
 
 
@@ -330,3 +338,51 @@ def test_a_model_that_vllm_runs_by_code_of_transformers_is_refused(
     monkeypatch.setattr(fake_vllm.LLM, "of_transformers", True)
     with pytest.raises(ConfigError, match="takes transformers' code for this model"):
         build()
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_over_ranks_a_request_has_its_seed_and_weights_come_one_by_one(
+    allocator: fake_vllm.Allocator, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    engine = build(on_gpu=on_gpu, world=World(rank=5, size=8, local_rank=1))
+    assert os.environ["LOCAL_RANK"] == "1"
+    assert engine.llm.arguments["distributed_executor_backend"] == "external_launcher"
+    assert engine.llm.arguments["tensor_parallel_size"] == engine.ranks == 1
+    assert engine.llm.arguments.get("enable_chunked_prefill", True) == on_gpu
+    for part in (REQUESTS, REQUESTS[1:], REQUESTS[:1]):
+        engine.generate(part, max_new_tokens=4)
+    other, one, *again = engine.llm.llm_engine.seeds
+    assert one != other and again == [other, one]
+    assert all(0 <= seed < 2**62 for seed in (one, other))
+
+    from aepo_fast.rollout import vllm, vllm_weights
+
+    for name in ("initialize_layerwise_reload", "finalize_layerwise_reload"):
+        monkeypatch.setattr(vllm_weights, name, lambda *_: None)
+    gathered: list[str] = []
+
+    def weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        assert dtype == torch.bfloat16
+        for name, one in model.named_parameters():
+            gathered.append(name)
+            yield name, one.detach().to(dtype)
+
+    monkeypatch.setattr(vllm, "whole_weights", weights)
+    model = Trained(torch.float32)
+    for version in (1, 2):
+        with torch.no_grad():
+            model.q += 8
+        engine.sync_weights(model, version)
+        assert torch.equal(engine.llm.model.qk.float(), torch.cat([model.q, model.k]))
+        assert engine.metrics["sync/bytes_copied"] == 36
+    assert gathered == ["q", "k"] * 2
+
+
+def test_in_one_process_a_request_has_no_seed_and_an_engine_its_own_gpu(
+    allocator: fake_vllm.Allocator,
+) -> None:
+    engine = build(tensor_parallel=2)  # as of a run that `aepo-fast eval` evaluates
+    assert "distributed_executor_backend" not in engine.llm.arguments and engine.ranks == 1
+    engine.generate(REQUESTS, max_new_tokens=4)
+    assert engine.llm.llm_engine.seeds == [None, None]

@@ -11,7 +11,8 @@ import torch
 
 from aepo_fast.config import resolve
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.sections import LoraConfig
+from aepo_fast.config.over_ranks import check_ranks_that_sample_together
+from aepo_fast.config.sections import LoraConfig, RolloutConfig
 from aepo_fast.model.batch import Layout
 from aepo_fast.model.rank_batches import microbatches_of_rank
 from aepo_fast.samples import Completion, Sample
@@ -59,7 +60,6 @@ def test_variables_that_are_not_whole_are_refused(
 @pytest.mark.parametrize(
     ("section", "changes", "key"),
     [
-        ("rollout", {"backend": "vllm"}, "rollout.backend"),
         ("trainer", {"optimizer": "muon"}, "trainer.optimizer"),
         ("trainer", {"offload": "optimizer"}, "trainer.offload"),
         ("model", {"dtype": "bfloat16", "compute_dtype": "auto"}, "model.dtype"),
@@ -101,3 +101,29 @@ def test_ranks_have_equally_many_microbatches_and_each_sample_once(
     assert sorted(real) == [index for index in indices if samples[index].length]
     idle = {batch.samples for part in parts for batch in part if batch.idle}
     assert idle <= {(0,)}  # the shortest
+
+
+def test_neighbours_are_ranks_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aepo_fast.world._control", lambda timeout_s, ranks: list(ranks))
+    two = World(rank=2, size=6, control="all").neighbours(2)
+    assert (two.rank, two.size, two.control) == (0, 2, [2, 3])
+    three = World(rank=5, size=6, control="all").neighbours(3)
+    assert (three.rank, three.size, three.control) == (2, 3, [3, 4, 5])
+    assert World(rank=2, size=6).neighbours(1) is ALONE
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_ranks_that_sample_together_divide_all(tmp_path: Path, size: int) -> None:
+    cfg = tiny_config(tmp_path, tmp_path, rollout=RolloutConfig("vllm", tensor_parallel=2))
+    with pytest.raises(ConfigError, match=rf"rollout.tensor_parallel = 2: .*processes is {size},"):
+        check_ranks_that_sample_together(cfg, size)
+    check_ranks_that_sample_together(cfg, 2 * size)
+    if size == 1:
+        with pytest.raises(ConfigError, match="rollout.tensor_parallel"):
+            resolve.resolve_machine(cfg)
+        assert resolve.resolve_machine(cfg, trains=False)  # an evaluation takes one device
+
+
+def test_ranks_that_sample_together_are_refused_ahead() -> None:
+    with pytest.raises(ConfigError, match=r"rollout.tensor_parallel = 2: .*in a thread"):
+        RolloutConfig("vllm", tensor_parallel=2, steps_ahead=1)
