@@ -25,6 +25,7 @@ from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
 from aepo_fast.training.malloc import keep_freed_memory
 from aepo_fast.training.trainer import Trainer, TrainingError
+from aepo_fast.versions import check_versions
 from aepo_kernels import whole_sums
 
 
@@ -39,6 +40,7 @@ def train(
     where the run cannot go on.
     """
     given, machine = cfg, resolve_machine(cfg)
+    check_versions(machine)
     cfg = machine.settled(cfg)
     # Beside the kernels, which switch cuBLAS's sums, the sampler's must not differ by chance.
     sums = whole_sums if cfg.rollout.steps_ahead else nullcontext()
