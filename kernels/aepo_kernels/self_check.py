@@ -47,13 +47,13 @@ def _case(device: torch.device, dtype: torch.dtype) -> _Case:
     weight = torch.randn(_VOCAB, _HIDDEN, generator=rng) * 2 * _HIDDEN**-0.5
     targets = torch.randint(_VOCAB, (_TOKENS,), generator=rng)
     factor = torch.randn(_TOKENS, generator=rng)
-    on_device = (x.to(device) for x in (hidden.to(dtype), weight.to(dtype), targets, factor))
-    return _Case(*on_device)
+    case = _Case(hidden.to(dtype), weight.to(dtype), targets, factor)
+    return _Case._make(tensor.to(device) for tensor in case)
 
 
 def _in(case: _Case, dtype: torch.dtype) -> _Case:
-    leaves = (x.detach().to(dtype, copy=True).requires_grad_() for x in case[:2])
-    return _Case(*leaves, case.targets, case.factor)
+    hidden, weight = (x.detach().to(dtype, copy=True).requires_grad_() for x in case[:2])
+    return case._replace(hidden=hidden, weight=weight)
 
 
 def _loss(logprob: Tensor, entropy: Tensor, second: Tensor | None, factor: Tensor) -> Tensor:
