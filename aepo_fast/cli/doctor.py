@@ -12,12 +12,14 @@ from aepo_fast.config.sections import Attention
 from aepo_fast.model.load import choose_attention
 from aepo_fast.model.packages import PACKAGES, PREFIX, cache_root, converted_folder
 from aepo_fast.rewards import confinement
-from aepo_fast.rollout.load import installed_version, vllm_version
+from aepo_fast.rollout.load import vllm_version
+from aepo_fast.versions import TESTED
 from aepo_kernels import doctor as kernels
+from aepo_kernels.versions import installed_version
 
 _ATTENTION: tuple[Attention, ...] = get_args(Attention)
-_REQUIRED = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")
-_OPTIONAL = ("triton", "flash-attn", "liger-kernel", "vllm", "tensorboard")
+_REQUIRED = ("transformers", "datasets", "reasoning-gym", "math-verify", "safetensors")
+_OPTIONAL = ("flash-attn", "liger-kernel", "vllm", "tensorboard")
 
 
 def report() -> str:
@@ -28,8 +30,8 @@ def report() -> str:
     lines += [f"  {name}: {_attention_status(name, machine)}" for name in _ATTENTION]
     lines += ["", "verifiers of rewards", f"  {_confinement()}"]
     lines += ["", "packages"]
-    lines += [f"  {name}: {_version(name) or 'not installed'}" for name in _REQUIRED]
-    lines += [f"  {name}: {_version(name) or 'not installed (optional)'}" for name in _OPTIONAL]
+    lines += [f"  {name}: {_version(name, 'not installed')}" for name in _REQUIRED]
+    lines += [f"  {name}: {_version(name, 'not installed (optional)')}" for name in _OPTIONAL]
     lines += ["", f"models from packages, converted in {cache_root()}"]
     for name in PACKAGES:
         ready = (converted_folder(PREFIX + name) / "config.json").is_file()
@@ -57,7 +59,7 @@ def _attention_status(name: Attention, machine: Machine) -> str:
     return f"is {chosen} here" if name == "auto" else "works"
 
 
-def _version(name: str) -> str | None:
-    if name == "vllm":  # whose CPU build has another name
-        return vllm_version() or None
-    return installed_version(name)
+def _version(name: str, absent: str) -> str:
+    # vLLM's CPU build has another name.
+    found = (vllm_version() if name == "vllm" else installed_version(name)) or absent
+    return f"{found} (tested: {' to '.join(TESTED[name])})" if name in TESTED else found

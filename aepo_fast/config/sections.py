@@ -137,7 +137,8 @@ class RolloutConfig:
     offload_optimizer: bool = setting(
         False, needs=(_VLLM, _IN_TURN, one_of("trainer.offload", "none"))
     )
-    # Versions of vLLM that were not tested are tried; false: they are refused.
+    # Versions of vLLM that are too old are tried; false: they are refused. Newer ones than tested
+    # always run, with a warning.
     allow_untested_vllm: bool = setting(False, needs=_VLLM)
     # 1: the next step's samples are drawn while this step trains, with the weights from before its
     # updates. Main samples are corrected for it.

@@ -18,8 +18,10 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer, rows: torch.Tensor, room: int) -> None:
         super().__init__()
         assert layer.keys is not None and layer.values is not None
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._keep(layer.keys, layer.values, rows, layer.keys.shape[2] + room)
+        keys, values = layer.keys, layer.values
+        # transformers sets a layer's dtype up to 5.23; later ones have none.
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._keep(keys, values, rows, keys.shape[2] + room)
 
     def _keep(
         self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, capacity: int

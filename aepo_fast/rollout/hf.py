@@ -8,6 +8,7 @@ once, samples every row with its own temperature and stream, and drops finished 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,9 @@ class HfRollout:
         self._in_cpp = machine.runs_cpp
         grouped = self.model.config._attn_implementation == "grouped"
         self._in_place = grouped and machine.runs_cpp  # its cache is read where it lies
+        # What transformers calls it from 5.24 on, and before.
+        takes = inspect.signature(type(self.model).forward).parameters
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self.eos_ids = frozenset(eos_ids)
         self.batch_rows = batch_rows
         self.weights_version = 0
@@ -254,9 +258,9 @@ class HfRollout:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
             **options,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -16,13 +15,15 @@ from aepo_fast.config.sections import Config
 from aepo_fast.model.load import load_model, read_config, recurrent_layers
 from aepo_fast.rollout.engine import RolloutEngine
 from aepo_fast.rollout.hf import HfRollout
+from aepo_fast.versions import TESTED
+from aepo_kernels.versions import installed_version, warn_if_newer
 
-VLLM_TESTED = SpecifierSet(">=0.26,!=0.27.*,<0.30")
+_VLLM = SpecifierSet(f">={TESTED['vllm'][0]},!=0.27.*", prereleases=True)
 _WITH_4_BITS = SpecifierSet("<0.28")  # where bitsandbytes is part of vLLM
 
 
 def check_rollout_backend(cfg: Config) -> None:
-    """Raise ConfigError where the rollout backend is not installed or not tested."""
+    """Raise ConfigError where the rollout backend is not installed, or too old to work."""
     if cfg.rollout.backend != "vllm":
         return
     if importlib.util.find_spec("vllm") is None:
@@ -32,14 +33,16 @@ def check_rollout_backend(cfg: Config) -> None:
         )
         raise ConfigError("rollout.backend", "vllm", "vLLM is not installed", fix)
     version = vllm_version()
-    if version not in VLLM_TESTED and not cfg.rollout.allow_untested_vllm:
+    if version not in _VLLM and not cfg.rollout.allow_untested_vllm:
         raise ConfigError(
             "rollout.backend",
             "vllm",
-            f"vLLM {version} is installed, and this is tested with {VLLM_TESTED}",
-            "Install one of those, or set rollout.allow_untested_vllm = true and see whether "
+            f"vLLM {version} is installed, and this needs {_VLLM}",
+            "Install one of these, or set rollout.allow_untested_vllm = true and see whether "
             "the canary agrees",
         )
+    check = "in training, a canary compares its log-probs with the trainer's after every sync"
+    warn_if_newer("vLLM", version, TESTED["vllm"][1], check)
     plugged = importlib.util.find_spec("vllm_bnb_plugin") is not None
     if cfg.model.quantization != "none" and version not in _WITH_4_BITS and not plugged:
         raise ConfigError(
@@ -48,14 +51,6 @@ def check_rollout_backend(cfg: Config) -> None:
             f"vLLM {version} takes 4-bit weights with vllm-bnb-plugin, which is not installed",
             "pip install --no-deps 'vllm-bnb-plugin' (0.0.2 for vLLM 0.28), or set it to \"hf\"",
         )
-
-
-def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def vllm_version() -> str:

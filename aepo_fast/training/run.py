@@ -30,6 +30,7 @@ from aepo_fast.training.rank_agreement import check_same_inputs, check_same_sett
 from aepo_fast.training.rank_watch import LostRankError, RankWatch
 from aepo_fast.training.step_metrics import StepResult
 from aepo_fast.training.trainer import Trainer, TrainingError
+from aepo_fast.versions import check_versions
 from aepo_kernels import whole_sums
 
 
@@ -44,6 +45,7 @@ def train(
     where the run cannot go on.
     """
     given, machine = cfg, resolve_machine(cfg)
+    check_versions(machine)
     cfg = machine.settled(cfg)
     # Beside the kernels, which switch cuBLAS's sums, the sampler's must not differ by chance.
     sums = whole_sums if cfg.rollout.steps_ahead else nullcontext()

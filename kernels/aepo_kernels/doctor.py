@@ -9,7 +9,8 @@ import platform
 
 import torch
 
-from aepo_kernels import __version__, backend_status, multiplies_bfloat16, row_kernels
+from aepo_kernels import __version__, backend_status, multiplies_bfloat16, row_kernels, versions
+from aepo_kernels.self_check import difference
 
 
 def report(name: str = "aepo-kernels") -> str:
@@ -32,6 +33,12 @@ def report(name: str = "aepo-kernels") -> str:
     lines.append(f"  rows of chunked: {row_kernels(device)}")
     fast = multiplies_bfloat16(device)
     lines.append(f"  bfloat16 GEMMs: {'works' if fast else 'as float32, for want of instructions'}")
+    wrong = difference(torch.device(device), torch.float32)
+    lines.append(f"  beside plain torch: {wrong or 'the same loss and gradients'}")
+    lines += ["", "versions"]
+    for name, tested in versions.TESTED.items():
+        found = versions.installed_version(name) or "not installed"
+        lines.append(f"  {name}: {found} (tested: {' to '.join(tested)})")
     return "\n".join(lines)
 
 

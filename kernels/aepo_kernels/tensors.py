@@ -178,12 +178,12 @@ def breaks_graph(
             )
             if not apart:
                 return function(*arguments, **keywords)
-            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            if torch.compiler.is_compiling():
                 from aepo_kernels import torch_op  # registering operators imports much of torch
 
-                if traced is None or not torch_op.is_whole_graph():
+                whole = torch_op.is_exporting() or (traced and torch_op.is_whole_graph())
+                if not whole:
                     return torch_op.uncompiled(function, *arguments, **keywords)
-                return traced(*arguments, **keywords)
             if is_traced(*arguments, *keywords.values()):
                 if traced is not None:
                     return traced(*arguments, **keywords)

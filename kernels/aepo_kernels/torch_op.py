@@ -165,6 +165,12 @@ uncompiled: Callable[..., Any] = torch.compiler.disable(_call)
 
 
 @torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether torch.export is tracing: in torch 2.11, a graph takes torch's own answer for True."""
+    return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result
 def is_whole_graph() -> bool:
     """Whether torch.compile is tracing with fullgraph=True, where a broken graph is an error."""
     # torch has no public question for it. Without an answer, the graph is broken as elsewhere.

@@ -79,16 +79,32 @@ class Grad(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, None where the package was built without it."""
-    spec = importlib.util.find_spec("aepo_kernels._rows")
-    if spec is None or spec.origin is None:
+    """The library, None where `unavailable_reason` says why."""
+    loaded = _load()
+    if isinstance(loaded, str):
         return None
-    loaded = ctypes.CDLL(spec.origin)
     loaded.aepo_isa_name.restype = ctypes.c_char_p
     loaded.aepo_row_stats.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT]
     loaded.aepo_sample_rows.argtypes = [_POINTER, _POINTER, _INT]
     loaded.aepo_row_grad.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT]
     return loaded
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library as it is loaded, or why it is not."""
+    spec = importlib.util.find_spec("aepo_kernels._rows")
+    if spec is None or spec.origin is None:
+        return (
+            "the package was built without its C++ part, as where no C++ compiler is found; "
+            "`pip install -v` says why"
+        )
+    try:
+        # It finds torch's OpenMP, which is in the process already: a second one would start
+        # threads of its own.
+        return ctypes.CDLL(spec.origin)
+    except OSError as error:  # a torch of other make, on a system without libgomp.so.1
+        return f"its C++ part does not load: {error}"
 
 
 def instruction_sets() -> list[str]:
@@ -104,12 +120,8 @@ def unavailable_reason() -> str | None:
     """Why the C++ library does not run on this CPU; None where it does."""
     if os.environ.get(ISA_VARIABLE) == "torch":
         return f"{ISA_VARIABLE} = torch"
-    if library() is None:
-        return (
-            "the package was built without its C++ part, as where no C++ compiler is found; "
-            "`pip install -v` says why"
-        )
-    return None
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
 
 
 def chosen() -> str:

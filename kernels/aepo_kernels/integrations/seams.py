@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
+from aepo_kernels.versions import leading_numbers
+
 _originals: dict[tuple[str, str], tuple[Any, str, Any]] = {}
 
 
@@ -27,7 +29,7 @@ def check_version(distribution: str, oldest: str) -> str:
     except metadata.PackageNotFoundError as error:
         how = f"pip install '{distribution}>={oldest}'"
         raise ImportError(f"{distribution} is not installed; {how}") from error
-    if _numbers(found) < _numbers(oldest):
+    if leading_numbers(found) < leading_numbers(oldest):
         reason = f"is older than {oldest}, the first with the function that is replaced"
         raise ImportError(f"{distribution} {found} {reason}; pip install -U {distribution}")
     return found
@@ -95,13 +97,3 @@ def refuse_zero3(weight: Any) -> None:
             "the head's weight is partitioned by DeepSpeed ZeRO-3, and is gone when its gradient "
             "is computed; use ZeRO-2 or FSDP2"
         )
-
-
-def _numbers(version: str) -> list[int]:
-    """The leading numbers of a version: [1, 15, 0] of "1.15.0.dev1"."""
-    parts = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        parts.append(int(part))
-    return parts

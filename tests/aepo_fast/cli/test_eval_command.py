@@ -126,11 +126,11 @@ def test_vllm_that_is_not_installed_is_refused_by_name(
 
 
 @pytest.mark.usefixtures("no_model", "engines")
-def test_an_untested_vllm_is_refused(
+def test_a_vllm_that_is_too_old_is_refused(
     tiny_model_dir: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.30.1")
-    with pytest.raises(ConfigError, match=r"vLLM 0.30.1 is installed.*>=0.26"):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.25.1")
+    with pytest.raises(ConfigError, match=r"vLLM 0.25.1 is installed.*>=0.26"):
         evaluate(tiny_model_dir, config_file, VLLM[:1])
 
 

@@ -259,8 +259,8 @@ def test_vllm_that_is_not_installed_is_said_before_any_model_loads(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("version", ["0.27.1", "0.30.0", ""])
-def test_an_untested_vllm_is_refused_unless_allowed(
+@pytest.mark.parametrize("version", ["0.27.1", "0.25.1", ""])
+def test_a_vllm_that_is_too_old_is_refused_unless_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
@@ -272,6 +272,17 @@ def test_an_untested_vllm_is_refused_unless_allowed(
     check_rollout_backend(replace(cfg, rollout=allowed))
     monkeypatch.setattr("aepo_fast.rollout.load.vllm_version", lambda: "0.29.1+cu130")
     check_rollout_backend(cfg)
+
+
+@pytest.mark.parametrize("version", ["0.99.0", "0.99.1.dev3+g0123abc"])
+def test_a_newer_vllm_is_said_and_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("aepo_fast.rollout.load.vllm_version", lambda: version)
+    cfg = tiny_config(tmp_path, tmp_path / "run", rollout=RolloutConfig(backend="vllm"))
+    with pytest.warns(RuntimeWarning, match="newer than tested.*canary compares its log-probs"):
+        check_rollout_backend(cfg)
 
 
 def test_every_promised_metric_is_logged_and_rollouts_are_kept(
