@@ -25,7 +25,7 @@ from aepo_fast.report.phase import phase
 
 Value = TypeVar("Value")
 Key = TypeVar("Key")
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 _joined: list[World] = []  # the world of this process, once it has joined
 
@@ -155,7 +155,7 @@ class World:
             return self
         groups = [_control(self.timeout_s, range(one, self.size, step)) for one in range(step)]
         own = groups[self.rank % step]
-        return replace(self, rank=self.rank // step, size=self.size // step, control=own)
+        return replace(self, rank=self.rank // step, size=self.size // step, control=own, calls=[0])
 
     def neighbours(self, count: int) -> World:
         """So many ranks in a row, this one among them, as a world of their own."""
@@ -164,7 +164,7 @@ class World:
         starts = range(0, self.size, count)
         groups = [_control(self.timeout_s, range(start, start + count)) for start in starts]
         own = groups[self.rank // count]
-        return replace(self, rank=self.rank % count, size=count, control=own)
+        return replace(self, rank=self.rank % count, size=count, control=own, calls=[0])
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -207,7 +207,7 @@ def join(*, on_gpu: bool, timeout_s: float) -> World:
     if not is_started_with_others():
         return ALONE
     missing = [name for name in _VARIABLES if not os.environ.get(name)]
-    numbers = [os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if missing or not all(number.isdecimal() for number in numbers):
         reason = f"{', '.join(missing)} is not set" if missing else f"no numbers: {numbers}"
         fix = "Start with torchrun, which sets them, or unset WORLD_SIZE for one process"
