@@ -203,7 +203,7 @@ class Rollout:
 
 def seed_of(*parts: int) -> int:
     """A seed that is a function of its parts, e.g. of run seed, step and request."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
 @dataclass(frozen=True)

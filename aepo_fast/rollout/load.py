@@ -33,7 +33,8 @@ def check_rollout_backend(cfg: Config) -> None:
         )
         raise ConfigError("rollout.backend", "vllm", "vLLM is not installed", fix)
     version = vllm_version()
-    if version not in _VLLM and not cfg.rollout.allow_untested_vllm:
+    known = bool(version) and version in _VLLM
+    if not known and not cfg.rollout.allow_untested_vllm:
         raise ConfigError(
             "rollout.backend",
             "vllm",

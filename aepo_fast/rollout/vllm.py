@@ -250,7 +250,7 @@ class VllmRollout:
         numpy_state = np.random.get_state()
         try:
             with torch.random.fork_rng():
-                torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+                torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
                 # On a GPU vLLM draws a seed for each sample from here instead.
                 np.random.seed(seed.generate_state(4))
                 for number, index in numbers.items():
