@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV_FLAGS ?=
 # How make train samples: make train ROLLOUT=vllm installs vLLM and uses it. Left out, vLLM is used
-# where it is installed; it does not compile, which takes longer than so short a run gains by it.
+# where it is installed. Without a GPU it does not compile: so short a run gains less by it.
 ROLLOUT ?=
 FIND_ROLLOUT = import importlib.util as u; print("vllm" if u.find_spec("vllm") else "hf")
+HAS_GPU = import sys, torch; sys.exit(not torch.cuda.is_available())
 BIN := .venv/bin
 STAMP := .venv/installed
 VLLM_STAMP := .venv/installed-vllm
@@ -28,7 +29,8 @@ LISTS_OTHERS = from importlib.metadata import requires as r; \
 
 train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 	backend=$(or $(ROLLOUT),$$($(BIN)/python -c '$(FIND_ROLLOUT)')); eager=; \
-	if [ "$$backend" = vllm ]; then eager='--set rollout.enforce_eager=true'; fi; \
+	if [ "$$backend" = vllm ] && ! $(BIN)/python -c '$(HAS_GPU)'; then \
+		eager='--set rollout.enforce_eager=true'; fi; \
 	$(BIN)/aepo-fast train first-light --overwrite --set rollout.backend=\"$$backend\" $$eager
 
 # One thread a test process: threads that wait for each other are what makes two cores slow. Tests

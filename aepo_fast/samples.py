@@ -48,7 +48,8 @@ class Completion:
 
     `logprobs` are those of the sampling law, softmax(logits / temperature), one per id, in nats;
     of temperature 0 those of temperature 1, with top_p those among the tokens that are kept.
-    `finish_reason` is "stop" when the last id ends the sequence and "length" when it was cut.
+    `finish_reason` is "stop" when the last id ends the sequence or completes a string of
+    `rollout.stop`, and "length" when it was cut.
     """
 
     prompt_ids: tuple[int, ...]

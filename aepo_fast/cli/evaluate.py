@@ -84,6 +84,7 @@ class _Subject:
             "backend": cfg.rollout.backend,
             "dtype": cfg.rollout.dtype,
             "max_new_tokens": cfg.rollout.max_new_tokens,
+            "stop": list(cfg.rollout.stop),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "samples": sampling.samples,
@@ -199,10 +200,11 @@ def _compared(
     *,
     other: str,
 ) -> EvalResult:
+    known = {"stop": [], **settings}  # older files do not say it
     notes = [
-        f"not the same in both: {key} {value!r} here, {settings.get(key)!r} there"
+        f"not the same in both: {key} {value!r} here, {known.get(key)!r} there"
         for key, value in result.settings.items()
-        if key not in ("model", "sources") and settings.get(key) != value
+        if key not in ("model", "sources") and known.get(key) != value
     ]
     ks = list(result.pass_at_k)
     found = compare_problems(result.problems, theirs, other=other, ks=ks, notes=notes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from os.path import expanduser
-from typing import Literal
+from typing import Any, Literal
 
 from aepo_fast.config.conditions import (
     above_zero,
@@ -116,6 +116,9 @@ class RolloutConfig:
     # Dtype of the sampler. "auto" is bfloat16 where the device has instructions for its GEMMs, else
     # float32.
     dtype: ComputeDtype = "auto"
+    # Strings that end a completion, besides the end ids. It keeps all tokens up to the one that
+    # completes a string, and these are trained.
+    stop: tuple[str, ...] = ()
     batch_rows: int = setting(256, needs=one_of("backend", "hf"))  # samples decoded together
     # Share of the whole GPU's memory that vLLM takes, for weights and cache.
     gpu_memory_utilization: float = setting(0.3, needs=_VLLM)
@@ -140,6 +143,8 @@ class RolloutConfig:
     # Versions of vLLM that are too old are tried; false: they are refused. Newer ones than tested
     # always run, with a warning.
     allow_untested_vllm: bool = setting(False, needs=_VLLM)
+    # Further arguments of vLLM's LLM(...), e.g. {max_num_seqs = 64}: docs/rollouts.md.
+    engine_kwargs: dict[str, Any] = setting(default_factory=dict, needs=_VLLM)
     # 1: the next step's samples are drawn while this step trains, with the weights from before its
     # updates. Main samples are corrected for it.
     steps_ahead: Literal[0, 1] = 0
@@ -162,6 +167,13 @@ class RolloutConfig:
             self.gpu_memory_utilization,
             "is a share of the GPU's memory, at most 1",
             "Try 0.3; the trainer needs the rest",
+        )
+        require(
+            all(self.stop),
+            "rollout.stop",
+            list(self.stop),
+            "an empty string would end every completion at its first token",
+            "Leave the empty string out",
         )
         refuse_what_does_nothing("rollout", self)
         require(

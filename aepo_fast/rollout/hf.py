@@ -25,6 +25,7 @@ from aepo_fast.model.sharded import whole
 from aepo_fast.rollout.cache import make_room
 from aepo_fast.rollout.engine import BrokenWeightsError
 from aepo_fast.rollout.packed_linear import can_pack, packed_linears
+from aepo_fast.rollout.stop_strings import Watch
 from aepo_fast.samples import Completion, Request
 from aepo_kernels import cpu
 
@@ -42,9 +43,10 @@ class _Row:
     temperature: float
     top_p: float
     uniforms: np.ndarray  # one per token to sample
+    watch: Watch | None  # for stop strings
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False  # by an end id
+    stopped: bool = False  # by an end id or a stop string
     done: bool = False
 
 
@@ -54,8 +56,8 @@ class HfRollout:
     model: the trainer's model. machine: where it samples, in rollout_dtype; with the model's own
     dtype the weights are the trainer's, on a CPU beside a copy of linear layers' that lies as its
     GEMMs read it. Each of several processes trains a part and has a whole model for this alone,
-    which becomes the engine's. eos_ids: ids that end a
-    completion. batch_rows: rows decoded together. pack: whether that copy is made.
+    which becomes the engine's. eos_ids: ids that end a completion. batch_rows: rows decoded
+    together. watch: of `watcher`, with stop strings. pack: whether that copy is made.
     """
 
     verify = False  # its weights are the trainer's, or copied one by one
@@ -68,6 +70,7 @@ class HfRollout:
         *,
         eos_ids: Sequence[int],
         batch_rows: int,
+        watch: Callable[[Sequence[int]], Watch] | None = None,
         pack: bool = True,
     ) -> None:
         dtype = machine.rollout_dtype
@@ -95,7 +98,7 @@ class HfRollout:
         takes = inspect.signature(type(self.model).forward).parameters
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self.eos_ids = frozenset(eos_ids)
-        self.batch_rows = batch_rows
+        self.batch_rows, self._watch = batch_rows, watch
         self.weights_version = 0
         self.metrics: dict[str, float] = {}
 
@@ -136,6 +139,7 @@ class HfRollout:
                 request.temperature,
                 request.top_p,
                 np.random.default_rng([request.seed, sample]).random(max_new_tokens),
+                None if self._watch is None else self._watch(request.prompt_ids),
             )
             for index, request in enumerate(requests)
             for sample in range(request.num_samples)
@@ -206,7 +210,7 @@ class HfRollout:
                 if not row.done:
                     row.ids.append(token)
                     row.logprobs.append(logprob)
-                    row.stopped = token in self.eos_ids
+                    row.stopped = token in self.eos_ids or bool(row.watch and row.watch(token))
                     row.done = row.stopped or step + 1 == max_new_tokens
             if on_tokens is not None:
                 on_tokens(sum(len(row.ids) == step + 1 for row in active))

@@ -14,7 +14,9 @@ from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.model.load import load_model, read_config, recurrent_layers
 from aepo_fast.rollout.engine import RolloutEngine
+from aepo_fast.rollout.engine_kwargs import check_engine_kwargs
 from aepo_fast.rollout.hf import HfRollout
+from aepo_fast.rollout.stop_strings import watcher
 from aepo_fast.versions import TESTED
 from aepo_kernels.versions import installed_version, warn_if_newer
 
@@ -23,7 +25,7 @@ _WITH_4_BITS = SpecifierSet("<0.28")  # where bitsandbytes is part of vLLM
 
 
 def check_rollout_backend(cfg: Config) -> None:
-    """Raise ConfigError where the rollout backend is not installed, or too old to work."""
+    """Raise ConfigError where the backend is not installed, too old, or refuses arguments."""
     if cfg.rollout.backend != "vllm":
         return
     if importlib.util.find_spec("vllm") is None:
@@ -52,6 +54,7 @@ def check_rollout_backend(cfg: Config) -> None:
             f"vLLM {version} takes 4-bit weights with vllm-bnb-plugin, which is not installed",
             "pip install --no-deps 'vllm-bnb-plugin' (0.0.2 for vLLM 0.28), or set it to \"hf\"",
         )
+    check_engine_kwargs(cfg.rollout.engine_kwargs)
 
 
 def vllm_version() -> str:
@@ -112,7 +115,8 @@ def load_engine(
         loads = machine if quantized else machine.only_sampling()
         model = load_model(cfg.model, folder, loads, adapter=adapter)
     ids = eos_ids(model.generation_config, tokenizer)
-    return HfRollout(model, machine, eos_ids=ids, batch_rows=cfg.rollout.batch_rows)
+    watch = watcher(cfg.rollout.stop, tokenizer)
+    return HfRollout(model, machine, eos_ids=ids, batch_rows=cfg.rollout.batch_rows, watch=watch)
 
 
 def generation_config(folder: Path | str) -> GenerationConfig:

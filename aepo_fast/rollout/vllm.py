@@ -2,8 +2,8 @@
 # pyright: reportMissingImports=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """Rollouts with vLLM in the trainer's own process, weights through its weight-transfer interface.
 
-The only module but `vllm_weights` that imports vLLM. `load` imports it when a configuration asks
-for it, not before.
+The only module that imports vLLM, with `vllm_weights` and `engine_kwargs`. `load` imports it when a
+configuration asks for it, not before.
 """
 
 from __future__ import annotations
@@ -113,18 +113,23 @@ class VllmRollout:
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 disable_log_stats=True,
-                skip_tokenizer_init=True,  # ids go in and come out
+                skip_tokenizer_init=not cfg.stop,  # ids go in and come out
                 trust_remote_code=trust_code,
                 **_lora_settings(lora_rank),
                 **({} if quantization == "none" else _IN_4_BITS),
-                **({} if on_gpu else _cache_blocks()),
-                **(_settings_over_ranks(world, self.ranks, on_gpu) if self.over_ranks else {}),
+                **{
+                    **({} if on_gpu else _cache_blocks()),
+                    **cfg.engine_kwargs,
+                    **(_settings_over_ranks(world, self.ranks, on_gpu) if self.over_ranks else {}),
+                },
             )
         except Exception as error:  # of its code for this model, or of a plugin for another vLLM
             reason = f"vLLM did not start: {error}"
             if quantization == "none" and not isinstance(error, RuntimeError | ValueError):
                 reason = f"vLLM {vllm.__version__} cannot run this model: {first_line(error)}"
                 fix = "Use another model or another vLLM"
+            if cfg.engine_kwargs:
+                fix += ", or leave out what of rollout.engine_kwargs it cannot have"
             fix += ', or set it to "hf"'
             raise ConfigError("rollout.backend", "vllm", reason, fix) from error
         if self.llm.model_config.using_transformers_backend():
@@ -281,7 +286,10 @@ class VllmRollout:
             stop_token_ids=self.eos_ids,
             ignore_eos=True,  # the ids above are all that ends a completion
             logprobs=0,
-            detokenize=False,
+            stop=list(self.cfg.stop),
+            include_stop_str_in_output=True,
+            detokenize=bool(self.cfg.stop),
+            skip_special_tokens=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

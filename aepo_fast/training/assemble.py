@@ -49,6 +49,7 @@ from aepo_fast.rollout.load import (
     generation_config,
     load_engine,
 )
+from aepo_fast.rollout.stop_strings import check_stop_strings
 from aepo_fast.samples import Prompt
 from aepo_fast.training.checkpoint import (
     CheckpointError,
@@ -221,6 +222,7 @@ def read_inputs(cfg: Config, model: str, *, rendered_at: datetime | None = None)
     folder = resolve(model, revision=revision, with_code=trusts)
     tokenizer = load_tokenizer(folder, chat_template=cfg.model.chat_template, trust_code=trusts)
     check_routers(cfg.model, read_config(folder, trust_code=trusts))
+    check_stop_strings(cfg.rollout, tokenizer)
     ends = eos_ids(generation_config(folder), tokenizer)
     if not ends:
         reason = "neither its tokenizer nor its generation_config.json names an end token"

@@ -120,6 +120,7 @@ CASES = [
     choices("rollout.enforce_eager", True, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.allow_untested_vllm", True, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.tensor_parallel", 2, "rollout.backend", "vllm", BACKENDS),
+    choices("rollout.engine_kwargs", {"a": 1}, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.share_weights", False, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.sleep", "none", "rollout.backend", "vllm", BACKENDS),
     choices("rollout.offload_optimizer", True, "rollout.backend", "vllm", BACKENDS),

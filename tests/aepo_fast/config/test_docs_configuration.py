@@ -34,7 +34,7 @@ def settings_of(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Table and key of every setting, from a built configuration."""
     for item in dataclasses.fields(value):
         inner = getattr(value, item.name)
-        nested = inner[0] if isinstance(inner, tuple) else inner
+        nested = inner[0] if isinstance(inner, tuple) and inner else inner
         if dataclasses.is_dataclass(nested):
             yield from settings_of(nested, f"{name}.{item.name}" if name else item.name)
         else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from enum import Enum
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -131,6 +131,27 @@ class Inner:
         return [SimpleNamespace(request_id=number, finished=True, outputs=samples)]
 
 
+class Mode(Enum):
+    ONE = "package.of.one"
+
+
+# What it takes: a few of vLLM's arguments, with its kinds of types.
+EngineArgs = make_dataclass(
+    "EngineArgs",
+    [
+        ("max_num_seqs", int | None, None),
+        ("max_num_batched_tokens", int | None, None),
+        ("enable_prefix_caching", bool | None, None),
+        ("kv_cache_dtype", Literal["auto", "fp8"], "auto"),
+        ("attention_backend", Mode | None, None),
+        ("speculative_config", dict[str, Any] | None, None),
+        ("lora_dtype", str | torch.dtype | None, None),
+        ("block_size", int | None, None),
+        ("enforce_eager", bool, False),
+    ],
+)
+
+
 class LLM:
     """vLLM's entry point."""
 
@@ -222,6 +243,8 @@ def install(patch: pytest.MonkeyPatch) -> Allocator:
             "WeightTransferUpdateRequest": UpdateRequest,
         },
         "vllm.distributed.weight_transfer.factory": {"WeightTransferEngineFactory": Factory},
+        "vllm.engine": {},
+        "vllm.engine.arg_utils": {"EngineArgs": EngineArgs},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
         "vllm.model_executor": {},
