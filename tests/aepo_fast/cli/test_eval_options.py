@@ -161,6 +161,18 @@ def test_a_benchmark_from_a_file_and_its_result(
     for name in ("temperature", "samples", "instruction"):
         assert any(f"not the same in both: {name} " in note for note in found.notes)
 
+    # Stop strings of the configuration end these samples, too; older files do not name any.
+    assert written["settings"].pop("stop") == [] and greedy.settings["stop"] == []
+    assert not any("stop" in note for note in found.notes)
+    output.write_text(json.dumps(written))
+    letters = json.dumps([chr(code) for code in range(1, 127)])
+    for stop in ("[]", letters):
+        options["overrides"] = [*SHORT, f"rollout.stop={stop}"]
+        ended = on_gsm8k(tiny_model_dir, gsm8k, greedy=True, **options)
+        noted = [note for note in ended.comparison.notes if "not the same in both: stop " in note]
+        assert len(noted) == (stop == letters)
+    assert ended.mean_length < greedy.mean_length and ended.truncated < greedy.truncated
+
     # Greedy answers do not depend on the draw.
     again = on_gsm8k(tiny_model_dir, gsm8k, greedy=True, overrides=[*SHORT, "eval.seed=9"])
     assert again.problems == on_gsm8k(tiny_model_dir, gsm8k, greedy=True).problems

@@ -330,7 +330,8 @@ def test_shipped_configs_go_with_every_documented_choice(name: str, tmp_path: Pa
             assert loads_again(load_config(name, [f"{key}={value}"]), tmp_path)
     for method in METHODS:
         assert load_config(name, [NO_AEPO, f"loss.entropy_method={method}"])
-    assert load_config(name, [VLLM, "rollout.enforce_eager=true"])  # as make train does
+    assert not load_config(name, [VLLM]).rollout.enforce_eager  # so with CUDA graphs on a GPU
+    assert load_config(name, [VLLM, "rollout.enforce_eager=true"])  # as make train does on a CPU
 
 
 def test_another_task_is_evaluated_whatever_the_run_held_out(tmp_path: Path) -> None:
