@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,20 +84,29 @@ def main(arguments: argparse.Namespace) -> None:
                 f"{row['registers']:9} {row['stack']:5} {row['shared']:6} {row['instruction']}",
                 flush=True,
             )
-    failures = [failure for row in rows if (failure := failure_of(row))]
+    known = _SPILLS_OF_3_6 if triton.__version__ == "3.6.0" else {}
+    failures = [failure for row in rows if (failure := failure_of(row, known))]
     if not arguments.check:
         path = RESULTS / "compiled" / f"triton-{triton.__version__}.json"
         write_result(path, {"triton": triton.__version__, "kernels": rows})
         print(f"result: {path}")
     if failures:
         raise SystemExit("\n".join(failures))
-    print(f"{len(rows)} kernels compiled; none spills")
+    besides = f" but for {', '.join(known)}" if known else ""
+    print(f"{len(rows)} kernels compiled; none spills{besides}")
 
 
-def failure_of(row: dict[str, Any]) -> str | None:
-    """What is wrong with a compiled kernel, or None."""
+# Bytes of stack, with every option on; what later versions compile spills nothing.
+_SPILLS_OF_3_6 = {
+    "fused_combine fp32 all on sm_80": 8,
+    "fused_partials bf16 all, tma, split on sm_90": 24,
+}
+
+
+def failure_of(row: dict[str, Any], known: Mapping[str, int] | None = None) -> str | None:
+    """What is wrong with a compiled kernel, or None; known: spills that are put up with, bytes."""
     name = f"{row['kernel']} {row['dtype']} {row['variant']} on sm_{row['chip']}"
-    if row["stack"] or row["local"]:
+    if row["stack"] > (known or {}).get(name, 0) or row["local"]:
         return f"{name} spills: {row['stack']} bytes of stack, {row['local']} of local memory"
     if row["shared"] > SHARED_LIMIT[row["chip"]]:
         return f"{name} needs {row['shared']} bytes of shared memory"

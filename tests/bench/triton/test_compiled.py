@@ -55,3 +55,10 @@ GOOD: dict[str, Any] = {
 def test_each_gate_fails_on_its_own(change: dict[str, Any], reason: str) -> None:
     assert failure_of(GOOD) is None
     assert reason in (failure_of(GOOD | change) or "")
+
+
+def test_a_known_spill_is_put_up_with_and_no_larger_one() -> None:
+    known = {"fused_partials bf16 plain on sm_90": 8}
+    assert failure_of(GOOD | {"stack": 8}, known) is None
+    assert failure_of(GOOD | {"stack": 16}, known) is not None
+    assert failure_of(GOOD | {"stack": 8, "variant": "all"}, known) is not None
