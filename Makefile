@@ -39,8 +39,8 @@ test: $(STAMP)
 	$(BIN)/cmake -S . -B build/tests -DAEPO_TESTS=ON
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not vllm and not peers and not alone" -n 2 \
-		--dist worksteal $(ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		-m "not gpu and not vllm and not peers and not alone and not restarts" -n 2 --dist worksteal $(ARGS) || [ $$? -eq 5 ]
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu" -n 2 --dist worksteal \
 		$(ARGS) || [ $$? -eq 5 ]
 
@@ -85,6 +85,7 @@ test-peers: $(PEERS_STAMP)
 # 50 kills, two hours of watching, and 10 kills of one of two ranks; the first two in less: make soak ARGS='--kills 5 --seconds 60'
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m restarts tests/aepo_fast/world
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.rank_kills
 
 # The kernels with options drawn at random, against float64: make fuzz DRAWS=10000 SEED=0

@@ -64,7 +64,7 @@ BAD = [
     ("quantization", "fp8", r"is set by model\.quantization"),
     ("logprobs_mode", "raw_logprobs", r"the loss needs log-probs after temperature\. Leave it out"),
     ("logits_processors", ["a"], r"training takes the whole distribution"),
-    ("tensor_parallel_size", 2, r"vLLM runs in the trainer's own process"),
+    ("tensor_parallel_size", 2, r"is set by rollout.tensor_parallel"),
 ]
 
 

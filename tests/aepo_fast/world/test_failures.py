@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import pytest
+
 from aepo_fast.cli.doctor_ranks import report_ranks
 from aepo_fast.config.sections import Config, RewardConfig
 from aepo_fast.config.toml import dump_config
@@ -27,6 +29,7 @@ from tests.aepo_fast.world.ranks import run_ranks
 from tests.aepo_fast.world.runs import lines_of, run_config, weights_of, with_output
 
 
+@pytest.mark.restarts
 def test_a_run_outlives_its_ranks(tiny_model_dir: Path, tmp_path: Path) -> None:
     changes = {"checkpoint": {"every": 1}, "trainer": {"steps": 5, "timeout_s": 10.0}}
     cfg = run_config(tiny_model_dir, tmp_path / "run", changes)
