@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import pytest
+import torch
 
 from aepo_fast.cli.doctor_ranks import report_ranks
 from aepo_fast.config.sections import Config, RewardConfig
