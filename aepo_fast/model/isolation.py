@@ -43,13 +43,16 @@ def check_isolation(policy: Policy, requested: str) -> None:
 
 def _second_states(policy: Policy, start: int) -> torch.Tensor:
     """Hidden states of a sample behind another one, whose completion begins with id `start`."""
-    prompt = tuple(range(_PROMPT))
-    # The longer one comes first.
-    completions = range(start, start + _FIRST), range(_SECOND)
-    samples = [
-        Sample(Completion(prompt, tuple(ids), (0.0,) * len(ids), "length", 1.0, 0), 0, False, None)
-        for ids in completions
-    ]
+    vocab = policy.model.config.get_text_config().vocab_size
+
+    def sample(start: int, length: int) -> Sample:
+        prompt, ids = (
+            tuple(token % vocab for token in range(first, first + count))
+            for first, count in ((0, _PROMPT), (start, length))
+        )
+        return Sample(Completion(prompt, ids, (0.0,) * length, "length", 1.0, 0), 0, False, None)
+
+    samples = [sample(start, _FIRST), sample(0, _SECOND)]  # the longer one comes first
     (batch,) = make_microbatches(samples, (0, 1), layout=policy.layout, max_tokens=2 * _PROMPT + 32)
 
     def run() -> torch.Tensor:

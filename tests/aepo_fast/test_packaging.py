@@ -27,6 +27,7 @@ BY_CHOICE = {
     "bitsandbytes",
     "liger_kernel",
     "peft",
+    "pydantic",  # with vLLM
     "tensorboard",
     "torchao",
     "triton",

@@ -41,6 +41,12 @@ def test_layouts_that_keep_samples_apart_pass(
     assert all(p.grad is None for p in policy.model.parameters())
 
 
+def test_a_vocabulary_of_few_tokens_is_enough(tmp_path: Path) -> None:
+    policy = a_policy("qwen3", tmp_path, "shared")
+    policy.model.resize_token_embeddings(11)
+    check_isolation(policy, "shared")
+
+
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_a_mask_without_positions_is_refused(tmp_path: Path, compute: torch.dtype) -> None:
     # transformers makes the masks of gpt-oss without them.

@@ -147,6 +147,8 @@ def test_leaving_early_does_not_wait() -> None:
 class Sampled:
     """An engine whose completions are known: each of length 4, and one right, one wrong."""
 
+    ranks = 1
+
     def generate(
         self, requests: Sequence[Any], *, on_group: Callable[..., None], **options: Any
     ) -> list[list[Completion]]:
