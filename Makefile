@@ -40,7 +40,8 @@ test: $(STAMP)
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-		-m "not gpu and not vllm and not peers and not alone and not restarts" -n 2 --dist worksteal $(ARGS) || [ $$? -eq 5 ]
+		-m "not gpu and not vllm and not peers and not alone and not soak" \
+		-n 2 --dist worksteal $(ARGS) || [ $$? -eq 5 ]
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu" -n 2 --dist worksteal \
 		$(ARGS) || [ $$? -eq 5 ]
 
@@ -82,10 +83,11 @@ test-peers: $(PEERS_STAMP)
 			$(ARGS) || exit 1; \
 	done
 
-# 50 kills, two hours of watching, and 10 kills of one of two ranks; the first two in less: make soak ARGS='--kills 5 --seconds 60'
+# The tests that take minutes, 50 kills and two hours of watching, and 10 kills of one of two ranks.
+# Less of the kills and hours: make soak ARGS='--kills 5 --seconds 60'
 soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m restarts tests/aepo_fast/world
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.rank_kills
 
 # The kernels with options drawn at random, against float64: make fuzz DRAWS=10000 SEED=0

@@ -145,6 +145,7 @@ def test_8_plain_grpo_collapses() -> None:
     assert reward.mean() > 0.85
 
 
+@pytest.mark.soak
 def test_8_the_published_settings_do_not_hold_the_entropy() -> None:
     cfg = AepoConfig(controller="published", entropy_target=0.5)
     entropy, temperature, _ = closed_loop(cfg, beta1=0.5)
@@ -156,8 +157,8 @@ def test_8_the_published_settings_do_not_hold_the_entropy() -> None:
     ("controller", "target", "beta1"),
     [
         *(("observer", target, 0.9) for target in (0.25, 0.5, 0.75, 1.0)),
-        ("observer", 0.25, 0.5),
-        ("pi", 0.5, 0.9),
+        pytest.param("observer", 0.25, 0.5, marks=pytest.mark.soak),
+        pytest.param("pi", 0.5, 0.9, marks=pytest.mark.soak),
     ],
 )
 def test_8_the_entropy_is_held_within_five_percent(

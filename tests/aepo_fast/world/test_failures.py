@@ -28,7 +28,7 @@ from tests.aepo_fast.world.ranks import run_ranks
 from tests.aepo_fast.world.runs import lines_of, run_config, weights_of, with_output
 
 
-@pytest.mark.restarts
+@pytest.mark.soak
 def test_a_run_outlives_its_ranks(tiny_model_dir: Path, tmp_path: Path) -> None:
     changes = {"checkpoint": {"every": 1}, "trainer": {"steps": 5, "timeout_s": 10.0}}
     cfg = run_config(tiny_model_dir, tmp_path / "run", changes)

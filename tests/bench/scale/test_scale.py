@@ -66,6 +66,7 @@ def test_parameters_of_a_shape() -> None:
     assert parameters_of(SHAPES["qwen2.5-1.5b"]) == 1_543_714_304
 
 
+@pytest.mark.soak
 def test_one_and_two_processes_are_measured_and_simulated(
     tiny_model_dir: Path,
     tmp_path: Path,
