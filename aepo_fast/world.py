@@ -153,18 +153,21 @@ class World:
         """Every `step`-th rank from this one on, and before it, as a world of their own."""
         if step == 1:
             return self
-        groups = [_control(self.timeout_s, range(one, self.size, step)) for one in range(step)]
-        own = groups[self.rank % step]
-        return replace(self, rank=self.rank // step, size=self.size // step, control=own, calls=[0])
+        return self._parted([range(one, self.size, step) for one in range(step)])
 
     def neighbours(self, count: int) -> World:
         """So many ranks in a row, this one among them, as a world of their own."""
         if count == 1:
             return ALONE
         starts = range(0, self.size, count)
-        groups = [_control(self.timeout_s, range(start, start + count)) for start in starts]
-        own = groups[self.rank // count]
-        return replace(self, rank=self.rank % count, size=count, control=own, calls=[0])
+        return self._parted([range(start, start + count) for start in starts])
+
+    def _parted(self, parts: Sequence[range]) -> World:
+        """The part that has this rank, as a world of its own; all ranks make the groups of all."""
+        groups = [_control(self.timeout_s, part) for part in parts]
+        (own,) = (number for number, part in enumerate(parts) if self.rank in part)
+        rank, size = parts[own].index(self.rank), len(parts[own])
+        return replace(self, rank=rank, size=size, control=groups[own], calls=[0])
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

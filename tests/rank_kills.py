@@ -26,6 +26,7 @@ from aepo_fast.config.sections import CheckpointConfig, Config
 from aepo_fast.config.toml import dump_config
 from aepo_fast.training.checkpoint import complete_checkpoints
 from bench.common.environment import ROOT
+from tests.processes import processes_of
 from tests.tiny_model import build_tiny_model
 from tests.tiny_run import tiny_config, with_trainer
 
@@ -45,19 +46,6 @@ def start(cfg: Config, ranks: int, log: Path, mark: str) -> subprocess.Popen[byt
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, _MARK: mark}
     with log.open("a") as file:
         return subprocess.Popen(command, env=env, cwd=ROOT, stdout=file, stderr=file)
-
-
-def ranks_of(agent: int) -> list[int]:
-    """The processes that torchrun has started and that live."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # has just ended
-            continue
-        if int(fields[1]) == agent and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return sorted(found)
 
 
 def marked(mark: str) -> list[int]:
@@ -90,7 +78,7 @@ def kill_ranks(folder: Path, *, kills: int, ranks: int, seed: int) -> list[tuple
     chance, done = random.Random(seed), list[tuple[int, float]]()
     agent = start(killed, ranks, folder / "killed.log", mark)
     while True:
-        before, since, logged = ranks_of(agent.pid), time.monotonic(), _logs(killed)
+        before, since, logged = processes_of("parent", agent.pid), time.monotonic(), _logs(killed)
         in_training = chance.random() < 0.75  # the others while ranks start
         moment = chance.uniform(0, trains if in_training else whole)
         if len(done) == kills:
@@ -108,7 +96,7 @@ def kill_ranks(folder: Path, *, kills: int, ranks: int, seed: int) -> list[tuple
             forget_after(killed, chance.randrange(1, STEPS - 3))
             agent = start(killed, ranks, folder / "killed.log", mark)
             continue
-        living = ranks_of(agent.pid)
+        living = processes_of("parent", agent.pid)
         if len(living) < ranks:
             continue
         rank = chance.randrange(ranks)
@@ -117,7 +105,7 @@ def kill_ranks(folder: Path, *, kills: int, ranks: int, seed: int) -> list[tuple
         what = "of steps" if in_training else "of its start"
         where = f"rank {rank} after {moment:.1f} s {what}, {_last_step(killed)}"
         print(f"kill {len(done)}: {where}", flush=True)
-        while agent.poll() is None and set(ranks_of(agent.pid)) & {*before, *living}:
+        while agent.poll() is None and set(processes_of("parent", agent.pid)) & {*before, *living}:
             time.sleep(0.05)  # until torchrun has ended the others, too
     _check_same_end(straight, killed)
     time.sleep(2)

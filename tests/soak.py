@@ -26,6 +26,7 @@ import torch
 from aepo_fast.config.sections import CheckpointConfig, Config, EvalConfig
 from aepo_fast.training.checkpoint import complete_checkpoints
 from aepo_fast.training.run import train
+from tests.processes import processes_of
 from tests.tiny_model import build_tiny_model
 from tests.tiny_run import tiny_config, with_trainer
 
@@ -69,7 +70,7 @@ class Runs:
         process.join()
         yield
         until = time.monotonic() + WORKERS_END_S
-        while left := _members(process.pid):
+        while left := processes_of("session", process.pid):
             assert time.monotonic() < until, f"processes {left} outlive their run"
             time.sleep(0.02)
 
@@ -85,20 +86,6 @@ def _run(cfg: Config, temporary: Path) -> None:
     torch.set_num_threads(1)
     if code := train(cfg, resume=True):
         raise SystemExit(code)
-
-
-def _members(session: int) -> list[int]:
-    """The living processes of a session."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # After the name, in brackets: state, parent, group, session.
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # has just ended
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return found
 
 
 def kill_at_random(model: Path, folder: Path, *, kills: int, seed: int = 0) -> list[float]:

@@ -74,6 +74,7 @@ def check_parts(cfg: Config, size: int, head_backend: str) -> None:
     for key, value, each in (
         ("trainer.tensor_parallel", split, split),
         ("trainer.replicas", replicas, split * replicas),
+        ("rollout.tensor_parallel", cfg.rollout.tensor_parallel, cfg.rollout.tensor_parallel),
     ):
         if value > 1 and size % each:
             reason = f"{size} processes are no multiple of {each}"
@@ -90,12 +91,3 @@ def check_parts(cfg: Config, size: int, head_backend: str) -> None:
         if refused:
             reason = f"does not go together with trainer.tensor_parallel = {split}"
             raise ConfigError(key, value, reason, f"{fix}, or trainer.tensor_parallel to 1")
-
-
-def check_ranks_that_sample_together(cfg: Config, size: int) -> None:
-    """Raise ConfigError where `size` processes cannot be parted among engines of vLLM."""
-    together = cfg.rollout.tensor_parallel
-    if size % together:
-        reason = f"the number of processes is {size}, which is no multiple of it"
-        fix = "Start as many with torchrun, or set it to 1"
-        raise ConfigError("rollout.tensor_parallel", together, reason, fix)

@@ -9,11 +9,7 @@ from typing import Literal
 import torch
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.over_ranks import (
-    check_over_ranks,
-    check_parts,
-    check_ranks_that_sample_together,
-)
+from aepo_fast.config.over_ranks import check_over_ranks, check_parts
 from aepo_fast.config.sections import Config
 from aepo_fast.world import ALONE, World, is_started_with_others, join
 from aepo_kernels import multiplies_bfloat16, resolve_backend
@@ -100,7 +96,6 @@ def resolve_machine(cfg: Config, *, trains: bool = True) -> Machine:
     if is_started_with_others():
         check_over_ranks(cfg)
     world, device = join(on_gpu=machine.is_gpu, timeout_s=cfg.trainer.timeout_s), machine.device
-    check_ranks_that_sample_together(cfg, world.size)
     backend = _head_backend(cfg.model.head_backend, device, machine.compute_dtype)
     if machine.is_gpu and world.size > 1:
         device = torch.device("cuda", world.local_rank)

@@ -11,7 +11,7 @@ import torch
 
 from aepo_fast.config import resolve
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.over_ranks import check_ranks_that_sample_together
+from aepo_fast.config.over_ranks import check_parts
 from aepo_fast.config.sections import LoraConfig, RolloutConfig
 from aepo_fast.model.batch import Layout
 from aepo_fast.model.rank_batches import microbatches_of_rank
@@ -115,9 +115,9 @@ def test_neighbours_are_ranks_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_ranks_that_sample_together_divide_all(tmp_path: Path, size: int) -> None:
     cfg = tiny_config(tmp_path, tmp_path, rollout=RolloutConfig("vllm", tensor_parallel=2))
-    with pytest.raises(ConfigError, match=rf"rollout.tensor_parallel = 2: .*processes is {size},"):
-        check_ranks_that_sample_together(cfg, size)
-    check_ranks_that_sample_together(cfg, 2 * size)
+    with pytest.raises(ConfigError, match=rf"rollout.tensor_parallel = 2: {size} processes"):
+        check_parts(cfg, size, "chunked")
+    check_parts(cfg, 2 * size, "chunked")
     if size == 1:
         with pytest.raises(ConfigError, match="rollout.tensor_parallel"):
             resolve.resolve_machine(cfg)
