@@ -76,10 +76,13 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def adapter_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights of a model's adapter, under peft's names."""
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    """The weights of a model's adapter, under the names that peft gives them in a file."""
+    # peft's own function looks at all modules for each weight: a third of a sync to vLLM.
+    return {
+        name.replace(f".{ADAPTER_NAME}.", "."): weight.detach()
+        for name, weight in model.named_parameters()
+        if ".lora_" in name
+    }
 
 
 def save_adapter(

@@ -64,6 +64,11 @@ def load_trained(arguments: argparse.Namespace) -> tuple[str, torch.nn.Module]:
         attn_implementation="sdpa" if device.type == "cuda" else "eager",
     )
     model.to(device)  # type: ignore[arg-type]
+    if getattr(arguments, "lora", 0):
+        from aepo_fast.config.sections import LoraConfig
+        from aepo_fast.model.lora import add_adapter
+
+        add_adapter(model, LoraConfig(rank=arguments.lora), seed=0)
     return folder, model
 
 
@@ -89,7 +94,8 @@ def load_engine(name: str, folder: str, model: Any, arguments: argparse.Namespac
         enforce_eager=arguments.eager,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
     )
-    return VllmRollout(folder, cfg, eos_ids=[], seed=0, on_gpu=machine.vllm_on_gpu)
+    rank = getattr(arguments, "lora", 0)
+    return VllmRollout(folder, cfg, eos_ids=[], seed=0, on_gpu=machine.vllm_on_gpu, lora_rank=rank)
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -16,6 +16,9 @@ def add_command(commands: Any) -> None:
     """Add `sync` to the benchmark's commands."""
     parser = commands.add_parser("sync", help=__doc__)
     add_arguments(parser)
+    parser.add_argument(
+        "--lora", type=int, default=0, help="rank of an adapter on all layers, all that is handed"
+    )
     parser.set_defaults(run=time_syncs)
 
 
@@ -31,14 +34,15 @@ def time_syncs(arguments: argparse.Namespace) -> None:
     if "hf" in engines:
         ways["hf"] = lambda: _sync_hf(engines["hf"], model)
     unavailable: dict[str, str] = {}
+    found: dict[str, Any] = {}
     if "vllm" in engines:
-        # First: once weights are shared, loading them copies them onto themselves.
-        loads = _times({"vllm load_weights": lambda: _load_each(engines["vllm"], model)}, arguments)
+        # First: once weights are shared, loading them copies them onto themselves. An adapter has
+        # no parameters of vLLM's model.
+        one = {"vllm load_weights": lambda: _load_each(engines["vllm"], model)}
+        loads = {} if arguments.lora else _times(one, arguments)
         unavailable = {name: one for name, one in loads.items() if isinstance(one, str)}
         found = {name: one for name, one in loads.items() if not isinstance(one, str)}
         ways["vllm"] = lambda: _sync_vllm(engines["vllm"], model)
-    else:
-        found = {}
     found |= _times(ways, arguments)
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     for name, one in found.items():
@@ -53,7 +57,7 @@ def time_syncs(arguments: argparse.Namespace) -> None:
         print(f"{name:18} not available: {reason}")
     memory = {"before_engines": before, "with_engines": _allocated()}
     write(
-        "sync",
+        "lora-sync" if arguments.lora else "sync",
         arguments,
         {
             "trainer_bytes": model_bytes,
