@@ -19,3 +19,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_model import build_tiny_model  # imports triton by way of transformers
 
     return build_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: the last ones would run while other processes have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -66,14 +66,18 @@ LIMIT = 64 * 2**20
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # of malloc.h
 
 
-def least_extra(run: Callable[[], None], *leaves: torch.Tensor, kept: int) -> int:
-    """The least of some peaks: the resident set also grows by code that is paged in."""
+def check_extra(run: Callable[[], None], *leaves: torch.Tensor, kept: int) -> None:
+    """One of three runs takes no more than LIMIT: a first one also pages in code."""
 
     def clear() -> None:
         for leaf in leaves:
             leaf.grad = None
 
-    return min(peak_extra_bytes(run, clear, kept, torch.device("cpu")) or 0 for _ in range(3))
+    for _ in range(3):
+        extra = peak_extra_bytes(run, clear, kept, torch.device("cpu")) or 0
+        if extra <= LIMIT:
+            break
+    assert 0 < extra <= LIMIT
 
 
 @pytest.fixture
@@ -121,7 +125,7 @@ def test_at_most_64_mib_on_a_cpu(vocab: int, size: int, dtype: torch.dtype, call
     kept = 0 if call == "score" else hidden.nbytes + weight.nbytes
     if call == "frozen":
         kept = hidden.nbytes + 4 * hidden.numel()  # the direction, as said
-    assert 0 < least_extra(run, hidden, weight, kept=kept) <= LIMIT
+    check_extra(run, hidden, weight, kept=kept)
 
 
 @pytest.mark.alone
@@ -151,7 +155,7 @@ def test_at_most_64_mib_whatever_number_of_hidden_states_has_a_gradient(
         ).loss.backward()
 
     kept = hidden.nbytes + weight.nbytes
-    assert 0 < least_extra(run, hidden, weight, kept=kept) <= LIMIT
+    check_extra(run, hidden, weight, kept=kept)
 
 
 @pytest.mark.alone
@@ -169,7 +173,7 @@ def test_at_most_64_mib_where_rows_are_sampled() -> None:
 
     # A sum of the weight's gradients in float32, as said.
     kept = hidden.nbytes + 3 * weight.nbytes
-    assert 0 < least_extra(run, hidden, weight, kept=kept) <= LIMIT
+    check_extra(run, hidden, weight, kept=kept)
 
 
 @pytest.mark.parametrize("option", ["plain", "second"])
