@@ -7,10 +7,11 @@ import dataclasses
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -328,9 +329,9 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     """Load the policy (from the checkpoint where there is one) and what goes with it."""
-    source, adapter, lora = inputs.model_folder, inputs.checkpoint, cfg.model.lora.rank > 0
-    if inputs.checkpoint is not None and not lora:
-        source, adapter = str(inputs.checkpoint), None
+    source, adapter = inputs.model_folder, inputs.checkpoint
+    if adapter is not None and not cfg.model.lora.rank:
+        source, adapter = str(adapter), None
     if machine.world.size > 1:
         return _load_over_ranks(cfg, machine, inputs, source, adapter)
     offload = cfg.trainer.offload == "all"
@@ -338,23 +339,10 @@ def load_models(cfg: Config, machine: Machine, inputs: Inputs) -> Models:
     model = load_model(cfg.model, source, **where, adapter=adapter, seed=cfg.trainer.seed)
     with on_cpu(model, machine) if offload else nullcontext(machine) as checks:
         check_isolation(Policy(model, checks, cfg.trainer), cfg.trainer.layout)
-    offloads = cfg.model.activation_offloading
-    policy = Policy(
-        model,
-        machine,
-        cfg.trainer,
-        activation_offloading=offloads,
-        router_aux_loss_coef=cfg.model.router_aux_loss_coef,
-    )
-    reference = None
-    if cfg.loss.kl_coef > 0 and lora:
-        reference = Policy(model, machine, cfg.trainer, adapter=False)
-    elif cfg.loss.kl_coef > 0:
-        if inputs.checkpoint is None:
-            frozen = copy.deepcopy(model)
-        else:
-            frozen = load_model(cfg.model, inputs.model_folder, **where)
-        reference = Policy(frozen.requires_grad_(False).eval(), machine, cfg.trainer)
+    frozen = partial(load_model, cfg.model, inputs.model_folder, **where)
+    if inputs.checkpoint is None:
+        frozen = partial(copy.deepcopy, model)
+    policy, reference = _policies(cfg, machine, model, frozen)
     engine = load_engine(cfg, machine, source, inputs.tokenizer, model=model, adapter=adapter)
     if not engine.verify:  # a canary compares others
         some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
@@ -387,13 +375,23 @@ def _load_over_ranks(
     mesh, offload = device_mesh(machine), cfg.trainer.offload == "all"
     where: Any = {"machine": machine, "mesh": mesh, "offload": offload, "seed": cfg.trainer.seed}
     model = load_parts(cfg.model, source, **where, adapter=adapter)
-    offloads = cfg.model.activation_offloading
-    policy = Policy(model, machine, cfg.trainer, activation_offloading=offloads)
+    frozen = partial(load_parts, cfg.model, inputs.model_folder, **where, frozen=True)
+    policy, reference = _policies(cfg, machine, model, frozen)
     check_isolation(policy, cfg.trainer.layout)
-    reference = None
-    if cfg.loss.kl_coef > 0 and cfg.model.lora.rank:
-        reference = Policy(model, machine, cfg.trainer, adapter=False)
-    elif cfg.loss.kl_coef > 0:
-        frozen = load_parts(cfg.model, inputs.model_folder, **where, frozen=True)
-        reference = Policy(frozen, machine, cfg.trainer)
     return Models(model, policy, reference, engine)
+
+
+def _policies(
+    cfg: Config, machine: Machine, model: PreTrainedModel, frozen: Callable[[], PreTrainedModel]
+) -> tuple[Policy, Policy | None]:
+    """A model's policy and the loss's reference, where it has one: without adapter, or `frozen`."""
+    options: dict[str, Any] = {
+        "activation_offloading": cfg.model.activation_offloading,
+        "router_aux_loss_coef": cfg.model.router_aux_loss_coef,
+    }
+    policy = Policy(model, machine, cfg.trainer, **options)
+    if cfg.loss.kl_coef == 0:
+        return policy, None
+    if cfg.model.lora.rank:
+        return policy, Policy(model, machine, cfg.trainer, adapter=False)
+    return policy, Policy(frozen().requires_grad_(False).eval(), machine, cfg.trainer)

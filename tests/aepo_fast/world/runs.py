@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from aepo_fast.config.sections import CheckpointConfig, Config
-from aepo_fast.training.run import train
-from aepo_fast.world import join, part
+from aepo_fast.memory.check import Prediction
+from aepo_fast.training import run
+from aepo_fast.world import ALONE, join, part
+from tests.aepo_fast.world.loss_terms import measured_terms
 from tests.tiny_run import copy_until, tiny_config
+
+_TERMS = "terms.json"
 
 
 def untied(model: Path, folder: Path) -> Path:
@@ -26,6 +32,18 @@ def untied(model: Path, folder: Path) -> Path:
     made.config.tie_word_embeddings = False
     made.lm_head.weight = torch.nn.Parameter(made.lm_head.weight.detach().clone() * 1.1)
     made.save_pretrained(folder)
+    return folder
+
+
+def in_blocks(model: Path, folder: Path) -> Path:
+    """A model of which both halves of each matrix are 4096 numbers or more, in blocks of 256."""
+    shutil.copytree(model, folder)
+    config = AutoConfig.from_pretrained(model)
+    config.hidden_size, config.head_dim = 128, 32
+    config.vocab_size += -config.vocab_size % 4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
@@ -65,9 +83,19 @@ def train_each(jobs: list[Job]) -> None:
         for cfg, copied in ((job.cfg, job.copied) for job in jobs):
             if copied is not None:
                 world.on_first(partial(copy_until, 2, copied, cfg))
-            assert train(cfg, resume=copied is not None) == 0
+            if world is not ALONE:
+                assert run.train(cfg, resume=copied is not None) == 0
+                continue
+            # Half of its time would go to a prediction of memory, which several do without.
+            with patch.object(run, "predict", _no_prediction), measured_terms() as terms:
+                assert run.train(cfg, resume=copied is not None) == 0
+            (Path(cfg.output_dir) / _TERMS).write_text(json.dumps(terms))
     finally:
         part()
+
+
+def _no_prediction(*args: Any, **options: Any) -> Prediction:
+    return Prediction(None, None)
 
 
 def weights_of(cfg: Config, step: int | None = None) -> dict[str, torch.Tensor]:
@@ -80,3 +108,10 @@ def weights_of(cfg: Config, step: int | None = None) -> dict[str, torch.Tensor]:
 def lines_of(cfg: Config) -> list[dict[str, Any]]:
     """What a run has logged."""
     return [json.loads(line) for line in (Path(cfg.output_dir) / "metrics.jsonl").open()]
+
+
+def loss_terms_of(cfg: Config) -> list[float]:
+    """For each step of a run of one process, the mean of its updates' `measured_terms`."""
+    found = json.loads((Path(cfg.output_dir) / _TERMS).read_text())
+    each = len(found) // cfg.trainer.steps
+    return [statistics.fmean(found[at : at + each]) for at in range(0, len(found), each)]

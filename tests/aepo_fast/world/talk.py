@@ -40,7 +40,11 @@ def raised(world: World, rank: int, error: BaseException) -> str:
 
 
 def talk(world: World) -> dict[str, Any]:
-    """What a rank hears."""
+    """What a rank hears.
+
+    torch's own gathering carries neither the random state of numpy, which is uint32, nor errors
+    whose __init__ takes other arguments.
+    """
     own, by_thread = torch.arange(3.0) + world.rank, world.for_a_thread()
     world.add(own)
     np.random.seed(world.rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from aepo_fast.cli.doctor_ranks import report_ranks
 from aepo_fast.config.sections import Config, RewardConfig
@@ -57,7 +59,11 @@ def test_a_run_outlives_its_ranks(tiny_model_dir: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
 
 
-def end_each(cfg: Config, broken: Config) -> dict[str, Any]:
+def no_space(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def end_each(cfg: Config, broken: Config, full: Config) -> dict[str, Any]:
     """What each of two ranks sees of runs that rank 1 alone has a reason to end."""
     torch.set_num_threads(1)
     world = join(on_gpu=False, timeout_s=120)
@@ -86,6 +92,19 @@ def end_each(cfg: Config, broken: Config) -> dict[str, Any]:
     Trainer.step = step  # type: ignore[method-assign]
     found["went on"] = train(cfg, resume=True)
     found["broken"] = seen(broken)
+    writer = HuggingFaceStorageWriter
+    write = writer.write_data
+
+    def with_full_disk(trainer: Trainer, on_tokens: Callable[[int], None]) -> Any:
+        if trainer.steps_done == 1 and is_odd:
+            writer.write_data = no_space  # type: ignore[method-assign]
+        return step(trainer, on_tokens)
+
+    Trainer.step = with_full_disk  # type: ignore[method-assign]
+    found["full"] = seen(full)
+    Trainer.step, writer.write_data = step, write  # type: ignore[method-assign]
+    found["unfinished"] = list(Path(full.output_dir).rglob("*.tmp"))
+    found["full went on"] = train(full, resume=True)
     new = with_output(cfg, Path(cfg.output_dir).with_name("new"))
     trainer = replace(new.trainer, seed=7) if is_odd else new.trainer
     found["seed"] = seen(replace(new, trainer=trainer))
@@ -105,13 +124,20 @@ def test_all_ranks_end_for_the_reason_of_one(tiny_model_dir: Path, tmp_path: Pat
     cfg = run_config(tiny_model_dir, tmp_path / "run", {"checkpoint": {"every": 0}})
     failing = RewardConfig(function="tests.tiny_rewards:fails_on_rank_1", on_error="stop")
     broken = replace(with_output(cfg, tmp_path / "broken"), reward=failing)
+    full = run_config(tiny_model_dir, tmp_path / "full", {"checkpoint": {"every": 1}})
     work = "tests.aepo_fast.world.test_failures:end_each"
-    first, second = run_ranks(work, 2, tmp_path, cfg, broken)
+    first, second = run_ranks(work, 2, tmp_path, cfg, broken, full)
     for found in (first, second):
         assert found["stopped"] == 128 + signal.SIGTERM and found["went on"] == 0
         assert "the judge of rank 1 is gone" in found["broken"][0]
         assert re.search(r"Saved .*step_\d; go on with --resume$", found["broken"][0])
         assert not found["left"]
+        # torch's error of a part that was not written is no Exception, and would pass by all that
+        # waits for one.
+        assert found["full"][0].startswith("CheckpointError: cannot write checkpoint ")
+        assert "step_2: rank 1: [Errno 28] No space left on device (" in found["full"][0]
+        assert re.search(r"the last complete one is \S*step_1\. Free some", found["full"][0])
+        assert not found["unfinished"] and found["full went on"] == 0
     assert [first[name][0] for name in ("broken", "seed", "version", "data")] == [
         second[name][0] for name in ("broken", "seed", "version", "data")
     ]
@@ -127,5 +153,6 @@ def test_all_ranks_end_for_the_reason_of_one(tiny_model_dir: Path, tmp_path: Pat
     assert doctor[3] == "  adding up over 2 ranks: gloo works"
     assert all(first[name][1] and not second[name][1] for name in ("broken", "seed", "data"))
     assert [line["step"] for line in lines_of(cfg)] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines_of(full)] == [1, 2, 3, 4]
     logs = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
     assert "SIGTERM: saved " in logs[0] and "SIGTERM" not in logs[1]

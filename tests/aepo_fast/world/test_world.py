@@ -62,6 +62,7 @@ def test_variables_that_are_not_whole_are_refused(
     [
         ("trainer", {"optimizer": "muon"}, "trainer.optimizer"),
         ("trainer", {"offload": "optimizer"}, "trainer.offload"),
+        # The hooks that give its float32 copies their gradients are never called for shards.
         ("model", {"dtype": "bfloat16", "compute_dtype": "auto"}, "model.dtype"),
         ("model", {"quantization": "nf4", "lora": LoraConfig(rank=2)}, "model.quantization"),
         ("model", {"liger": True}, "model.liger"),
