@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from aepo_fast.config.sections import CheckpointConfig, Config
+from aepo_fast.training import run
 from aepo_fast.training.run import train
-from aepo_fast.world import join, part
+from aepo_fast.world import World, join, part
 from tests.tiny_run import copy_until, tiny_config
 
 
@@ -51,10 +54,14 @@ def with_output(cfg: Config, output: Path) -> Config:
 
 @dataclass(frozen=True)
 class Job:
-    """A run, from its start or from where another was after step 2."""
+    """A run, from its start or from where another was after step 2.
+
+    saves_anew: its checkpoints are gathered as after an error, over a group made for it.
+    """
 
     cfg: Config
     copied: Config | None = None
+    saves_anew: bool = False
 
 
 def train_each(jobs: list[Job]) -> None:
@@ -62,12 +69,28 @@ def train_each(jobs: list[Job]) -> None:
     torch.set_num_threads(1)
     world = join(on_gpu=False, timeout_s=120)
     try:
-        for cfg, copied in ((job.cfg, job.copied) for job in jobs):
-            if copied is not None:
-                world.on_first(partial(copy_until, 2, copied, cfg))
-            assert train(cfg, resume=copied is not None) == 0
+        for job in jobs:
+            if job.copied is not None:
+                world.on_first(partial(copy_until, 2, job.copied, job.cfg))
+            with saving_anew() if job.saves_anew else nullcontext():
+                assert train(job.cfg, resume=job.copied is not None) == 0
     finally:
         part()
+
+
+@contextmanager
+def saving_anew() -> Iterator[None]:
+    """Have runs gather their checkpoints over groups of their own."""
+    original = run.save_checkpoint
+
+    def save_anew(*args: Any, world: World, **options: Any) -> Path:
+        return original(*args, world=world.anew(), **options)
+
+    run.save_checkpoint = save_anew
+    try:
+        yield
+    finally:
+        run.save_checkpoint = original
 
 
 def weights_of(cfg: Config, step: int | None = None) -> dict[str, torch.Tensor]:

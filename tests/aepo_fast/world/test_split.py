@@ -92,7 +92,8 @@ def runs(
     found["4-1"] = four, with_output(one, folder / "4-1")
     train_each([Job(found[name][0]) for name in RUNS])
     jobs = [Job(found[name][1]) for name in RUNS]
-    jobs += [Job(found[name][1], found[name][0]) for name in ("4-4", "1-4")]
+    resumed = [found[name] for name in ("4-4", "1-4")]
+    jobs += [Job(cfg, copied, saves_anew=True) for copied, cfg in resumed]
     do = "tests.aepo_fast.world.runs:train_each"
     run_ranks(do, 4, folder / "ranks", jobs, timeout_s=560)
     train_each([Job(found["4-1"][1], four)])
