@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from aepo_fast.config.sections import Config
+from aepo_fast.config.sections import Config, LoraConfig
 from aepo_fast.training import rank_watch
 from aepo_fast.training.interrupt import InterruptGuard
 from aepo_fast.training.rank_watch import RankWatch
@@ -42,7 +42,9 @@ FAULTS = {
     "forward": Fault(rank=1, first_update=True, in_backward=False),
     "backward": Fault(rank=0, first_update=True, in_backward=True),
     "second update": Fault(rank=1, first_update=False, in_backward=True),
+    "adapter": Fault(rank=2, first_update=True, in_backward=False),
 }
+LORA = LoraConfig(rank=4, targets=("q_proj", "down_proj"))
 WORDS = "while training, in step 3: RuntimeError: a fault of one rank"
 
 
@@ -88,12 +90,14 @@ def end_with(cfg: Config, fault: Fault) -> tuple[str, float]:
     return "nothing", 0.0
 
 
-def end_each(whole: Config, runs: dict[str, Config], ports: list[int]) -> dict[str, Any]:
+def end_each(
+    undisturbed: list[Config], runs: dict[str, Config], ports: list[int]
+) -> dict[str, Any]:
     """What each rank sees of runs with a fault, each of which goes on afterwards."""
     torch.set_num_threads(1)
     rank_watch._OTHERS_COME_S = rank_watch._OTHERS_END_S = 1.0
     found: dict[str, Any] = {}
-    assert train(whole) == 0
+    assert all(train(cfg) == 0 for cfg in undisturbed)
     for (name, cfg), port in zip(runs.items(), ports, strict=True):
         found[name] = end_with(cfg, FAULTS[name]), checkpoints_of(cfg)
         part()
@@ -118,10 +122,11 @@ def free_ports(count: int) -> list[int]:
 
 def test_all_stop_and_save_as_one_process_does(tiny_model_dir: Path, tmp_path: Path) -> None:
     whole = run_config(tiny_model_dir, tmp_path / "whole", {})
-    runs = {name: with_output(whole, tmp_path / name) for name in FAULTS}
+    adapter = run_config(tiny_model_dir, tmp_path / "whole adapter", {"model": {"lora": LORA}})
+    undisturbed = {name: adapter if name == "adapter" else whole for name in FAULTS}
+    runs = {name: with_output(undisturbed[name], tmp_path / name) for name in FAULTS}
     work = "tests.aepo_fast.world.test_lone_errors:end_each"
-    found = run_ranks(work, 3, tmp_path, whole, runs, free_ports(len(runs)))
-    expected = weights_of(whole)
+    found = run_ranks(work, 3, tmp_path, [whole, adapter], runs, free_ports(len(runs)))
     for name, cfg in runs.items():
         one = with_output(cfg, tmp_path / f"{name}, alone")
         said, _ = end_with(one, FAULTS[name])
@@ -133,7 +138,8 @@ def test_all_stop_and_save_as_one_process_does(tiny_model_dir: Path, tmp_path: P
             assert words.endswith(f" {last}") and seconds < 30, (name, words, said)
             assert written == checkpoints_of(one)
         assert ("Saved" in last) is FAULTS[name].first_update
-        ours = weights_of(cfg)
+        ours, expected = weights_of(cfg), weights_of(undisturbed[name])
+        assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[key], expected[key]) for key in expected), name
         assert [line["step"] for line in lines_of(cfg)] == [1, 2, 3, 4]
 
