@@ -21,6 +21,7 @@ from torch import Tensor
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.fresh_store import fresh_store
+from aepo_fast.group_connections import noting_connections
 from aepo_fast.report.phase import phase
 
 Value = TypeVar("Value")
@@ -50,6 +51,7 @@ class World:
     # What needs no rank to wait for another: a store of torch, None for one process.
     store: Any = None
     calls: list[int] = field(default_factory=lambda: [0], compare=False)  # of the group, so far
+    is_anew: bool = False  # the control group is the only one that still serves
 
     @property
     def is_first(self) -> bool:
@@ -84,6 +86,15 @@ class World:
             return [value]
         # Not left to torch, whose pickle lacks the random state of numpy.
         return [pickle.loads(data) for data in self._exchange(_pickled(value))]
+
+    def gather_on_first(self, value: Value) -> list[Value]:
+        """Every rank's value on rank 0, in the order of ranks; none on the others."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.size if self.is_first else None
+        with self._together():
+            torch.distributed.gather_object(_pickled(value), found, group=self.control, group_dst=0)
+        return [pickle.loads(data) for data in found or ()]
 
     def attempt(self, work: Callable[[], Value]) -> list[Value]:
         """Run `work`; every rank's value, or on all of them the error of the first that failed."""
@@ -148,6 +159,12 @@ class World:
         if self.size == 1:
             return self
         return replace(self, control=_control(self.timeout_s), calls=[0])
+
+    def anew(self) -> World:
+        """The same with a new control group, for when nobody knows what waits in other groups."""
+        if self.size == 1:
+            return self
+        return replace(self, control=_control(self.timeout_s), is_anew=True)
 
     def every(self, step: int) -> World:
         """Every `step`-th rank from this one on, and before it, as a world of their own."""
@@ -222,7 +239,8 @@ def join(*, on_gpu: bool, timeout_s: float) -> World:
     if not torch.distributed.is_initialized():  # whoever started us may have
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         where: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
-        torch.distributed.init_process_group(backend, **where, timeout=_patience(timeout_s))
+        with noting_connections():
+            torch.distributed.init_process_group(backend, **where, timeout=_patience(timeout_s))
     _joined.append(World(rank, size, local_rank, _control(timeout_s), timeout_s, store))
     return _joined[0]
 
@@ -236,7 +254,8 @@ def part() -> None:
 
 def _control(timeout_s: float, ranks: Sequence[int] | None = None) -> Any:
     given = None if ranks is None else list(ranks)
-    return torch.distributed.new_group(given, backend="gloo", timeout=_patience(timeout_s))
+    with noting_connections():
+        return torch.distributed.new_group(given, backend="gloo", timeout=_patience(timeout_s))
 
 
 def _patience(timeout_s: float) -> timedelta:

@@ -20,7 +20,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
+from aepo_fast.group_connections import noting_connections
 from aepo_fast.model.tensor_parallel import split_layers
+from aepo_fast.world import World
 
 Result = TypeVar("Result")
 _RUN = "run_inside_forward"
@@ -46,7 +48,9 @@ def device_mesh(machine: Machine) -> Any:
         "split": machine.tensor_parallel,
     }
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
-    mesh = init_device_mesh(machine.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    with noting_connections():
+        shape, names = tuple(sizes.values()), tuple(sizes)
+        mesh = init_device_mesh(machine.device.type, shape, mesh_dim_names=names)
     for name in sizes:  # torch gives groups of some of the ranks a timeout of its own
         _set_pg_timeout(timedelta(seconds=machine.world.timeout_s), mesh.get_group(name))
     return mesh
@@ -134,6 +138,25 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     shard = shard.detach()
     return shard.to_local() if shard.device_mesh.size() == 1 else shard.full_tensor()
+
+
+def whole_on_first(tensor: Tensor, world: World) -> Tensor:
+    """What a shard is a part of, on the first rank of a world; on others it may still be a shard.
+
+    All ranks call this. A world that was made anew gathers by its control group, over CPU memory.
+    """
+    shard: Any = tensor
+    if not (world.is_anew and in_parts(tensor)):
+        return whole(tensor)
+    (chunk,) = shard.__create_chunk_list__()
+    parts = world.gather_on_first((tuple(chunk.offsets), shard.detach().to_local().cpu().clone()))
+    if not parts:
+        return tensor
+    found = parts[0][1].new_empty(shard.shape)
+    for offsets, part in parts:
+        where = tuple(slice(at, at + n) for at, n in zip(offsets, part.shape, strict=True))
+        found[where] = part
+    return found
 
 
 def whole_weights(

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.model.folder import same_model
 from aepo_fast.model.lora import adapter_state, has_adapter, save_adapter
-from aepo_fast.model.sharded import is_sharded, whole
+from aepo_fast.model.sharded import is_sharded, whole_on_first
 from aepo_fast.training.optimizer_state import save_optimizer
 from aepo_fast.training.write_weights import write_weights, writes_by_files
 from aepo_fast.world import ALONE, World
@@ -154,7 +154,7 @@ def whole_for_saving(model: PreTrainedModel, world: World) -> dict[str, torch.Te
     found: dict[int, torch.Tensor] = {}
     for tensor in state.values():  # a tied weight once
         if id(tensor) not in found:
-            gathered = whole(tensor)
+            gathered = whole_on_first(tensor, world)
             found[id(tensor)] = gathered if world.is_first else tensor
     return {name: found[id(tensor)] for name, tensor in state.items()}
 

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import TrainerConfig
 from aepo_fast.model.sharded import whole
+from aepo_fast.report.unexpected import first_line
 from aepo_fast.training.malloc import giving_memory_back
 
 OF_TORCHAO = ("adamw_8bit", "adamw_bf16")
+
+
+class HalfUpdateError(RuntimeError):
+    """An error in the middle of an optimizer's step: some weights may be new, and some old."""
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -209,12 +214,15 @@ def guarded_step(
     """Clip and apply the gradients, unless the loss or a gradient is not finite.
 
     Returns the gradient norm before clipping and whether the step was taken. Gradients are freed
-    either way.
+    either way. Raises HalfUpdateError for an error of the optimizer's step.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = whole(nn.utils.clip_grad_norm_(trained, max_grad_norm)).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
-        optimizer.step()
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise HalfUpdateError(f"{type(error).__name__}: {first_line(error)}") from error
     optimizer.zero_grad(set_to_none=True)
     return norm, finite

@@ -1,8 +1,9 @@
 """Keeps a run of several processes from waiting for one that cannot come.
 
 Nobody who waits in a collective operation of torch can be told of another's error, so each process
-has a thread that reads and writes a store, which needs nobody else. It shares signals, and it ends
-its process where another has failed alone or where nothing has gone on for too long.
+has a thread that reads and writes a store, which needs nobody else. It shares signals. Where
+another process has failed alone, it breaks what its own waits in, so that all can save together.
+It ends its process where that does not help, or where nothing has gone on for too long.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.fresh_store import part_of
+from aepo_fast.group_connections import break_connections
 from aepo_fast.report.phase import phase_of, progress_count
 from aepo_fast.report.unexpected import SAID, describe, first_line
 from aepo_fast.training.interrupt import InterruptGuard
@@ -30,12 +32,18 @@ from aepo_fast.world import World
 _SECONDS = 0.5  # between two looks
 _OTHERS_COME_S = 5.0  # where all fail alike, they do so within this time
 _OTHERS_END_S = 10.0  # a process that waits in vain for one that has failed ends after it
+_OTHERS_LEAVE_S = 30.0  # for an error of another one, each leaves its work within this time
 _GO_ON = "Go on from the last checkpoint with --resume"
-_SIGNAL, _FAILED, _STOPPED, _AT = "signal", "failed", "stopped", "at"
+_SIGNAL, _FAILED, _STOPPED, _LEFT, _AT = "signal", "failed", "stopped", "left", "at"
 
 
 class LostRankError(RuntimeError):
-    """Another process of the run has failed or is gone; this one cannot go on without it."""
+    """Another process of the run has failed or is gone; this one cannot go on without it.
+
+    all_left: whether all have left their work for it, and can save together over a new group.
+    """
+
+    all_left = False
 
 
 class RankWatch:
@@ -49,6 +57,8 @@ class RankWatch:
         self._ended = threading.Event()
         self._progress, self._since = progress_count(), time.monotonic()
         self._failed_since: float | None = None
+        self._left = False  # whether the watched thread has come out of the run's work
+        self._breaking, self._broken = threading.Lock(), False
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
 
     def __enter__(self) -> RankWatch:
@@ -75,21 +85,23 @@ class RankWatch:
     def one_end(self) -> Iterator[None]:
         """Raise an error as it is where all processes have failed at the same place.
 
-        They can still save together then. Raises LostRankError in place of an error that others
-        do not have.
+        Raises LostRankError in place of an error that others do not have. Those who wait for this
+        process, within torch, are made to leave. All can save together over a new group then.
         """
         try:
             yield
         except Exception as error:
             if self.world.size > 1:
-                self._end_together(error)
+                self._left = True
+                self._end_together(error, saves=True)
             raise
 
-    def _end_together(self, error: Exception) -> None:
+    def _end_together(self, error: Exception, *, saves: bool = False) -> None:
         """Return where all have failed at the same place, else raise LostRankError."""
         if _is_of_connection(error):
-            raise LostRankError(self._loss(first_line(error).split(". This is")[0])) from error
-        if self._all_stopped(error):
+            words, has_failed = self._loss(first_line(error).split(". This is")[0])
+            raise self._lost(words, saves=saves and has_failed) from error
+        if self._all_come(f"{_STOPPED}/{self.world.calls[0]}", _OTHERS_COME_S):
             if not self.world.is_first:
                 error.add_note(SAID)
             return
@@ -97,16 +109,37 @@ class RankWatch:
         with _ignoring_lost_stores():
             self._store.set(_FAILED, words)
         if not isinstance(error, ConfigError):
-            raise LostRankError(f"{words} {_GO_ON}") from error
+            raise self._lost(words, saves=saves) from error
 
-    def _all_stopped(self, error: Exception) -> bool:
-        """Whether all processes come to their end after as many common operations."""
-        world = self.world
-        calls = str(world.calls[0])
-        names = [f"{_STOPPED}/{calls}/{rank}" for rank in range(world.size)]
+    def _lost(self, words: str, *, saves: bool) -> LostRankError:
+        """The error of a failure that not all processes have, when they are ready to save if so."""
+        if not saves:
+            return LostRankError(f"{words} {_GO_ON}")
+        self._break()  # before there is a new group
+        seconds = min(_OTHERS_LEAVE_S, self.world.timeout_s / 2)
+        if not self._all_come(_LEFT, seconds):
+            late = f"Nothing is saved: not all ranks left their work within {seconds:g} s"
+            return LostRankError(f"{words} {late}. {_GO_ON}")
+        error = LostRankError(words)
+        error.all_left = True
+        return error
+
+    def _break(self) -> None:
+        """End what any thread of this process waits for of other processes."""
+        with self._breaking:
+            if not self._broken:
+                self._broken = True
+                break_connections(int(os.environ["MASTER_PORT"]))
+
+    def _all_come(self, place: str, seconds: float) -> bool:
+        """Whether all processes come to a place in time; each of them gets the same answer."""
+        store, answer = self._store, f"{place}/all"
+        names = [f"{place}/{rank}" for rank in range(self.world.size)]
         try:
-            self._store.set(names[world.rank], type(error).__name__)
-            return _within(_OTHERS_COME_S, lambda: self._store.check(names))
+            store.set(names[self.world.rank], "")
+            _within(seconds, lambda: store.check(names) or store.check([answer]))
+            found = "yes" if store.check(names) else "no"
+            return store.compare_set(answer, "", found) == b"yes"  # that of the first counts
         except RuntimeError:  # of a store that is gone
             return False
 
@@ -116,18 +149,18 @@ class RankWatch:
         where = f"running aepo-fast: {phase_of(self._thread)}"
         return describe(error, where, self._folder)
 
-    def _loss(self, reason: str) -> str:
-        """What is known of a lost process."""
+    def _loss(self, reason: str) -> tuple[str, bool]:
+        """What is known of a lost process, and whether it has failed rather than been killed."""
         store, found = self._store, ""
         with _ignoring_lost_stores():
             if _within(_OTHERS_COME_S + 2 * _SECONDS, lambda: store.check([_FAILED])):
                 found = store.get(_FAILED).decode()
         if found:
-            return f"rank {self.world.rank} stops: {found} {_GO_ON}"
+            return f"rank {self.world.rank} stops: {found}", True
         return (
             f"rank {self.world.rank} has lost another rank, which was killed or whose machine is "
-            f"gone: {reason}. {_GO_ON}"
-        )
+            f"gone: {reason}."
+        ), False
 
     def _watch(self) -> None:
         while not self._ended.wait(_SECONDS):
@@ -164,8 +197,9 @@ class RankWatch:
     def _end_after_failure(self, now: float) -> None:
         if self._failed_since is None and self._store.check([_FAILED]):
             self._failed_since = now
+            self._break()
         # Not if it goes on: then it comes to an end of its own.
-        if self._failed_since is not None:
+        if self._failed_since is not None and not self._left:
             if now - max(self._since, self._failed_since) > _OTHERS_END_S:
                 words = self._store.get(_FAILED).decode()
                 self._end(f"rank {self.world.rank} stops: {words} {_GO_ON}")

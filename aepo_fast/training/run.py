@@ -26,12 +26,15 @@ from aepo_fast.training.checkpoint import CheckpointError, complete_checkpoints,
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
 from aepo_fast.training.malloc import keep_freed_memory
+from aepo_fast.training.optim import HalfUpdateError
 from aepo_fast.training.rank_agreement import check_same_inputs, check_same_settings
 from aepo_fast.training.rank_watch import LostRankError, RankWatch
 from aepo_fast.training.step_metrics import StepResult
 from aepo_fast.training.trainer import Trainer, TrainingError
 from aepo_fast.versions import check_versions
 from aepo_kernels import whole_sums
+
+_NOT_SAVED_AFTER = (BrokenWeightsError, CheckpointError, HalfUpdateError, TrainingError)
 
 
 def train(
@@ -131,26 +134,37 @@ class _Run:
         except OSError as error:  # a full disk, mostly
             reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             raise TrainingError(self._after_saving(reason)) from error
-        except (CheckpointError, LostRankError, TrainingError):
+        except LostRankError as error:
+            if not error.all_left:
+                raise
+            saves = not isinstance(error.__cause__, _NOT_SAVED_AFTER)
+            raise LostRankError(f"{error} {self._after_unexpected(saves=saves)}") from error
+        except (CheckpointError, TrainingError):
             raise
         except Exception as error:
-            error.add_note(self._after_unexpected())
+            error.add_note(self._after_unexpected(saves=not isinstance(error, HalfUpdateError)))
             raise
         self._finish(ran=done < total)
         return 0
 
-    def _after_saving(self, reason: str) -> str:
-        """The message of a run that stops, saved if it has weights of its own that are whole."""
+    def _after_saving(self, reason: str, *, saves: bool = True) -> str:
+        """The message of a run that stops, saved if it has weights of its own that are whole.
+
+        saves: whether it may be saved, as far as this process knows.
+        """
+        self.world = self.world.anew()
+        trainer = self.trainer
         # A step that could not be logged is done again, so that no step is missing in the log.
-        logged = self.trainer.steps_done == self.logged
-        if self.trainer.unchanged and self.trainer.steps_done and logged:
+        is_whole = saves and trainer.unchanged and trainer.steps_done == self.logged
+        everyone = self.world.gather((is_whole, trainer.steps_done, trainer.updates))
+        if trainer.steps_done and set(everyone) == {(True, trainer.steps_done, trainer.updates)}:
             return f"{reason}. Saved {self._save()}; go on with --resume"
         last = self._last_checkpoint()
         return f"{reason}. {f'Go on from {last} with --resume' if last else 'Nothing is saved'}"
 
-    def _after_unexpected(self) -> str:
+    def _after_unexpected(self, *, saves: bool = True) -> str:
         try:
-            return self._after_saving("").removeprefix(". ")
+            return self._after_saving("", saves=saves).removeprefix(". ")
         except Exception as error:  # nothing is certain any more
             return f"Nothing could be saved: {first_line(error)}"
 

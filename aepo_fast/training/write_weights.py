@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from aepo_fast.model.lora import has_adapter
-from aepo_fast.model.sharded import is_sharded, whole
+from aepo_fast.model.sharded import is_sharded, whole_on_first
 from aepo_fast.world import World
 
 LARGEST = 5 * 10**9  # bytes of a file, of a single weight more
@@ -47,7 +47,7 @@ def write_weights(
         name = SAFE_WEIGHTS_NAME.replace(".", f"{suffix}.")
         held: dict[str, Tensor] = {}
         for key, weight in weights.items():
-            gathered = whole(weight).detach()
+            gathered = whole_on_first(weight, world).detach()
             if world.is_first:
                 held[key] = gathered.cpu().contiguous()
             del gathered

@@ -24,6 +24,7 @@ from aepo_fast.rollout.engine import BrokenWeightsError, RolloutError
 from aepo_fast.rollout.hf import HfRollout
 from aepo_fast.training import run as run_module
 from aepo_fast.training.checkpoint import complete_checkpoints
+from aepo_fast.training.optim import HalfUpdateError
 from aepo_fast.training.run import train
 from aepo_fast.training.trainer import TrainingError
 from tests.aepo_fast.training.test_run import assert_same_end, metrics_of
@@ -89,6 +90,25 @@ def test_memory_that_runs_out_is_said_with_its_settings(
     wanted = r"Tried 2 GiB: lower trainer.tokens_per_microbatch or .*Saved .*step_1; go on"
     with pytest.raises(TrainingError, match=wanted):
         train(cfg)
+
+
+def test_an_update_that_fails_in_its_middle_is_not_saved(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = torch.optim.AdamW.step, []
+
+    def step(self: torch.optim.AdamW, *args: Any) -> None:
+        plain(self, *args)
+        calls.append(1)
+        if len(calls) == 5:  # the first update of step 3
+            raise torch.OutOfMemoryError("No memory.\nMore")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    cfg = tiny_config(tiny_model_dir, tmp_path / "run", checkpoint=CheckpointConfig(every=0))
+    wanted = r"^OutOfMemoryError: No memory.\nwhile training, in step 3\nNothing is saved$"
+    with pytest.raises(HalfUpdateError, match=wanted):
+        train(cfg)
+    assert saved(tmp_path / "run") == []
 
 
 def test_a_minibatch_may_be_empty(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from aepo_fast.config.sections import CheckpointConfig, Config
 from aepo_fast.memory.check import Prediction
 from aepo_fast.training import run
-from aepo_fast.world import ALONE, join, part
+from aepo_fast.world import ALONE, World, join, part
 from tests.aepo_fast.world.loss_terms import measured_terms
 from tests.tiny_run import copy_until, tiny_config
 
@@ -69,10 +71,14 @@ def with_output(cfg: Config, output: Path) -> Config:
 
 @dataclass(frozen=True)
 class Job:
-    """A run, from its start or from where another was after step 2."""
+    """A run, from its start or from where another was after step 2.
+
+    saves_anew: its checkpoints are gathered as after an error, over a group made for it.
+    """
 
     cfg: Config
     copied: Config | None = None
+    saves_anew: bool = False
 
 
 def train_each(jobs: list[Job]) -> None:
@@ -80,15 +86,18 @@ def train_each(jobs: list[Job]) -> None:
     torch.set_num_threads(1)
     world = join(on_gpu=False, timeout_s=120)
     try:
-        for cfg, copied in ((job.cfg, job.copied) for job in jobs):
-            if copied is not None:
-                world.on_first(partial(copy_until, 2, copied, cfg))
-            if world is not ALONE:
-                assert run.train(cfg, resume=copied is not None) == 0
-                continue
-            # Half of its time would go to a prediction of memory, which several do without.
-            with patch.object(run, "predict", _no_prediction), measured_terms() as terms:
-                assert run.train(cfg, resume=copied is not None) == 0
+        for job in jobs:
+            cfg, goes_on = job.cfg, job.copied is not None
+            if job.copied is not None:
+                world.on_first(partial(copy_until, 2, job.copied, cfg))
+            # Half of the time would go to a prediction of memory.
+            with patch.object(run, "predict", _no_prediction):
+                if world is not ALONE:
+                    with saving_anew() if job.saves_anew else nullcontext():
+                        assert run.train(cfg, resume=goes_on) == 0
+                    continue
+                with measured_terms() as terms:
+                    assert run.train(cfg, resume=goes_on) == 0
             (Path(cfg.output_dir) / _TERMS).write_text(json.dumps(terms))
     finally:
         part()
@@ -96,6 +105,21 @@ def train_each(jobs: list[Job]) -> None:
 
 def _no_prediction(*args: Any, **options: Any) -> Prediction:
     return Prediction(None, None)
+
+
+@contextmanager
+def saving_anew() -> Iterator[None]:
+    """Have runs gather their checkpoints over groups of their own."""
+    original = run.save_checkpoint
+
+    def save_anew(*args: Any, world: World, **options: Any) -> Path:
+        return original(*args, world=world.anew(), **options)
+
+    run.save_checkpoint = save_anew
+    try:
+        yield
+    finally:
+        run.save_checkpoint = original
 
 
 def weights_of(cfg: Config, step: int | None = None) -> dict[str, torch.Tensor]:

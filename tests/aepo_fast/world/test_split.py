@@ -92,7 +92,8 @@ def runs(
     found["4-1"] = one, with_output(one, folder / "4-1")
     train_each([Job(found[name][0]) for name in RUNS])
     jobs = [Job(found[name][1]) for name in RUNS]
-    jobs += [Job(found["4-4"][1], four), Job(as_replicas, one)]
+    resumed = [(found["4-4"][1], four), (as_replicas, one)]
+    jobs += [Job(cfg, copied, saves_anew=True) for cfg, copied in resumed]
     do = "tests.aepo_fast.world.runs:train_each"
     run_ranks(do, 4, folder / "ranks", jobs, timeout_s=560)
     train_each([Job(found["4-1"][1], four)])
