@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from aepo_fast.config.resolve import Machine
+from aepo_kernels.head.budget import DEFAULT_BUDGET
 from aepo_kernels.head.plan import Plan, Strategy, make_plan
 from aepo_kernels.problem import Problem
 
@@ -36,13 +37,21 @@ class HeadBytes:
 
 
 def head_bytes(
-    machine: Machine, weight: torch.Tensor, tokens: int, *, trained: bool, logit_grads: bool = True
+    machine: Machine,
+    weight: torch.Tensor,
+    tokens: int,
+    *,
+    trained: bool,
+    logit_grads: bool = True,
+    kept: int = 0,
 ) -> HeadBytes:
     """Bytes of `linear_token_loss` over so many tokens.
 
     weight: [V, H], fake. trained: the weight needs a gradient. logit_grads: whether the hidden
-    states do.
+    states do. kept: ids of each token that the sampler has kept at most; 0: all count.
     """
+    if kept and machine.head_backend != "reference":
+        return _kept_bytes(machine, weight, tokens, kept, trained=trained, logit_grads=logit_grads)
     # On a GPU no rule asks for more of the device than that it is not the CPU.
     device = "meta" if machine.is_gpu else "cpu"
     vocab, width = weight.shape
@@ -81,6 +90,28 @@ def head_bytes(
         result=result * trained,
         weight_grad=final * trained,
         score=cast + stats,
+    )
+
+
+def _kept_bytes(
+    machine: Machine,
+    weight: torch.Tensor,
+    tokens: int,
+    kept: int,
+    *,
+    trained: bool,
+    logit_grads: bool,
+) -> HeadBytes:
+    """The same where only kept ids count: `aepo_kernels.head.kept_ids`, in float32."""
+    budget, final = DEFAULT_BUDGET, weight.numel() * weight.element_size()
+    gathered = budget.gpu_kept_bytes if machine.is_gpu else budget.kept_bytes
+    # Ids as int64, and one more copy in int32 while they come.
+    work = gathered + tokens * kept * (8 + 4)
+    own = tokens * weight.shape[1] * machine.compute_dtype.itemsize
+    sums = own * logit_grads + weight.numel() * 4 * trained
+    result = final * trained if weight.dtype != torch.float32 else 0
+    return HeadBytes(
+        cast=0, work=work, sums=sums, result=result, weight_grad=final * trained, score=work
     )
 
 

@@ -16,6 +16,7 @@ from aepo_fast.memory.head_pass import HeadBytes, head_bytes
 from aepo_fast.memory.model_pass import PassBytes, Shape, pass_bytes
 from aepo_fast.memory.offload import on_device
 from aepo_fast.memory.states import StateBytes, gradient_width, state_bytes
+from aepo_fast.model.kept import room
 from aepo_fast.samples import Sample
 
 # What holds bytes, in the order of a bar.
@@ -70,7 +71,10 @@ def trace(
     trained = policy.weight.requires_grad
     with mode:
         states = state_bytes(cfg, policy)
-        head = head_bytes(policy.machine, policy.weight, round(found.tokens), trained=trained)
+        top_k = cfg.rollout.top_k
+        kept = room(top_k, len(policy.weight)) if top_k else 0
+        rows = round(found.tokens)
+        head = head_bytes(policy.machine, policy.weight, rows, trained=trained, kept=kept)
         width = gradient_width(policy.weight, cfg.trainer.optimizer)
     head = replace(head, weight_grad=policy.weight.numel() * width if trained else 0)
     return Traced(states, found, head)
