@@ -103,16 +103,18 @@ def _kept_bytes(
     logit_grads: bool,
 ) -> HeadBytes:
     """The same where only kept ids count: `aepo_kernels.head.kept_ids`, in float32."""
-    budget, final = DEFAULT_BUDGET, weight.numel() * weight.element_size()
-    gathered = budget.gpu_kept_bytes if machine.is_gpu else budget.kept_bytes
-    # Ids as int64, and one more copy in int32 while they come.
-    work = gathered + tokens * kept * (8 + 4)
-    own = tokens * weight.shape[1] * machine.compute_dtype.itemsize
-    sums = own * logit_grads + weight.numel() * 4 * trained
-    result = final * trained if weight.dtype != torch.float32 else 0
-    return HeadBytes(
-        cast=0, work=work, sums=sums, result=result, weight_grad=final * trained, score=work
-    )
+    vocab, width = weight.shape
+    budget = DEFAULT_BUDGET.gpu_kept_bytes if machine.is_gpu else DEFAULT_BUDGET.kept_bytes
+    # The budget is for three float32 copies of the gathered rows. A CPU makes one, and one in
+    # their own dtype.
+    copies = 3 if machine.is_gpu else 1 if weight.dtype == torch.float32 else 1.5
+    gathered = min(budget / 3, tokens * kept * width * 4) * copies
+    work = round(gathered) + tokens * kept * 8  # ids are int64
+    final = weight.numel() * weight.element_size() * trained
+    own = tokens * width * machine.compute_dtype.itemsize * logit_grads
+    # Autograd adds each gradient to zeros.
+    sums = 2 * own + vocab * width * 4 * trained + final
+    return HeadBytes(cast=0, work=work, sums=sums, result=0, weight_grad=final, score=work)
 
 
 def _stats(plan: Plan, tokens: int, vocab: int, logits: int) -> int:

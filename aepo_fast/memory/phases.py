@@ -99,6 +99,8 @@ def phases(
     """
     states = on_device(cfg, machine, traced.states)
     traced = replace(traced, states=states)
+    if not machine.is_gpu:
+        process += _kept_ids(cfg, config.get_text_config().vocab_size)
     held = {"process": process, "weights": states.weights, "reference": states.reference}
     held["sampler"] = states.sampler
     loading = Phase("load", {**held, "activations": states.loading})
@@ -118,6 +120,13 @@ def phases(
         replace(one, parts=_in_order(one.parts, holes, freed if one.name == "step" else 0))
         for one in found
     ]
+
+
+def _kept_ids(cfg: Config, vocab: int) -> int:
+    """The int32 ids that were kept of a step's main tokens, and once more in micro-batches."""
+    trainer, new = cfg.trainer, cfg.rollout.max_new_tokens
+    each = room(cfg.rollout.top_k, vocab) if cfg.rollout.top_k else 0
+    return 2 * 4 * each * trainer.prompts_per_step * trainer.group_size * new
 
 
 def _in_order(parts: dict[str, int], holes: float, freed: int) -> dict[str, int]:

@@ -99,5 +99,6 @@ def kept_ids(samples: Sequence[Sample], indices: Sequence[int]) -> torch.Tensor 
 
 def kept_metrics(samples: Sequence[Sample], indices: Sequence[int]) -> dict[str, float]:
     """The mean number of kept ids, over the tokens of samples[indices]; empty where all are."""
-    ids = kept_ids(samples, indices)
-    return {} if ids is None else {"sampling/kept_tokens": (ids >= 0).sum(1).float().mean().item()}
+    parts = [samples[index].completion.kept_ids for index in indices]
+    counts = [(part >= 0).sum(1) for part in parts if part is not None]  # [tokens] each
+    return {"sampling/kept_tokens": float(np.concatenate(counts).mean())} if counts else {}

@@ -292,12 +292,13 @@ class VllmRollout:
             stop_token_ids=self.eos_ids,
             ignore_eos=True,  # the ids above are all that ends a completion
             logprobs=room(request.top_k, self._vocab) if request.with_kept else 0,
-            flat_logprobs=request.with_kept,  # else an object for each of the kept ids
             stop=list(self.cfg.stop),
             include_stop_str_in_output=True,
             detokenize=bool(self.cfg.stop),
             skip_special_tokens=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            # Else it makes an object for each of the kept ids.
+            **({"flat_logprobs": True} if request.with_kept else {}),
         )
 
     def _check_lengths(self, requests: Sequence[Request], max_new_tokens: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from aepo_fast.model.load import load_model
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.canary import Canary
 from aepo_fast.rollout.hf import HfRollout, sample_kept
+from aepo_fast.rollout.vllm_output import completions
 from aepo_fast.samples import Completion, Request, Rollout, Sample, sampler_logprobs
 from aepo_fast.training.update import update
 from tests.tiny_run import a_machine, tiny_config
@@ -159,6 +162,26 @@ def test_the_canary_sees_a_set_that_is_not_replayed(
     assert Canary(engine, policy, PROMPTS, kept=KEPT).fresh < 0.05
     monkeypatch.setattr("aepo_fast.model.batch.kept_ids", lambda samples, indices: None)
     assert Canary(engine, policy, PROMPTS, kept=KEPT).fresh > 0.1
+
+
+def test_what_vllm_reports_is_read() -> None:
+    """Of each token itself and the three most likely ones: ids, and log-probs of the kept ones."""
+    out = -math.inf
+    found = SimpleNamespace(
+        start_indices=[0, 4],
+        end_indices=[4, 8],
+        token_ids=[7, 7, 3, 9, 5, 8, 6, 4],
+        logprobs=[-0.2, -0.2, -1.7, out, -2.0, -0.6, -1.2, -2.0],  # 5 is as likely as 4
+    )
+    sample = SimpleNamespace(index=0, finish_reason="stop", token_ids=[7, 5], logprobs=found)
+    request = Request((1,), 1, 1.0, 0, 0.9, 3, with_kept=True)
+    (one,) = completions(request, SimpleNamespace(outputs=[sample]), 4)
+    assert one.logprobs == (-0.2, -2.0) and one.weights_version == 4
+    assert one.kept_ids is not None
+    assert one.kept_ids.tolist() == [[7, 3, -1, -1], [5, 8, 6, 4]]
+    sample.token_ids = [7]
+    with pytest.raises(ValueError, match="shorter"):
+        completions(request, SimpleNamespace(outputs=[sample]), 4)
 
 
 def test_kept_ids_pass_through_a_checkpoint() -> None:
