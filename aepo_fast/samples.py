@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -31,8 +31,9 @@ class Prompt:
 class Request:
     """One prompt to sample from: token ids, the number of samples, temperature and seed.
 
-    temperature: 0 takes the most likely token. top_p: below 1, a token is drawn from the fewest
-    most likely ones whose probabilities sum to it or more (arXiv 1904.09751).
+    temperature: 0 takes the most likely token. top_k: above 0, only so many of the most likely
+    tokens are drawn from. top_p: below 1, only the fewest of these whose probabilities sum to it or
+    more (arXiv 1904.09751). with_kept: completions carry the ids that were kept, with a top_k.
     """
 
     prompt_ids: tuple[int, ...]
@@ -40,6 +41,8 @@ class Request:
     temperature: float
     seed: int  # sample i of the request uses a stream of its own, derived from (seed, i)
     top_p: float = 1.0
+    top_k: int = 0
+    with_kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Completion:
     """One sampled completion, exactly as sampled: its ids are never decoded and re-encoded.
 
     `logprobs` are those of the sampling law, softmax(logits / temperature), one per id, in nats;
-    of temperature 0 those of temperature 1, with top_p those among the tokens that are kept.
+    of temperature 0 those of temperature 1, with top_k or top_p those among the tokens that were
+    kept. `kept_ids`: the ids of these, int32 [tokens, K], padded with -1; None where all are.
     `finish_reason` is "stop" when the last id ends the sequence or completes a string of
     `rollout.stop`, and "length" when it was cut.
     """
@@ -58,6 +62,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     temperature: float
     weights_version: int
+    kept_ids: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ class Rollout:
     def state_dict(self) -> dict[str, Any]:
         """All but the prompts, as plain values."""
         return {
-            "rows": [asdict(sample) for sample in self.samples],
+            "rows": [_plain(sample) for sample in self.samples],
             "texts": self.texts,
             "num_main_groups": self.num_main_groups,
             "reward_errors": self.reward_errors,
@@ -193,13 +198,25 @@ class Rollout:
     def from_state(cls, state: dict[str, Any], prompts: list[Prompt]) -> Rollout:
         """The rollout whose `state_dict` was saved."""
         samples = [
-            Sample(**{**sample, "completion": Completion(**sample["completion"])})
+            Sample(**{**sample, "completion": _completion(sample["completion"])})
             for sample in state["rows"]
         ]
         # Older checkpoints repeat what each sample says of itself.
         own = ("rows", "task_rewards")
         others = {name: value for name, value in state.items() if name not in own}
         return cls(samples=samples, prompts=prompts, **others)
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    """A sample as checkpoints have it: their reader takes tensors, and no arrays."""
+    values, kept = asdict(sample), sample.completion.kept_ids
+    values["completion"]["kept_ids"] = None if kept is None else torch.from_numpy(kept)
+    return values
+
+
+def _completion(values: dict[str, Any]) -> Completion:
+    kept = values.get("kept_ids")  # older checkpoints have none
+    return Completion(**{**values, "kept_ids": None if kept is None else kept.numpy()})
 
 
 def seed_of(*parts: int) -> int:

@@ -165,6 +165,9 @@ def evaluate(
     top_p: Annotated[
         float | None, typer.Option(help="Draw from the most likely tokens that hold this share.")
     ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from so many of the most likely tokens.")
+    ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the most likely token.")] = False,
     backend: Annotated[
         str | None, typer.Option(help="hf or vllm; else the configuration's, or vLLM if installed.")
@@ -196,6 +199,7 @@ def evaluate(
         k=read_ks(k),
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         greedy=greedy,
         backend=backend,
         compare=compare,

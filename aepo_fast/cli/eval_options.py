@@ -11,12 +11,16 @@ from aepo_fast.config.errors import ConfigError, require
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an evaluation samples. temperature: 0 is greedy. ks: of pass@k; empty: powers of two."""
+    """How an evaluation samples. temperature: 0 is greedy. ks: of pass@k; empty: powers of two.
+
+    top_k, top_p: see `Request`.
+    """
 
     samples: int
     temperature: float
     top_p: float
     ks: tuple[int, ...]
+    top_k: int = 0
 
     @classmethod
     def of(
@@ -26,6 +30,7 @@ class Sampling:
         k: Sequence[int] = (),
         temperature: float | None = None,
         top_p: float | None = None,
+        top_k: int | None = None,
         greedy: bool = False,
     ) -> Sampling:
         """From options that may be left out: 4 samples at temperature 1, or 1 if greedy.
@@ -33,7 +38,8 @@ class Sampling:
         Raises ConfigError for values out of range and those that contradict each other.
         """
         if greedy:
-            for name, value in (("--temperature", temperature), ("--top-p", top_p)):
+            random = (("--temperature", temperature), ("--top-p", top_p), ("--top-k", top_k))
+            for name, value in random:
                 reason = "says how to draw at random, and --greedy takes the most likely token"
                 require(value is None, name, value, reason, "Give one of the two")
             reason = "are all the same with --greedy"
@@ -46,10 +52,12 @@ class Sampling:
         share = 1.0 if top_p is None else top_p
         reason = "is no share of probability above 0 and at most 1"
         require(0 < share <= 1, "--top-p", share, reason, "Set e.g. 0.95")
+        reason = "is no number of tokens to draw from"
+        require(top_k is None or top_k >= 1, "--top-k", top_k, reason, "Set e.g. 20")
         for one in k:
             reason = f"is no number between 1 and --samples = {number}"
             require(1 <= one <= number, "--k", one, reason, "Raise --samples, or lower it")
-        return cls(number, 0.0 if greedy else heat, share, tuple(sorted(set(k))))
+        return cls(number, 0.0 if greedy else heat, share, tuple(sorted(set(k))), top_k or 0)
 
 
 def read_ks(text: str | None) -> tuple[int, ...]:

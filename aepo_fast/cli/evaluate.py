@@ -65,6 +65,7 @@ class _Subject:
                 overlap=cfg.reward.overlap,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
+                top_k=sampling.top_k,
                 ks=sampling.ks,
                 on_tokens=advance,
             )
@@ -87,6 +88,7 @@ class _Subject:
             "stop": list(cfg.rollout.stop),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
             "samples": sampling.samples,
             "seed": cfg.eval.seed,
         }
@@ -104,6 +106,7 @@ def evaluate_model(
     k: Sequence[int] = (),
     temperature: float | None = None,
     top_p: float | None = None,
+    top_k: int | None = None,
     greedy: bool = False,
     backend: str | None = None,
     compare: str | os.PathLike[str] | None = None,
@@ -118,13 +121,14 @@ def evaluate_model(
     The prompts are the held-out ones; a source given as `task` is held out whole, and so is a
     benchmark, read from the file `data` or from the hub.
 
-    prompts: the first so many; None is all of a benchmark, else 64. samples, k, temperature, top_p
-    and greedy are as `Sampling.of` takes them. compare: a file that `output` wrote, or another
-    model, which is evaluated in the same way; the problems must be the same.
+    prompts: the first so many; None is all of a benchmark, else 64. samples, k, temperature, top_p,
+    top_k and greedy are as `Sampling.of` takes them. compare: a file that `output` wrote, or
+    another model, which is evaluated in the same way; the problems must be the same.
 
     Raises ConfigError before a model loads, and RewardError and RolloutError as `evaluate` does.
     """
-    sampling = Sampling.of(samples, k=k, temperature=temperature, top_p=top_p, greedy=greedy)
+    drawn: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy}
+    sampling = Sampling.of(samples, k=k, **drawn)
     if prompts is not None and prompts < 1:
         raise ConfigError("--prompts", prompts, "is no number of prompts", "Set 1 or more")
     if output is not None:
@@ -200,7 +204,7 @@ def _compared(
     *,
     other: str,
 ) -> EvalResult:
-    known = {"stop": [], **settings}  # older files do not say it
+    known = {"stop": [], "top_k": 0, **settings}  # older files do not say these
     notes = [
         f"not the same in both: {key} {value!r} here, {known.get(key)!r} there"
         for key, value in result.settings.items()

@@ -87,6 +87,7 @@ def check_parts(cfg: Config, size: int, head_backend: str) -> None:
         ("model.lora.rank", cfg.model.lora.rank, cfg.model.lora.rank > 0, "Set it to 0"),
         ("trainer.offload", cfg.trainer.offload, cfg.trainer.offload != "none", 'Use "none"'),
         ("model.head_backend", head_backend, head_backend != "chunked", 'Use "chunked"'),
+        ("rollout.top_k", cfg.rollout.top_k, cfg.rollout.top_k > 0, "Set it to 0"),
     ):
         if refused:
             reason = f"does not go together with trainer.tensor_parallel = {split}"

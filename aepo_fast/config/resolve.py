@@ -100,6 +100,7 @@ def resolve_machine(cfg: Config, *, trains: bool = True) -> Machine:
     if machine.is_gpu and world.size > 1:
         device = torch.device("cuda", world.local_rank)
     check_parts(cfg, world.size, backend)
+    _check_top_k(cfg.rollout.top_k, backend)
     return dataclasses.replace(
         machine,
         device=device,
@@ -169,6 +170,13 @@ def check_no_offloading(cfg: Config) -> None:
         if value not in (False, "none"):
             reason = "moves something from a GPU to CPU memory, and the device is a CPU"
             raise ConfigError(key, value, reason, "Leave it out, or train on a GPU")
+
+
+def _check_top_k(top_k: int, head_backend: str) -> None:
+    if top_k and head_backend == "fused":
+        reason = "the loss is over the tokens that were kept, and the fused head takes all of them"
+        fix = 'Set it to 0, or model.head_backend = "chunked"'
+        raise ConfigError("rollout.top_k", top_k, reason, fix)
 
 
 def _head_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:

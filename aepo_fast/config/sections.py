@@ -12,6 +12,7 @@ from os.path import expanduser
 from typing import Any, Literal
 
 from aepo_fast.config.conditions import (
+    Needs,
     above_zero,
     one_of,
     refuse_across_sections,
@@ -104,11 +105,18 @@ class RewardConfig:
 
 _VLLM = one_of("backend", "vllm")
 _IN_TURN = one_of("steps_ahead", 0)  # sampling and training; else vLLM holds weights of its own
+_MOST_KEPT = 1024  # of a token: 4 KiB of ids, and as many rows of the head's weight are read
+_TOP_K = Needs(
+    ("top_k",),
+    lambda top_k: top_k > 0,
+    "set {0} to the most tokens to keep, e.g. 64",
+    "{0} = 0: the loss needs the ids of all kept tokens, and top_p alone keeps any number",
+)
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How completions are sampled; main ones are always at temperature 1, top_p 1."""
+    """How completions are sampled; main ones are always at temperature 1."""
 
     backend: Literal["hf", "vllm"] = "hf"  # what samples: transformers or vLLM
     max_new_tokens: int = 256  # a completion is cut off here
@@ -119,6 +127,11 @@ class RolloutConfig:
     # Strings that end a completion, besides the end ids. It keeps all tokens up to the one that
     # completes a string, and these are trained.
     stop: tuple[str, ...] = ()
+    # Samples are drawn from so many of the most likely tokens of each place; 0: from all. The loss
+    # is over the same tokens.
+    top_k: int = 0
+    # Of these tokens, the fewest whose probabilities sum to this share or more.
+    top_p: float = setting(1.0, needs=_TOP_K)
     batch_rows: int = setting(256, needs=one_of("backend", "hf"))  # samples decoded together
     # Share of the whole GPU's memory that vLLM takes, for weights and cache.
     gpu_memory_utilization: float = setting(0.3, needs=_VLLM)
@@ -169,6 +182,21 @@ class RolloutConfig:
             "Try 0.3; the trainer needs the rest",
         )
         require(
+            self.top_k == 0 or 2 <= self.top_k <= _MOST_KEPT,
+            "rollout.top_k",
+            self.top_k,
+            f"is neither 0, for all tokens, nor from 2 to {_MOST_KEPT}: a single token teaches "
+            "nothing, and the ids of all that are kept go with each token",
+            "Set e.g. 64",
+        )
+        require(
+            0 < self.top_p <= 1,
+            "rollout.top_p",
+            self.top_p,
+            "is no share of probability above 0 and at most 1",
+            "Set e.g. 0.95",
+        )
+        require(
             all(self.stop),
             "rollout.stop",
             list(self.stop),
@@ -184,13 +212,20 @@ class RolloutConfig:
             'Set rollout.share_weights = false, or use "cache"',
         )
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What a `Request` says of the tokens that are drawn from; nothing where they are all."""
+        if not self.top_k:
+            return {}
+        return {"top_k": self.top_k, "top_p": self.top_p, "with_kept": True}
+
 
 _HELD_OUT = above_zero("data.holdout_fraction")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on held-out prompts at temperature 1."""
+    """Evaluation on held-out prompts at temperature 1, from all tokens."""
 
     # Steps from one evaluation to the next; 0: only before and after training.
     every: int = setting(0, needs=(above_zero("prompts"), _HELD_OUT))

@@ -18,9 +18,6 @@ from aepo_fast.config.errors import ConfigError, suggest
 from aepo_fast.config.sections import Config
 from aepo_fast.config.shipped import config_path
 
-# Of other trainers. Log-probs of the loss are over all tokens, not over those that were kept.
-_OF_A_PART = ("top_p", "top_k", "min_p")
-
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration of a file or shipped name, with `section.key=value` overrides.
@@ -103,9 +100,9 @@ def _build(cls: type[Any], data: dict[str, Any], prefix: str) -> Any:
             where = f"[{prefix.rstrip('.')}]" if prefix else "the configuration"
             reason = f"{where} has no such key"
             fix = _other_section(key, hints) or suggest(key, hints)
-            if key in _OF_A_PART:
-                reason = "training samples from the whole distribution, as the loss takes it"
-                fix = "Leave it out; aepo-fast eval has --top-p"
+            if key == "min_p":  # of other trainers
+                reason = "keeps any number of tokens, and the loss needs the ids of all of them"
+                fix = "Use rollout.top_k, with rollout.top_p"
             raise ConfigError(prefix + key, value, reason, fix)
     for field in dataclasses.fields(cls):
         missing = (dataclasses.MISSING, dataclasses.MISSING)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from aepo_fast.config.resolve import Machine
+from aepo_kernels.head.budget import DEFAULT_BUDGET
 from aepo_kernels.head.plan import Plan, Strategy, make_plan
 from aepo_kernels.problem import Problem
 
@@ -36,13 +37,21 @@ class HeadBytes:
 
 
 def head_bytes(
-    machine: Machine, weight: torch.Tensor, tokens: int, *, trained: bool, logit_grads: bool = True
+    machine: Machine,
+    weight: torch.Tensor,
+    tokens: int,
+    *,
+    trained: bool,
+    logit_grads: bool = True,
+    kept: int = 0,
 ) -> HeadBytes:
     """Bytes of `linear_token_loss` over so many tokens.
 
     weight: [V, H], fake. trained: the weight needs a gradient. logit_grads: whether the hidden
-    states do.
+    states do. kept: ids of each token that the sampler has kept at most; 0: all count.
     """
+    if kept and machine.head_backend != "reference":
+        return _kept_bytes(machine, weight, tokens, kept, trained=trained, logit_grads=logit_grads)
     # On a GPU no rule asks for more of the device than that it is not the CPU.
     device = "meta" if machine.is_gpu else "cpu"
     vocab, width = weight.shape
@@ -82,6 +91,30 @@ def head_bytes(
         weight_grad=final * trained,
         score=cast + stats,
     )
+
+
+def _kept_bytes(
+    machine: Machine,
+    weight: torch.Tensor,
+    tokens: int,
+    kept: int,
+    *,
+    trained: bool,
+    logit_grads: bool,
+) -> HeadBytes:
+    """The same where only kept ids count: `aepo_kernels.head.kept_ids`, in float32."""
+    vocab, width = weight.shape
+    budget = DEFAULT_BUDGET.gpu_kept_bytes if machine.is_gpu else DEFAULT_BUDGET.kept_bytes
+    # The budget is for three float32 copies of the gathered rows. A CPU makes one, and one in
+    # their own dtype.
+    copies = 3 if machine.is_gpu else 1 if weight.dtype == torch.float32 else 1.5
+    gathered = min(budget / 3, tokens * kept * width * 4) * copies
+    work = round(gathered) + tokens * kept * 8  # ids are int64
+    final = weight.numel() * weight.element_size() * trained
+    own = tokens * width * machine.compute_dtype.itemsize * logit_grads
+    # Autograd adds each gradient to zeros.
+    sums = 2 * own + vocab * width * 4 * trained + final
+    return HeadBytes(cast=0, work=work, sums=sums, result=0, weight_grad=final, score=work)
 
 
 def _stats(plan: Plan, tokens: int, vocab: int, logits: int) -> int:

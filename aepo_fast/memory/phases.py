@@ -16,6 +16,7 @@ from aepo_fast.memory.head_pass import HeadBytes, head_bytes
 from aepo_fast.memory.model_pass import PassBytes, Shape, pass_bytes
 from aepo_fast.memory.offload import on_device
 from aepo_fast.memory.states import StateBytes, gradient_width, state_bytes
+from aepo_fast.model.kept import room
 from aepo_fast.samples import Sample
 
 # What holds bytes, in the order of a bar.
@@ -70,7 +71,10 @@ def trace(
     trained = policy.weight.requires_grad
     with mode:
         states = state_bytes(cfg, policy)
-        head = head_bytes(policy.machine, policy.weight, round(found.tokens), trained=trained)
+        top_k = cfg.rollout.top_k
+        kept = room(top_k, len(policy.weight)) if top_k else 0
+        rows = round(found.tokens)
+        head = head_bytes(policy.machine, policy.weight, rows, trained=trained, kept=kept)
         width = gradient_width(policy.weight, cfg.trainer.optimizer)
     head = replace(head, weight_grad=policy.weight.numel() * width if trained else 0)
     return Traced(states, found, head)
@@ -95,6 +99,8 @@ def phases(
     """
     states = on_device(cfg, machine, traced.states)
     traced = replace(traced, states=states)
+    if not machine.is_gpu:
+        process += _kept_ids(cfg, config.get_text_config().vocab_size)
     held = {"process": process, "weights": states.weights, "reference": states.reference}
     held["sampler"] = states.sampler
     loading = Phase("load", {**held, "activations": states.loading})
@@ -114,6 +120,13 @@ def phases(
         replace(one, parts=_in_order(one.parts, holes, freed if one.name == "step" else 0))
         for one in found
     ]
+
+
+def _kept_ids(cfg: Config, vocab: int) -> int:
+    """The int32 ids that were kept of a step's main tokens, and once more in micro-batches."""
+    trainer, new = cfg.trainer, cfg.rollout.max_new_tokens
+    each = room(cfg.rollout.top_k, vocab) if cfg.rollout.top_k else 0
+    return 2 * 4 * each * trainer.prompts_per_step * trainer.group_size * new
 
 
 def _in_order(parts: dict[str, int], holes: float, freed: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from aepo_fast.model.kept import kept_ids
 from aepo_fast.samples import Sample
 
 Layout = Literal["packed", "shared", "padded"]
@@ -29,7 +30,8 @@ class MicroBatch:
     output predicts a completion token. targets: [N], those tokens. sample_of_token: [N], indices
     into `samples`; tokens of a sample are consecutive and in order. samples: indices into the
     step's samples. share: of the model tokens of all micro-batches that were made together. idle:
-    it only keeps step with other processes and counts for nothing.
+    it only keeps step with other processes and counts for nothing. kept_ids: int32 [N, K], see
+    `Completion`.
     """
 
     input_ids: torch.Tensor
@@ -41,6 +43,7 @@ class MicroBatch:
     samples: tuple[int, ...]
     share: float = 1.0
     idle: bool = False
+    kept_ids: torch.Tensor | None = None
 
     @property
     def valid(self) -> torch.Tensor:
@@ -79,10 +82,11 @@ def make_microbatches(
     )
     make = _packed if layout == "packed" else _lines
     total = sum(element.length for batch in batches for element in batch)
-    return [
-        replace(make(samples, batch), share=sum(one.length for one in batch) / total)
-        for batch in batches
-    ]
+    found = []
+    for batch in batches:
+        made, share = make(samples, batch), sum(one.length for one in batch) / total
+        found.append(replace(made, share=share, kept_ids=kept_ids(samples, made.samples)))
+    return found
 
 
 def split_elements(

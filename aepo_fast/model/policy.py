@@ -179,13 +179,15 @@ class Policy:
     ) -> LogprobOutput:
         """Log-probs and entropies at temperature 1 of a micro-batch's completion tokens.
 
+        Where the sampler left tokens out, they are those of softmax over the ids that it kept.
+
         with_entropy_gradient: a gradient will come by the entropy beside that by the log-probs. It
         saves a GEMM of a frozen head to know it beforehand.
         """
         several = with_entropy_gradient and second_temperature is None
 
         def run() -> LogprobOutput:
-            hidden, (weight, settings) = self.hidden(batch), self._whole_head()
+            hidden, (weight, settings) = self.hidden(batch), self._whole_head(batch)
             return linear_logprob(
                 hidden,
                 weight,
@@ -206,11 +208,12 @@ class Policy:
     ) -> TokenLossOutput:
         """A loss over a micro-batch's completion tokens, summed, ready for its backward pass.
 
-        loss, columns: as `linear_token_loss` takes them; each column is [N], on the device.
+        loss, columns: as `linear_token_loss` takes them; each column is [N], on the device. Kept
+        ids count as in `logprobs`.
         """
 
         def run() -> TokenLossOutput:
-            hidden, (weight, settings) = self.hidden(batch), self._whole_head()
+            hidden, (weight, settings) = self.hidden(batch), self._whole_head(batch)
             return linear_token_loss(
                 hidden,
                 weight,
@@ -223,7 +226,7 @@ class Policy:
 
         return inside_forward(self.model, run) if is_sharded(self.model) else run()
 
-    def _whole_head(self) -> tuple[torch.Tensor, dict[str, Any]]:
+    def _whole_head(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, Any]]:
         """The head's weight, and all that the kernels must know besides it."""
         weight, head = self.weight, self.head
         if is_sharded(self.model):  # whole only now, in tensors of its own
@@ -236,6 +239,8 @@ class Policy:
             "ignore_index": None,  # a micro-batch selects its completion tokens itself
             "backend": self.machine.head_backend,
         }
+        if batch.kept_ids is not None:
+            settings["kept_ids"] = batch.kept_ids.to(self.device).long()
         return weight, settings
 
     @torch.no_grad()

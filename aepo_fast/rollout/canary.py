@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class Canary:
     prompts: token ids. Comparisons before anything was trained or transferred say by how much the
     engines differ by themselves; a later one must stay within 1.5 times that. Where one does not,
     more samples decide. Each rank compares with an engine of its own; where one of them fails, all
-    of them raise the error.
+    of them raise the error. kept: what a run's requests say of the tokens to draw from.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Canary:
         *,
         samples: int = 4,
         max_new_tokens: int = _TOKENS,
+        kept: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine, self.policy, self.world = engine, policy, policy.machine.world
         self.max_new_tokens = min(max_new_tokens, _TOKENS)
-        self.prompts, self.samples = list(prompts), samples
+        self.prompts, self.samples, self.kept = list(prompts), samples, kept or {}
         self.fresh = self._mean_difference()
 
     @property
@@ -59,7 +61,7 @@ class Canary:
         Of this rank's engine; all of them compute the trainer's log-probs of all ranks' samples.
         """
         requests = [
-            Request(prompt, self.samples, 1.0, draw * len(self.prompts) + index)
+            Request(prompt, self.samples, 1.0, draw * len(self.prompts) + index, **self.kept)
             for index, prompt in enumerate(self.prompts)
         ]
         by_rank = self.world.attempt(

@@ -32,9 +32,10 @@ _OURS = {
     "enable_sleep_mode": "rollout.sleep",
     "tensor_parallel_size": "rollout.tensor_parallel",
     "skip_tokenizer_init": "rollout.stop",
+    "max_logprobs": "rollout.top_k",
 }
 _ONE_PROCESS = "vLLM runs in the trainer's own processes"
-_SAMPLING = "each request says how it is sampled, and training takes the whole distribution"
+_SAMPLING = "each request says how it is sampled, and the loss takes the same distribution"
 # What no setting may change.
 _FIXED = {
     "logprobs_mode": "the loss needs log-probs after temperature",

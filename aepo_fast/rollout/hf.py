@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from aepo_fast.config.resolve import Machine
+from aepo_fast.model.kept import cut_at_top_p, keep_most_likely, padded
 from aepo_fast.model.load import takes_positions
 from aepo_fast.model.quantized import computing_in
 from aepo_fast.model.sharded import whole
@@ -42,10 +43,12 @@ class _Row:
     sample: int
     temperature: float
     top_p: float
+    top_k: int
     uniforms: np.ndarray  # one per token to sample
     watch: Watch | None  # for stop strings
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    kept: list[np.ndarray] | None = None  # ids of each token, where the request wants them
     stopped: bool = False  # by an end id or a stop string
     done: bool = False
 
@@ -138,8 +141,10 @@ class HfRollout:
                 sample,
                 request.temperature,
                 request.top_p,
+                request.top_k,
                 np.random.default_rng([request.seed, sample]).random(max_new_tokens),
                 None if self._watch is None else self._watch(request.prompt_ids),
+                kept=[] if request.with_kept else None,
             )
             for index, request in enumerate(requests)
             for sample in range(request.num_samples)
@@ -176,6 +181,7 @@ class HfRollout:
             finish_reason="stop" if row.stopped else "length",
             temperature=row.temperature,
             weights_version=self.weights_version,
+            kept_ids=None if row.kept is None else padded(row.kept),
         )
 
     @torch.inference_mode()
@@ -197,15 +203,20 @@ class HfRollout:
         else:
             cache.batch_select_indices(expand)
         active = list(rows)
-        cut = any(row.top_p < 1 for row in rows)
+        cut, by_rank = any(row.top_p < 1 for row in rows), any(row.top_k for row in rows)
         for step in range(max_new_tokens):
-            ids, logprobs = sample_tokens(
-                logits,
-                torch.tensor([row.temperature for row in active], device=device),
-                torch.tensor([row.uniforms[step] for row in active], device=device),
-                in_cpp=self._in_cpp,
-                top_p=torch.tensor([row.top_p for row in active], device=device) if cut else None,
-            )
+            temperature = torch.tensor([row.temperature for row in active], device=device)
+            uniform = torch.tensor([row.uniforms[step] for row in active], device=device)
+            top_p = torch.tensor([row.top_p for row in active], device=device) if cut else None
+            if by_rank:
+                most = [row.top_k or logits.shape[1] for row in active]
+                top_k = torch.tensor(most, device=device)
+                ids, logprobs, kept = sample_kept(logits, temperature, uniform, top_k, top_p)
+                _record(active, kept)
+            else:
+                ids, logprobs = sample_tokens(
+                    logits, temperature, uniform, in_cpp=self._in_cpp, top_p=top_p
+                )
             for row, token, logprob in zip(active, ids.tolist(), logprobs.tolist(), strict=True):
                 if not row.done:
                     row.ids.append(token)
@@ -302,7 +313,7 @@ def sample_tokens(
         ids, chosen = sample_tokens(logits, others, uniform, in_cpp=in_cpp, top_p=top_p)
         return torch.where(greedy, most_likely, ids), torch.where(greedy, best, chosen)
     if top_p is not None:
-        logits = _most_likely(logits, temperature, top_p)
+        logits = cut_at_top_p(logits, temperature, top_p)
     elif in_cpp:
         ids, logprobs = cpu.draw_tokens(logits, temperature.float().reciprocal(), uniform)
         if (ids < 0).any():
@@ -321,14 +332,25 @@ def sample_tokens(
     return ids, chosen
 
 
-def _most_likely(
-    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor
-) -> torch.Tensor:
-    """The logits [B, V] in fp32, minus infinity of the tokens that top_p [B] leaves out."""
-    logits = logits.float()
-    probs = torch.softmax(logits / temperature.float()[:, None], dim=-1)
-    probs, order = probs.sort(dim=-1, descending=True, stable=True)  # [B, V]
-    before = probs.cumsum(dim=-1, dtype=torch.float64) - probs
-    # A row of NaN keeps them, and is refused.
-    out = (before >= top_p.double()[:, None]) & (top_p < 1)[:, None]
-    return logits.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
+def sample_kept(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    uniform: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`sample_tokens` from the tokens alone that `keep_most_likely` keeps.
+
+    Returns ids [B], log-probs [B] among them, and the kept ids [B, K], -1 for padding.
+    """
+    heat = temperature.where(temperature > 0, 1.0)
+    tempered, kept = keep_most_likely(logits, heat, top_k, top_p)
+    places, logprobs = sample_tokens(tempered, temperature / heat, uniform, in_cpp=False)
+    return kept.gather(1, places[:, None]).squeeze(1), logprobs, kept
+
+
+def _record(rows: Sequence[_Row], kept: torch.Tensor) -> None:
+    """Give each row that goes on the kept ids of its next token; kept: [B, K]."""
+    for row, ids in zip(rows, kept.to(torch.int32).cpu().numpy(), strict=True):
+        if row.kept is not None and not row.done:
+            row.kept.append(ids[ids >= 0])

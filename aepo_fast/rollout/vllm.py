@@ -33,16 +33,19 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import RolloutConfig
+from aepo_fast.model.kept import room
 from aepo_fast.model.lora import ADAPTER_WEIGHTS, save_adapter
 from aepo_fast.model.sharded import whole_weights
 from aepo_fast.report.unexpected import first_line
 from aepo_fast.rollout.engine import RolloutError
+from aepo_fast.rollout.vllm_output import completions
 from aepo_fast.rollout.vllm_weights import BACKEND, register
 from aepo_fast.rollout.weight_names import as_in_checkpoint, differs_from_checkpoint
 from aepo_fast.samples import Completion, Request, seed_of
 from aepo_fast.world import ALONE, World
 
 _ADAPTER = "policy"
+_LOGPROBS = 20  # most log-probs of a token by vLLM's default
 _CACHE, _WEIGHTS = "kv_cache", "weights"  # vLLM's names for parts of its memory
 _LORA_RANKS = get_args(MaxLoRARanks)
 # Its loader rounds to NF4, in blocks of 64 with scales of 8 bits, as `model.quantized` asks for.
@@ -111,6 +114,7 @@ class VllmRollout:
                 enforce_eager=cfg.enforce_eager,
                 enable_sleep_mode=self._sleeps,
                 logprobs_mode="processed_logprobs",
+                max_logprobs=max(_LOGPROBS, room(cfg.top_k)),
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 disable_log_stats=True,
                 skip_tokenizer_init=not cfg.stop,  # ids go in and come out
@@ -135,6 +139,7 @@ class VllmRollout:
         if self.llm.model_config.using_transformers_backend():
             reason = "vLLM takes transformers' code for this model, and changes it for the trainer"
             raise ConfigError("rollout.backend", "vllm", reason, 'Use "hf"')
+        self._vocab = self.llm.model_config.get_vocab_size()
 
     @torch.no_grad()
     def sync_weights(self, model: nn.Module, version: int) -> None:
@@ -243,7 +248,7 @@ class VllmRollout:
                 if not output.finished:
                     continue
                 index = numbers[output.request_id]
-                group = _completions(requests[index], output, self.weights_version)
+                group = completions(requests[index], output, self.weights_version)
                 results[index] = group
                 counted += sum(len(one.completion_ids) for one in group)
                 if on_group is not None:
@@ -280,17 +285,20 @@ class VllmRollout:
             n=request.num_samples,
             temperature=request.temperature,
             top_p=request.top_p,
+            top_k=request.top_k,
             max_tokens=max_new_tokens,
             # vLLM adds a sample's number to it.
             seed=seed_of(request.seed) >> 1 if self.over_ranks else None,
             stop_token_ids=self.eos_ids,
             ignore_eos=True,  # the ids above are all that ends a completion
-            logprobs=0,
+            logprobs=room(request.top_k, self._vocab) if request.with_kept else 0,
             stop=list(self.cfg.stop),
             include_stop_str_in_output=True,
             detokenize=bool(self.cfg.stop),
             skip_special_tokens=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            # Else it makes an object for each of the kept ids.
+            **({"flat_logprobs": True} if request.with_kept else {}),
         )
 
     def _check_lengths(self, requests: Sequence[Request], max_new_tokens: int) -> None:
@@ -339,30 +347,6 @@ def _lora_settings(rank: int) -> dict[str, Any]:
         fix = f'Use {_LORA_RANKS[-1]} or less, or rollout.backend = "hf"'
         raise ConfigError("model.lora.rank", rank, "is more than vLLM takes", fix)
     return {"enable_lora": True, "max_lora_rank": most, "max_loras": 1}
-
-
-def _completions(request: Request, output: Any, version: int) -> list[Completion]:
-    samples = sorted(output.outputs, key=lambda sample: sample.index)
-    if len(samples) != request.num_samples:
-        raise RolloutError(f"vLLM returned {len(samples)} of {request.num_samples} samples")
-    return [_completion(request, sample, version) for sample in samples]
-
-
-def _completion(request: Request, sample: Any, version: int) -> Completion:
-    if sample.finish_reason not in ("stop", "length"):
-        raise RolloutError(
-            f"vLLM ended a request with {sample.finish_reason!r}: it was aborted or did not fit "
-            "the cache; raise rollout.gpu_memory_utilization or rollout.cpu_kv_cache_gib"
-        )
-    ids = tuple(sample.token_ids)
-    return Completion(
-        prompt_ids=request.prompt_ids,
-        completion_ids=ids,
-        logprobs=tuple(at[token].logprob for at, token in zip(sample.logprobs, ids, strict=True)),
-        finish_reason=sample.finish_reason,
-        temperature=request.temperature,
-        weights_version=version,
-    )
 
 
 def _cache_blocks() -> dict[str, Any]:

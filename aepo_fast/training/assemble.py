@@ -24,6 +24,7 @@ from aepo_fast.config.toml import dump_config
 from aepo_fast.data.prompts import PromptSet, load_prompts, prints_date
 from aepo_fast.model.experts import check_routers
 from aepo_fast.model.isolation import check_isolation
+from aepo_fast.model.kept import check_top_k
 from aepo_fast.model.load import (
     check_vocabulary,
     load_model,
@@ -151,10 +152,10 @@ def load_inputs(
             "prints the date: today's is taken",
             file=sys.stderr,
         )
-    everyone = [*inputs.prompts.train, *inputs.prompts.heldout]
-    check_lengths(cfg, everyone, inputs.model_folder)
+    check_lengths(cfg, [*inputs.prompts.train, *inputs.prompts.heldout], inputs.model_folder)
     config = read_config(inputs.model_folder, trust_code=cfg.model.trust_remote_code)
     check_tensor_parallel(cfg.trainer.tensor_parallel, config.get_text_config())
+    check_top_k(cfg.rollout, config.get_text_config().vocab_size)
     return dataclasses.replace(inputs, checkpoint=checkpoint, state=state)
 
 
@@ -365,9 +366,8 @@ def _load_over_ranks(
     """
     whole = None
     if cfg.rollout.backend == "hf":
-        seed = cfg.trainer.seed
-        options: dict[str, Any] = {"adapter": adapter, "seed": seed, "stays_on_cpu": True}
-        whole = load_model(cfg.model, source, machine, **options)
+        options: dict[str, Any] = {"adapter": adapter, "stays_on_cpu": True}
+        whole = load_model(cfg.model, source, machine, **options, seed=cfg.trainer.seed)
         some = [prompt.token_ids for prompt in inputs.prompts.train[:2]]
         with on_cpu(whole, machine) as checks:
             check_agreement(cfg, checks, whole, some)

@@ -93,6 +93,7 @@ def evaluate(
     overlap: bool,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     ks: Sequence[int] = (),
     on_tokens: Callable[[int], None] = lambda tokens: None,
     on_group: Callable[[int, list[Completion]], None] = lambda index, group: None,
@@ -102,13 +103,13 @@ def evaluate(
 
     Raises what `sample_and_score` does, and RewardError where no sample has a reward.
 
-    temperature, top_p: see `Request`. ks: of pass@k, up to `samples`; empty: the powers of two. A k
-    for which a prompt has too few samples with a reward is left out.
+    temperature, top_p, top_k: see `Request`. ks: of pass@k, up to `samples`; empty: the powers of
+    two. A k for which a prompt has too few samples with a reward is left out.
 
     overlap: score them while others are still being sampled. on_tokens, on_group, world: as there.
     """
     requests = [
-        Request(prompt.token_ids, samples, temperature, seed_of(seed, index), top_p)
+        Request(prompt.token_ids, samples, temperature, seed_of(seed, index), top_p, top_k)
         for index, prompt in enumerate(prompts)
     ]
     found = sample_and_score(

@@ -25,8 +25,9 @@ def plan_rollout(
     aux_prompts = _auxiliary_prompts(cfg, step, prompts)
     temperatures = [1.0] * len(prompts) + [temperature] * len(aux_prompts)
     step_seed = seed_of(cfg.trainer.seed, step)
+    samples, kept = cfg.trainer.group_size, cfg.rollout.kept
     requests = [
-        Request(prompt.token_ids, cfg.trainer.group_size, temperatures[i], seed_of(step_seed, i))
+        Request(prompt.token_ids, samples, temperatures[i], seed_of(step_seed, i), **kept)
         for i, prompt in enumerate([*prompts, *aux_prompts])
     ]
     return RolloutPlan(step, prompts, aux_prompts, temperature, target, requests, before)

@@ -13,6 +13,7 @@ from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config
 from aepo_fast.memory.check import Prediction, predict
 from aepo_fast.model.cpu_layers import fused_kinds
+from aepo_fast.model.policy import Policy
 from aepo_fast.report.logger import MetricsLogger
 from aepo_fast.report.phase import phase
 from aepo_fast.report.plot import plot_run
@@ -75,7 +76,7 @@ def train(
         policy = trainer.policy
         layers = ", ".join(fused_kinds(policy.model)) or "none"
         attention = policy.model.config._attn_implementation
-        head = f"head: {machine.head_backend}, rows {policy.row_kernels}; attention: {attention}"
+        head = f"head: {machine.head_backend}, rows {_rows(cfg, policy)}; attention: {attention}"
         print(f"{head}; fused layers: {layers}\n{machine.describe()}", flush=True)
         try:
             # Only now: whatever the model's settings had to say, an earlier run is still there.
@@ -190,7 +191,7 @@ class _Run:
         peak = self.prediction.peak
         metrics["perf/predicted_memory_gib"] = None if peak is None else peak / 2**30
         metrics["kernel/backend"] = self.trainer.policy.machine.head_backend
-        metrics["kernel/rows"] = self.trainer.policy.row_kernels
+        metrics["kernel/rows"] = _rows(cfg, self.trainer.policy)
         is_best = False
         try:
             if self._heldout() and (last or (cfg.eval.every and number % cfg.eval.every == 0)):
@@ -279,3 +280,8 @@ class _Run:
         if self.cfg.logging.plot:
             with doing("drawing the plot of the finished run"):
                 print(f"plot: {self.world.on_first(lambda: plot_run(self.folder))}")
+
+
+def _rows(cfg: Config, policy: Policy) -> str:
+    """Which row operations the head runs: over kept ids torch's, on whatever device."""
+    return "torch (kept ids)" if cfg.rollout.top_k else policy.row_kernels

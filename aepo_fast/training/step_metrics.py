@@ -16,6 +16,7 @@ import torch
 
 from aepo_fast.method.entropy_control import Measurement
 from aepo_fast.method.metric_sums import MetricSum
+from aepo_fast.model.kept import kept_metrics
 from aepo_fast.samples import Rollout, RolloutPlan, Sample, TokenValues, token_index, token_offsets
 from aepo_fast.training.entropy_metrics import entropy_metrics
 from aepo_fast.training.update import UpdateResult
@@ -62,6 +63,7 @@ def step_metrics(
     version = weights_version - measured.updates
     metrics = update_metrics(step.updates)
     metrics |= sampling_metrics(before.logprob, rollout.samples, main, version)
+    metrics |= kept_metrics(rollout.samples, main)
     # Of the policy that sampled, where update_metrics takes that before each update.
     metrics |= {"entropy": measured.entropy, "entropy_stderr": measured.stderr}
     metrics |= entropy_metrics(rollout, before.entropy, main, threshold, decode)

@@ -86,8 +86,8 @@ class Trainer:
         self.canary = None
         if self.engine.verify:  # measured before the first sync, on weights from the same files
             some = [prompt.token_ids for prompt in inputs.prompts.train[:_CANARY_PROMPTS]]
-            limit = cfg.rollout.max_new_tokens
-            self.canary = Canary(self.engine, self.policy, some, max_new_tokens=limit)
+            of_run: Any = {"max_new_tokens": cfg.rollout.max_new_tokens, "kept": cfg.rollout.kept}
+            self.canary = Canary(self.engine, self.policy, some, **of_run)
         self._sync_weights()
         self.resume_state = self._state()
 

@@ -52,6 +52,8 @@ def on_gsm8k(model: Path, problems: str, **options: Any) -> Any:
         ({"samples": 8, "k": (9,)}, "--k"),
         ({"greedy": True, "temperature": 0.7}, "--temperature"),
         ({"greedy": True, "top_p": 0.9}, "--top-p"),
+        ({"greedy": True, "top_k": 9}, "--top-k"),
+        ({"top_k": 0}, "--top-k"),
         ({"greedy": True, "samples": 2}, "--samples"),
         ({"temperature": 0.0}, "--temperature"),
         ({"temperature": float("nan")}, "--temperature"),
@@ -141,12 +143,20 @@ def test_a_benchmark_from_a_file_and_its_result(
 ) -> None:
     output = tmp_path / "sampled.json"
     sampled = on_gsm8k(
-        tiny_model_dir, gsm8k, samples=4, k=(1, 3), temperature=0.9, top_p=0.8, output=output
+        tiny_model_dir,
+        gsm8k,
+        samples=4,
+        k=(1, 3),
+        temperature=0.9,
+        top_p=0.8,
+        top_k=5,
+        output=output,
     )
     assert list(sampled.pass_at_k) == [1, 3] and sampled.num_prompts == 3
     assert [one.samples for one in sampled.problems] == [4, 4, 4]
     written = json.loads(output.read_text())
     assert written["settings"]["temperature"] == 0.9 and written["settings"]["top_p"] == 0.8
+    assert written["settings"].pop("top_k") == 5  # older files do not say it
     assert written["settings"]["sources"][0]["name"] == gsm8k
     assert [one["samples"] for one in written["problems"]] == [4, 4, 4]
     assert written["pass_at_k"] == {"1": sampled.pass_at_k[1], "3": sampled.pass_at_k[3]}
@@ -158,7 +168,7 @@ def test_a_benchmark_from_a_file_and_its_result(
     found = greedy.comparison
     assert found.num_prompts == 3 and list(found.pass_at_k) == [1]
     assert found.difference == pytest.approx(greedy.avg_at_k - sampled.avg_at_k)
-    for name in ("temperature", "samples", "instruction"):
+    for name in ("temperature", "samples", "instruction", "top_k"):
         assert any(f"not the same in both: {name} " in note for note in found.notes)
 
     # Stop strings of the configuration end these samples, too; older files do not name any.

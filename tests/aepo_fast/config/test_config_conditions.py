@@ -16,10 +16,13 @@ from aepo_fast.cli.evaluate import _configuration
 from aepo_fast.config.conditions import conditions_of
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.method import Controller, EntropyMethod, Form, LossConfig
+from aepo_fast.config.over_ranks import check_parts
+from aepo_fast.config.resolve import resolve_machine
 from aepo_fast.config.sections import Config, RolloutConfig, TrainerConfig
 from aepo_fast.config.shipped import shipped_configs
 from aepo_fast.config.toml import dump_config, load_config
 from aepo_fast.method.policy_losses import POLICY_LOSSES
+from aepo_fast.model.kept import check_top_k
 from aepo_fast.training.optim import learning_rate
 
 SOURCE = '[[data.sources]]\nkind = "reasoning_gym"\nname = "products"\n'
@@ -114,6 +117,7 @@ CASES = [
     Case("model.freeze_router", True, "model.lora.rank", (0,), (1, 16)),
     Case("model.router_aux_loss_coef", 0.01, "model.lora.rank", (0,), (1, 16)),
     Case("model.router_aux_loss_coef", 0.01, "model.freeze_router", (False,), (True,)),
+    Case("rollout.top_p", 0.9, "rollout.top_k", (2, 64), (0,)),
     choices("rollout.batch_rows", 64, "rollout.backend", "hf", BACKENDS),
     choices("rollout.gpu_memory_utilization", 0.5, "rollout.backend", "vllm", BACKENDS),
     choices("rollout.cpu_kv_cache_gib", 2.0, "rollout.backend", "vllm", BACKENDS),
@@ -269,6 +273,47 @@ def test_a_correction_that_rollouts_decide_decides_over_its_bounds(minimal: str)
     with pytest.raises(ConfigError, match=r"correction_high = 4.0: .* loss.correction = 'off'"):
         load_config(minimal, ["loss.correction_high=4.0"])
     assert load_config(minimal, ["loss.correction_high=4.0", VLLM]).loss.correction_high == 4.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("top_k=1", "rollout.top_k = 1: is neither 0, for all tokens, nor from 2 to 1024: "),
+        ("top_k=-1", "rollout.top_k = -1: .* Set e.g. 64"),
+        ("top_k=2000", "rollout.top_k = 2000: .* the ids of all that are kept go with each token"),
+        ("top_p=0.0", "rollout.top_p = 0.0: is no share of probability above 0 and at most 1"),
+        ("top_p=1.5", "rollout.top_p = 1.5: "),
+        ("top_p=0.9", "the loss needs the ids .* top_p alone keeps any number.*set rollout.top_k"),
+    ],
+)
+def test_what_samples_are_drawn_from_is_bounded(minimal: str, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(minimal, [f"rollout.{setting}"])
+
+
+@pytest.mark.parametrize("by", ["setting", "environment"])
+def test_a_head_over_all_tokens_does_not_go_with_a_part_of_them(
+    minimal: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["rollout.top_k=64", "trainer.device=cpu", "model.compute_dtype=float32"]
+    resolve_machine(load_config(minimal, settings))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as if it could run here
+    if by == "setting":
+        settings.append("model.head_backend=fused")
+    else:
+        monkeypatch.setenv("AEPO_KERNELS_BACKEND", "fused")
+    with pytest.raises(ConfigError, match="rollout.top_k = 64: .*model.head_backend = .chunked"):
+        resolve_machine(load_config(minimal, settings))
+
+
+def test_a_vocabulary_in_parts_and_one_that_is_kept_whole_are_refused(minimal: str) -> None:
+    cfg = load_config(minimal, ["rollout.top_k=64"])
+    check_top_k(cfg.rollout, 65)
+    with pytest.raises(ConfigError, match="rollout.top_k = 64: leaves none of the model's 64"):
+        check_top_k(cfg.rollout, 64)
+    split = load_config(minimal, ["rollout.top_k=64", "trainer.tensor_parallel=2"])
+    with pytest.raises(ConfigError, match="rollout.top_k = 64: .*trainer.tensor_parallel = 2"):
+        check_parts(split, 2, "chunked")
 
 
 def test_a_default_is_never_refused(minimal: str) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aepo_fast.memory.fake_model import fake_policy
 from aepo_fast.memory.head_pass import head_bytes
+from aepo_fast.memory.live_storages import LiveStorages
 from aepo_fast.memory.states import NF4_BITS, StateBytes, state_bytes
+from aepo_kernels import linear_logprob, linear_token_loss
 from tests.aepo_fast.memory.models import small
 from tests.aepo_fast.memory.test_model_pass import settled
+from tests.tiny_run import a_machine
 
 V, H, INNER, L, KV = 300, 64, 128, 6, 32  # vocabulary, widths, layers, width of keys
 # q, k, v with biases, o; gate, up, down; two norms.
@@ -74,6 +80,34 @@ def test_an_adapter_alone_is_trained() -> None:
 
 def test_four_bits_with_two_scales() -> None:
     assert NF4_BITS == pytest.approx(4.127, abs=1e-3)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_head_over_kept_ids_is_as_counted(dtype: torch.dtype, trained: bool) -> None:
+    tokens, kept = 2048, 300
+    hidden = torch.randn(tokens, 256, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4000, 256, dtype=dtype, requires_grad=trained)
+    ids, column = torch.randint(0, 4000, (tokens, kept)), torch.randn(tokens)
+    targets = ids[:, 0].clone()
+    known: dict[str, Any] = {"ignore_index": None, "check_loss": False}
+
+    def loss(logprob: torch.Tensor, entropy: Any, second: Any, of: torch.Tensor) -> torch.Tensor:
+        return (logprob * of).sum()
+
+    counter = LiveStorages(64)
+    counter.ignore([hidden, weight, ids, targets, column])
+    with counter:
+        given = hidden, weight, targets, loss, column
+        linear_token_loss(*given, kept_ids=ids.clone(), **known).loss.backward()
+    found = head_bytes(a_machine(compute=dtype), weight, tokens, trained=trained, kept=kept)
+    assert counter.peak == pytest.approx(found.peak, rel=0.15)
+    forward = LiveStorages(64)
+    forward.ignore([hidden, weight, ids, targets])
+    with torch.no_grad(), forward:
+        linear_logprob(hidden, weight, targets, kept_ids=ids.clone(), ignore_index=None)
+    assert forward.peak == pytest.approx(found.score, rel=0.15)
+    assert found.weight_grad == weight.numel() * weight.element_size() * trained
 
 
 def test_the_head_casts_once_and_sums_in_its_own_dtype() -> None:

@@ -169,6 +169,7 @@ class LLM:
             max_model_len=arguments["max_model_len"],
             dtype=torch.bfloat16,
             using_transformers_backend=lambda: LLM.of_transformers,
+            get_vocab_size=lambda: 6,
         )
         self.model = Model()
         self.transfer = Factory.engines[arguments["weight_transfer_config"].backend](self.model)

@@ -63,7 +63,7 @@ BAD = [
     ("seed", 3, r"is set by trainer\.seed"),
     ("quantization", "fp8", r"is set by model\.quantization"),
     ("logprobs_mode", "raw_logprobs", r"the loss needs log-probs after temperature\. Leave it out"),
-    ("logits_processors", ["a"], r"training takes the whole distribution"),
+    ("logits_processors", ["a"], r"the loss takes the same distribution"),
     ("tensor_parallel_size", 2, r"is set by rollout.tensor_parallel"),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from aepo_fast.config.sections import RolloutConfig, TrainerConfig
+from aepo_fast.model.kept import keep_most_likely, room
 from aepo_fast.model.load import resolve
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.canary import Canary, StaleWeightsError
 from aepo_fast.rollout.engine import RolloutError
+from aepo_fast.rollout.hf import HfRollout
 from aepo_fast.samples import Completion, Request, Sample
 from aepo_kernels import multiplies_bfloat16
 from tests.tiny_run import a_machine
@@ -41,9 +44,8 @@ def folder() -> str:
 def engine(folder: str) -> Iterator[Any]:
     from aepo_fast.rollout.vllm import VllmRollout
 
-    cfg = RolloutConfig(
-        backend="vllm", max_prompt_tokens=300, max_new_tokens=32, dtype=DTYPE, enforce_eager=True
-    )
+    lengths = {"max_prompt_tokens": 300, "max_new_tokens": 32}
+    cfg = RolloutConfig("vllm", **lengths, dtype=DTYPE, enforce_eager=True, top_k=20)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids, on_gpu = [tokenizer.eos_token_id], a_machine().vllm_on_gpu
     made = VllmRollout(folder, cfg, eos_ids=ids, seed=0, on_gpu=on_gpu)
@@ -129,6 +131,82 @@ def test_temperature_zero_and_a_tiny_top_p_take_the_most_likely_tokens(
     values = policy.token_values([Sample(greedy, 0, False, None)], [0], second_temperature=1.0)
     assert values.second_logprob is not None
     assert (values.second_logprob - torch.tensor(greedy.logprobs)).abs().mean() < 0.06
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_kept_is_what_vllm_keeps(dtype: torch.dtype) -> None:
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    # bfloat16 logits have many ties.
+    logits = (torch.randn(64, 400, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    heat, top_k = torch.tensor([0.7, 1.0, 1.3, 1.6]).repeat(16), torch.tensor(20)
+    for top_p in (None, 0.95, 0.5, 1e-6):
+        shares = None if top_p is None else torch.full((64,), top_p)
+        given = logits.float() / heat[:, None]
+        processed = apply_top_k_top_p_pytorch(
+            given.clone(), top_k.int().expand(64), shares, allow_cpu_sync=True
+        )
+        tempered, ids = keep_most_likely(logits, heat, top_k.expand(64), shares)
+        for row, kept, values in zip(processed, ids, tempered, strict=True):
+            theirs = row[row > -torch.inf].sort().values
+            assert torch.equal(values[values > -torch.inf].sort().values, theirs)
+            if top_p is None:  # else either of two equal ones may be left out
+                assert set(kept[kept >= 0].tolist()) == set(row.isfinite().nonzero()[:, 0].tolist())
+
+
+def test_what_was_kept_comes_with_samples_and_is_replayed(
+    engine: Any, model: PreTrainedModel, policy: Policy, prompts: list[tuple[int, ...]]
+) -> None:
+    kept: dict[str, Any] = {"top_k": 20, "top_p": 0.9, "with_kept": True}
+    requests = [
+        Request(prompt, 6, temperature, seed, **kept)
+        for seed, (prompt, temperature) in enumerate(zip(prompts, (1.0, 1.0, 1.3), strict=False))
+    ]
+    groups = engine.generate(requests, max_new_tokens=12)
+    hf = HfRollout(model, a_machine(compute=getattr(torch, DTYPE)), eos_ids=(), batch_rows=32)
+    differences, whole, sizes = [], [], []
+    for request, group, other in zip(
+        requests, groups, hf.generate(requests, max_new_tokens=1), strict=True
+    ):
+        values, of_all = (
+            policy.token_values(
+                [Sample(one, 0, False, None) for one in some],
+                range(6),
+                second_temperature=request.temperature,
+            )
+            for some in (group, [replace(one, kept_ids=None) for one in group])
+        )
+        sampled = torch.tensor([x for one in group for x in one.logprobs])
+        assert values.second_logprob is not None and of_all.second_logprob is not None
+        differences.append((values.second_logprob - sampled).abs())
+        whole.append((of_all.second_logprob - sampled).abs())
+        for one in group:
+            assert len(one.kept_ids) == len(one.completion_ids) == len(one.logprobs)
+            for token, ids in zip(one.completion_ids, one.kept_ids.tolist(), strict=True):
+                found = [x for x in ids if x >= 0]
+                assert token in found and len(set(found)) == len(found) <= room(20)
+                sizes.append(len(found))
+        # Of the first token both engines keep the same, but for rounding at the last one.
+        ours, theirs = ({*ids.kept_ids[0].tolist()} - {-1} for ids in (other[0], group[0]))
+        assert len(ours ^ theirs) <= max(2, len(ours) // 4)
+    assert torch.cat(differences).mean() < 0.06  # as for samples from all tokens
+    assert torch.cat(whole).mean() > 0.1
+    assert len(set(sizes)) > 5
+
+
+def test_the_canary_sees_what_is_not_replayed(
+    engine: Any,
+    policy: Policy,
+    prompts: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("aepo_fast.rollout.canary._DRAWS", 1)
+    kept = {"top_k": 20, "top_p": 0.8, "with_kept": True}
+    usual = Canary(engine, policy, prompts[:4]).fresh
+    replayed = Canary(engine, policy, prompts[:4], kept=kept).fresh
+    monkeypatch.setattr("aepo_fast.model.batch.kept_ids", lambda samples, indices: None)
+    lost = Canary(engine, policy, prompts[:4], kept=kept).fresh
+    assert replayed < 1.5 * max(usual, 0.02) and lost > 0.1 and lost > 4 * replayed
 
 
 def test_a_seed_gives_the_same_samples_again(engine: Any, prompts: list[tuple[int, ...]]) -> None:

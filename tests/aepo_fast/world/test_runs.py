@@ -54,6 +54,7 @@ RUNS: dict[str, Changes] = {
     "lora, kl": {"model": {"lora": LORA}, "loss": LossConfig(kl_coef=0.1)},
     "8 bit": {"trainer": {"optimizer": "adamw_8bit"}, "checkpoint": {"every": 1, "keep": 9}},
     "ahead": {"rollout": {"steps_ahead": 1, "dtype": "bfloat16"}, "loss": LossConfig()},
+    "top_k": {"rollout": {"top_k": 9, "top_p": 0.9}},
     # A sample a micro-batch: of an update, 3 ranks have 3, 3 and 2 at most.
     "uneven": {"trainer": {"tokens_per_microbatch": 64}},
     # AdamW divides a gradient by its own size, and one of 93,248 is 7e-10, smaller than what the
