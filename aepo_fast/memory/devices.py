@@ -21,8 +21,6 @@ from aepo_fast.training.optim import OF_TORCHAO
 # `phases` says of freed activations, to bench/results/cpu/memory-fit-20261128-194052.json.
 _LATER = 130 * 2**20
 _HOLES = 0.2
-# Of one of several processes, whose malloc gives freed memory back: nothing lies in holes.
-_LATER_OVER_RANKS = 20 * 2**20
 # Of a GPU: the context with its kernels, and what the caching allocator cannot use. The context of
 # an H100 takes about half a GiB. The share: not measured.
 _CONTEXT = 600 * 2**20
@@ -38,8 +36,9 @@ def this_device(*, is_gpu: bool, ranks: int = 1, sharing: int = 1) -> Device:
     """
     if is_gpu:
         return _gpu(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    later, holes = (_LATER, _HOLES) if ranks == 1 else (_LATER_OVER_RANKS, 0.0)
-    return Device(available_bytes(sharing), resident_bytes() + later, counted=True, holes=holes)
+    # malloc of one of several processes gives freed memory back: nothing lies in holes.
+    holes = _HOLES if ranks == 1 else 0.0
+    return Device(available_bytes(sharing), resident_bytes() + _LATER, counted=True, holes=holes)
 
 
 def named_device(size: str) -> Device:

@@ -13,6 +13,8 @@ SHAPES = {  # as bench.sampling.engines has them
     "qwen2.5-0.5b, 4 layers": (896, 4864, 4, 14, 2, 49152, True),
     # SmolLM2-135M with a quarter of its layers.
     "smollm2-135m, 8 layers": (576, 1536, 8, 9, 3, 49152, True),
+    # For processes that split its heads; head and embedding are two tensors, most of its weights.
+    "hidden 512, 6 layers, untied": (512, 2048, 6, 8, 2, 49152, False),
     # The model of the recipes; GPU only.
     "qwen2.5-1.5b": engines.SHAPES["qwen2.5-1.5b"],
 }
@@ -71,7 +73,7 @@ OVER_RANKS: tuple[tuple[str, ...], ...] = (
     (_layout("shared"), _attention("sdpa"), _FULL, _optimizer("adamw"), "trainer.replicas=2"),
     (_layout("shared"), _FULL, _optimizer("adamw"), "trainer.tensor_parallel=2"),
 )
-_OF_RANKS = "smollm2-135m, 8 layers"
+_OF_RANKS = "hidden 512, 6 layers, untied"
 
 
 def runs(*, on_gpu: bool, swap: bool = False, ranks: int = 1) -> list[tuple[str, tuple[str, ...]]]:
@@ -83,7 +85,7 @@ def runs(*, on_gpu: bool, swap: bool = False, ranks: int = 1) -> list[tuple[str,
         return [(_OF_RANKS, case) for case in OVER_RANKS]
     if on_gpu:
         return [("qwen2.5-1.5b", case) for case in ON_GPU]
-    names = [name for name in SHAPES if name != "qwen2.5-1.5b"]
+    names = [name for name in SHAPES if name not in (_OF_RANKS, "qwen2.5-1.5b")]
     return list(zip(cycle(names[::-1] if swap else names), ON_CPU, strict=False))
 
 

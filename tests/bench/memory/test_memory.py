@@ -14,8 +14,9 @@ def test_swapped_runs_are_the_same_settings_on_the_other_model() -> None:
     first, second = runs(on_gpu=False), runs(on_gpu=False, swap=True)
     assert [case for _, case in first] == [case for _, case in second] == list(ON_CPU)
     assert all(one != other for (one, _), (other, _) in zip(first, second, strict=True))
-    assert {name for name, _ in first + runs(on_gpu=True)} == set(SHAPES)
-    assert [case for _, case in runs(on_gpu=False, ranks=2)] == list(OVER_RANKS)
+    over_ranks = runs(on_gpu=False, ranks=2)
+    assert [case for _, case in over_ranks] == list(OVER_RANKS)
+    assert {name for name, _ in first + over_ranks + runs(on_gpu=True)} == set(SHAPES)
 
 
 @pytest.mark.parametrize("case", [*ON_CPU, *ON_GPU, *OVER_RANKS])
