@@ -133,7 +133,7 @@ def update_moments(
     before = gradients if found.again else 0
     # From the head on, its gradient stays till all of its group goes to the shards.
     held = now.outside + whole.head * now.width
-    sums = whole.trained_layer * _SUM  # those of the layer before wait to be reused
+    sums = whole.trained_layer * _SUM  # the layer before still has its own
     grads = whole.trained_layer * now.width
     last = whole.trained_outside * (now.width + _SUM)
     added = whole.trained_outside * _SUM

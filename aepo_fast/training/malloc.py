@@ -33,8 +33,8 @@ def return_freed_memory() -> bool:
     """Let malloc give large blocks back as soon as they are free, in one of several processes.
 
     FSDP2 and gloo make and free whole weights all the time, some of them in threads of their own.
-    In heaps that do not shrink they left holes as large as all that was in use. Returns whether it
-    was done, on the terms of `keep_freed_memory`.
+    Heaps that keep what is freed get large holes from it. Returns whether it was done, on the terms
+    of `keep_freed_memory`.
     """
     return _is_ours() and _set((_MMAP_THRESHOLD, 2**20))
 
