@@ -23,6 +23,7 @@ PAGES = {
     ROOT / "README.md": "",
     ROOT / "docs" / "benchmarks.md": "../",
     ROOT / "docs" / "memory.md": "../",
+    ROOT / "docs" / "many-devices.md": "../",
 }
 
 
@@ -58,6 +59,7 @@ def render(page: str, to_root: str = "") -> str:
         "e2e-cpu": lambda: e2e(on_cpu=True),
         "memory-gpu": lambda: memory(on_cpu=False),
         "memory-cpu": lambda: memory(on_cpu=True),
+        "memory-ranks": lambda: memory(on_cpu=True, name="memory-ranks"),
     }
     return re.sub(
         r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)",
@@ -252,18 +254,23 @@ def e2e(*, on_cpu: bool) -> str:
     return "\n".join(parts)
 
 
-def memory(*, on_cpu: bool) -> str:
-    """The newest comparison of plans with runs, on a CPU or a GPU."""
-    found = sorted(RESULTS.glob("*/memory-2*.json"), key=lambda path: path.name)
+def memory(*, on_cpu: bool, name: str = "memory") -> str:
+    """The newest comparison of plans with runs, on a CPU or a GPU.
+
+    name: of its files; "memory-ranks" for runs of several processes.
+    """
+    found = sorted(RESULTS.glob(f"*/{name}-2*.json"), key=lambda path: path.name)
     found = [path for path in found if (path.parent.name == "cpu") == on_cpu]
     if not found:
         return ""
     record = json.loads(found[-1].read_text())
     where = record["environment"]
-    name = where["cpu"] if on_cpu else where["device"]
+    device = where["cpu"] if on_cpu else where["device"]
+    ranks = record["settings"].get("ranks", 1)
+    each = f" of {ranks} processes" if ranks > 1 else ""
     ratios = [one["ratio"] for one in record["cases"] if one["status"] == "ok"]
     head = (
-        f"{name}, torch {where['torch']}, {len(ratios)} runs: predicted over measured "
+        f"{device}, torch {where['torch']}, {len(ratios)} runs{each}: predicted over measured "
         f"{min(ratios):.3f} to {max(ratios):.3f} ([raw]({_link(found[-1])})).\n"
     )
     return f"{head}\n{memory_table(record['cases'])}\n"

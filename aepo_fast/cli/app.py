@@ -120,6 +120,9 @@ def plan(
             metavar="SIZE", help='A card of that memory, e.g. "24GiB"; else this machine.'
         ),
     ] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Processes that train together, on a device each.")
+    ] = 1,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Of the longest prompt; else rollout.max_prompt_tokens."),
@@ -134,7 +137,7 @@ def plan(
     from aepo_fast.cli.plan import plan_text
 
     options = {"gpu": gpu, "prompt_tokens": prompt_tokens, "measure": measure, "as_json": as_json}
-    print(plan_text(config, set_ or [], **options))
+    print(plan_text(config, set_ or [], devices=devices, **options))
 
 
 @app.command("eval")

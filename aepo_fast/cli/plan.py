@@ -18,6 +18,8 @@ from aepo_fast.config.toml import load_config
 from aepo_fast.memory.devices import import_packages, named_device, this_device
 from aepo_fast.memory.fit import (
     Change,
+    Planner,
+    changes_over,
     cheapest_changes,
     gib,
     largest_model,
@@ -38,6 +40,7 @@ _SIGNS = {
     "gradients": "G",
     "reference": "R",
     "sampler": "S",
+    "gathered": "g",
     "activations": "a",
     "head": "h",
     "cache": "c",
@@ -50,14 +53,17 @@ def plan_text(
     overrides: list[str],
     *,
     gpu: str | None = None,
+    devices: int = 1,
     prompt_tokens: int | None = None,
     measure: bool = False,
     as_json: bool = False,
 ) -> str:
     """The report of `aepo-fast plan`, or its figures as JSON.
 
-    gpu: a card by its size, such as "24GiB"; None is this machine. prompt_tokens: of the longest
-    prompt; None is rollout.max_prompt_tokens. measure: really load the model and run a step.
+    gpu: a card by its size, such as "24GiB"; None is this machine. devices: how many processes
+    train, on a device each; the report is for the one that needs the most. prompt_tokens: of the
+    longest prompt; None is rollout.max_prompt_tokens. measure: really load the model and run a
+    step.
 
     Raises ConfigError for a configuration, a model or a size that cannot be planned.
     """
@@ -65,19 +71,37 @@ def plan_text(
     if measure and gpu is not None:
         reason = "a card that is only named cannot be measured"
         raise ConfigError("--measure", True, reason, "Leave out --gpu, or --measure")
+    if measure and devices > 1:
+        reason = f"{devices} processes are not started here"
+        fix = "Train with torchrun: each step logs perf/peak_memory_gib beside the predicted one"
+        raise ConfigError("--measure", True, reason, fix)
     check_lora(cfg.model.lora)
     for_gpu = gpu is not None or resolve_machine(cfg, trains=False).is_gpu
     settings = read_settings(cfg.model)
     import_packages(cfg)
-    device = this_device(is_gpu=for_gpu) if gpu is None else named_device(gpu)
-    plan = planner(settings, device, prompt_tokens=prompt_tokens, for_gpu=for_gpu)
+    if gpu is not None:
+        device = named_device(gpu)
+    else:
+        device = this_device(is_gpu=for_gpu, sharing=devices)
+
+    def over(devices: int) -> Planner:
+        known = {"prompt_tokens": prompt_tokens, "for_gpu": for_gpu}
+        return planner(settings, device, **known, devices=devices)
+
+    plan = over(devices)
     found = plan(cfg)
     largest = largest_settings(cfg, plan) if found.fits else {}
-    changes = [] if found.fits else cheapest_changes(cfg, plan)
+    changes: list[Change] = []
+    if not found.fits:
+        several = devices > 1 and for_gpu
+        changes = changes_over(cfg, over, devices) if several else cheapest_changes(cfg, plan)
     measured = measured_bytes(cfg) if measure else None
     if as_json:
-        return json.dumps(_record(found, largest, changes, measured), indent=1)
+        record = {"devices": devices, **_record(found, largest, changes, measured)}
+        return json.dumps(record, indent=1)
     where = f"a GPU of {gib(device.memory)}" if for_gpu else "this machine's memory"
+    if devices > 1:
+        where = f"one of {devices} devices, each {where}" if for_gpu else f"a part of {where}"
     machine = machine_on(torch.device("cuda" if for_gpu else "cpu"), cfg)
     lines = [f"{cfg.model.path}: {_billions(found.num_weights)} weights, "]
     lines[0] += f"{_billions(found.num_trained)} of them trained, on {where}"
@@ -198,6 +222,7 @@ def _changes(changes: list[Change], plan: MemoryPlan) -> list[str]:
     lines = ["", "Cheapest changes that make it fit:"]
     for number, change in enumerate(changes, start=1):
         settings = " ".join(f"--set {one}" for one in change.settings)
+        settings = settings or f"--devices {change.devices}"
         lines.append(f"  {number}. {settings}   ({gib(change.plan.needed)})")
     return lines
 
@@ -215,7 +240,12 @@ def _record(
         "shape": asdict(plan.shape),
         "largest": largest,
         "changes": [
-            {"settings": list(one.settings), "needed_bytes": one.plan.needed} for one in changes
+            {
+                "settings": list(one.settings),
+                **({} if one.devices is None else {"devices": one.devices}),
+                "needed_bytes": one.plan.needed,
+            }
+            for one in changes
         ],
         "measured_bytes": measured,
     }

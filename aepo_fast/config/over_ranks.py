@@ -6,8 +6,8 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.sections import Config
 
 
-def check_over_ranks(cfg: Config) -> None:
-    """Raise ConfigError for a setting that needs one process."""
+def check_over_ranks(cfg: Config, said_by: str = "WORLD_SIZE") -> None:
+    """Raise ConfigError for a setting that needs one process. said_by: what says there are more."""
     whole_weights = not cfg.model.lora.rank
     in_bfloat16 = cfg.model.dtype == "bfloat16" and whole_weights
     for key, value, refused, reason, fix in (
@@ -62,13 +62,15 @@ def check_over_ranks(cfg: Config) -> None:
         ),
     ):
         if refused:
-            raise ConfigError(key, value, f"{reason}, and WORLD_SIZE says there are several", fix)
+            raise ConfigError(key, value, f"{reason}, and {said_by} says there are several", fix)
 
 
-def check_parts(cfg: Config, size: int, head_backend: str) -> None:
+def check_parts(
+    cfg: Config, size: int, head_backend: str, fix: str = "Start as many with torchrun"
+) -> None:
     """Raise ConfigError where `size` processes cannot be parted as a configuration says.
 
-    head_backend: the one that runs.
+    head_backend: the one that runs. fix: what gives another number of them.
     """
     split, replicas = cfg.trainer.tensor_parallel, cfg.trainer.replicas
     for key, value, each in (
@@ -80,10 +82,10 @@ def check_parts(cfg: Config, size: int, head_backend: str) -> None:
             reason = f"{size} processes are no multiple of {each}"
             if each > value:
                 reason += f", with trainer.tensor_parallel = {split}"
-            raise ConfigError(key, value, reason, "Start as many with torchrun, or set it to 1")
+            raise ConfigError(key, value, reason, f"{fix}, or set it to 1")
     if split == 1:
         return
-    for key, value, refused, fix in (
+    for key, value, refused, step in (
         ("model.lora.rank", cfg.model.lora.rank, cfg.model.lora.rank > 0, "Set it to 0"),
         ("trainer.offload", cfg.trainer.offload, cfg.trainer.offload != "none", 'Use "none"'),
         ("model.head_backend", head_backend, head_backend != "chunked", 'Use "chunked"'),
@@ -91,4 +93,4 @@ def check_parts(cfg: Config, size: int, head_backend: str) -> None:
     ):
         if refused:
             reason = f"does not go together with trainer.tensor_parallel = {split}"
-            raise ConfigError(key, value, reason, f"{fix}, or trainer.tensor_parallel to 1")
+            raise ConfigError(key, value, reason, f"{step}, or trainer.tensor_parallel to 1")

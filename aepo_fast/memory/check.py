@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -12,7 +13,7 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
 from aepo_fast.memory.devices import import_packages, this_device
-from aepo_fast.memory.fit import cheapest_changes, gib, planner
+from aepo_fast.memory.fit import Planner, changes_over, cheapest_changes, gib, planner
 from aepo_fast.memory.model_pass import Shape, UntraceableError
 from aepo_fast.memory.plan import Device, MemoryPlan, plan_memory, shape_of
 from aepo_fast.model.load import read_config
@@ -28,7 +29,7 @@ _SMALL = 0.04
 class Prediction:
     """Bytes at a run's peak, and the plan that says so; None where no plan was needed.
 
-    peak: None where the model cannot be traced, and for one of several processes.
+    peak: None where the model cannot be traced. Of several processes, that of the largest.
     """
 
     peak: int | None
@@ -45,14 +46,35 @@ def predict(
 
     Raises ConfigError where the plan needs more than `MARGIN` above what there is.
     """
-    if machine.world.size > 1:  # it would count all weights for each, and no run may be refused so
-        print("memory is not predicted: several processes have a part of the weights each")
-        return Prediction(None, None)
     config = read_config(folder, trust_code=cfg.model.trust_remote_code)
     import_packages(cfg)
-    device = this_device(is_gpu=machine.is_gpu)
+    device = _smallest_device(machine)
+    known = config, device, prompt_tokens
+    return machine.world.on_first(lambda: _predict(cfg, machine, folder, *known, given))
+
+
+def _smallest_device(machine: Machine) -> Device:
+    """The device of this process, or of several the one with the least room."""
+    world, host = machine.world, socket.gethostname()
+    sharing = world.gather(host).count(host)
+    own = this_device(is_gpu=machine.is_gpu, ranks=world.size, sharing=sharing)
+    found = world.gather(own)
+    least, most = min(one.memory for one in found), max(one.process for one in found)
+    return replace(found[0], memory=least, process=most)
+
+
+def _predict(
+    cfg: Config,
+    machine: Machine,
+    folder: Path | str,
+    config: PretrainedConfig,
+    device: Device,
+    prompt_tokens: int,
+    given: Config,
+) -> Prediction:
     if device.counted:
-        most = _upper_bound(cfg, config, folder, shape_of(cfg, prompt_tokens))
+        shape = shape_of(cfg, prompt_tokens, machine.data.size)
+        most = _upper_bound(cfg, config, folder, shape)
         if most < _SMALL * device.process:
             return Prediction(device.process + most // 2, None)
     try:
@@ -61,7 +83,7 @@ def predict(
         print(f"memory is not predicted: {error.reason}", file=sys.stderr)
         return Prediction(None, None)
     if cfg.trainer.check_memory and plan.needed > (1 + MARGIN) * device.memory:
-        _refuse(plan, given, config, device, prompt_tokens, for_gpu=machine.is_gpu)
+        _refuse(plan, given, config, prompt_tokens, machine)
     return Prediction(plan.peak, plan)
 
 
@@ -90,21 +112,30 @@ def _refuse(
     plan: MemoryPlan,
     given: Config,
     config: PretrainedConfig,
-    device: Device,
     prompt_tokens: int,
-    *,
-    for_gpu: bool,
+    machine: Machine,
 ) -> None:
-    again = planner(config, device, prompt_tokens=prompt_tokens, for_gpu=for_gpu)
-    changes = cheapest_changes(given, again)
+    device, size = plan.device, machine.world.size
+
+    def again(devices: int) -> Planner:
+        known = {"prompt_tokens": prompt_tokens, "for_gpu": machine.is_gpu}
+        return planner(config, device, **known, devices=devices)
+
+    if size > 1 and machine.is_gpu:
+        changes = changes_over(given, again, size)
+    else:  # on a CPU, more processes have less each
+        changes = cheapest_changes(given, again(size))
     fix = "Use a smaller model"
-    if changes:
-        fix = "Set " + ", or ".join(" with ".join(change.settings) for change in changes)
-    worst = plan.worst
+    settings = [" with ".join(change.settings) for change in changes if change.settings]
+    said = ["Set " + ", or ".join(settings)] if settings else []
+    said += [f"start {one.devices} processes, on a GPU each" for one in changes if one.devices]
+    if said:
+        fix = ", or ".join(said)
+    worst, each = plan.worst, f" in each of {size} processes" if size > 1 else ""
     raise ConfigError(
         "trainer.check_memory",
         True,
-        f"the run would need {gib(plan.needed)} in the phase {worst.name!r}, and there are "
+        f"the run would need {gib(plan.needed)} in the phase {worst.name!r}{each}, and there are "
         f"{gib(device.memory)}",
         f"{fix}; or set this to false to try it anyway, and see `aepo-fast plan`",
     )

@@ -29,11 +29,16 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)", re.IGNORECASE)
 _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 
-def this_device(*, is_gpu: bool) -> Device:
-    """The GPU of this process, or this machine's memory for a run on its CPU."""
+def this_device(*, is_gpu: bool, ranks: int = 1, sharing: int = 1) -> Device:
+    """The GPU of this process, or its part of this machine's memory for a run on its CPU.
+
+    ranks: processes of the run. sharing: those on this machine.
+    """
     if is_gpu:
-        return _gpu(torch.cuda.get_device_properties(0).total_memory)
-    return Device(available_bytes(), resident_bytes() + _LATER, counted=True, holes=_HOLES)
+        return _gpu(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    # malloc of one of several processes gives freed memory back: nothing lies in holes.
+    holes = _HOLES if ranks == 1 else 0.0
+    return Device(available_bytes(sharing), resident_bytes() + _LATER, counted=True, holes=holes)
 
 
 def named_device(size: str) -> Device:
@@ -68,19 +73,20 @@ def resident_bytes() -> int:
     return _kib("/proc/self/status", "VmRSS") * 1024
 
 
-def available_bytes() -> int:
-    """Bytes that this process can have in all: what is free here, and what it has already.
+def available_bytes(sharing: int = 1) -> int:
+    """Bytes that this process can have in all: its part of what is free here, and what it has.
 
-    Where the system does not say, there is no limit.
+    sharing: processes with which it shares what is free, itself among them. Where the system does
+    not say, there is no limit.
     """
     limits = [sys.maxsize]
     free = _kib("/proc/meminfo", "MemAvailable") * 1024
     if free:
-        limits.append(free + resident_bytes())
+        limits.append(free // sharing + resident_bytes())
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = _read(limit).strip()
         if text.isdigit():
-            limits.append(int(text))
+            limits.append(int(text) // sharing)
     return min(limits)
 
 

@@ -88,9 +88,16 @@ def layer_period(config: PretrainedConfig, cfg: Config) -> int:
 
 
 def fake_policy(
-    cfg: Config, machine: Machine, config: PretrainedConfig, mode: FakeTensorMode
+    cfg: Config,
+    machine: Machine,
+    config: PretrainedConfig,
+    mode: FakeTensorMode,
+    *,
+    gathered: bool = False,
 ) -> Policy:
     """The policy of a run, with a model of the settings `config`, all in tensors of `mode`.
+
+    gathered: its weights are as shards of them are gathered, in the compute dtype.
 
     Raises ConfigError for a model that cannot be built from its settings.
     """
@@ -100,7 +107,7 @@ def fake_policy(
         if cfg.model.lora.rank:
             add_adapter(model, cfg.model.lora, seed=0)
     with mode:
-        _make_fake(model)
+        _make_fake(model, machine.compute_dtype if gathered else None)
     if machine.runs_cpp:
         fuse_layers(model, with_numbers)
     with mode:
@@ -114,8 +121,11 @@ def fake_policy(
     return policy
 
 
-def _make_fake(model: nn.Module) -> None:
-    """Replace the tensors of a model without memory by fake ones of the CPU; ties stay."""
+def _make_fake(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Replace the tensors of a model without memory by fake ones of the CPU; ties stay.
+
+    dtype: of its weights; None is their own.
+    """
     made: dict[Tensor, Any] = {}
     for module in model.modules():
         for group in (module._parameters, module._buffers):
@@ -123,8 +133,10 @@ def _make_fake(model: nn.Module) -> None:
                 if old is None:
                     continue
                 if old not in made:
-                    new: Any = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                    if isinstance(old, nn.Parameter):
+                    weight = isinstance(old, nn.Parameter)
+                    own = dtype if weight and dtype is not None else old.dtype
+                    new: Any = torch.empty(old.shape, dtype=own, device="cpu")
+                    if weight:
                         new = nn.Parameter(new, requires_grad=old.requires_grad)
                     made[old] = new
                 group[name] = made[old]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,24 +11,33 @@ import torch
 from transformers import PretrainedConfig
 
 from aepo_fast.config.errors import ConfigError
-from aepo_fast.config.resolve import check_no_offloading, machine_on
+from aepo_fast.config.over_ranks import check_over_ranks, check_parts
+from aepo_fast.config.resolve import Machine, check_no_offloading, machine_on
 from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import with_overrides
 from aepo_fast.memory.plan import Device, MemoryPlan, plan_memory
+from aepo_fast.model.tensor_parallel import check_tensor_parallel
+from aepo_fast.world import World
 
 Planner = Callable[[Config], MemoryPlan]
 
 _MOST_TRIES = 24  # half a second each
 _FEWEST_TOKENS = 1024  # of a micro-batch: fewer leave a device waiting
 _SIZES = [2**power for power in range(7, 18)]
+# What is the larger the more weights a model has.
+_GROWING = ("weights", "optimizer", "gradients", "reference", "sampler", "gathered", "holes")
 
 
 @dataclass(frozen=True)
 class Change:
-    """Settings as `--set` takes them, and the plan with them."""
+    """Settings as `--set` takes them, and the plan with them.
+
+    devices: of more processes, where it is they that help; None of as many as there are.
+    """
 
     settings: tuple[str, ...]
     plan: MemoryPlan
+    devices: int | None = None
 
 
 def gib(size: int) -> str:
@@ -36,19 +46,58 @@ def gib(size: int) -> str:
 
 
 def planner(
-    config: PretrainedConfig, device: Device, *, prompt_tokens: int | None, for_gpu: bool
+    config: PretrainedConfig,
+    device: Device,
+    *,
+    prompt_tokens: int | None,
+    for_gpu: bool,
+    devices: int = 1,
 ) -> Planner:
-    """What plans a configuration of one model on one device."""
+    """What plans a configuration of one model on one of so many devices, with a process each."""
     place = torch.device("cuda" if for_gpu else "cpu")
 
     def plan(cfg: Config) -> MemoryPlan:
-        machine = machine_on(place, cfg)
+        machine = machine_over(place, cfg, devices)
+        check_tensor_parallel(cfg.trainer.tensor_parallel, config.get_text_config())
         if not for_gpu:
             check_no_offloading(cfg)
         settled = machine.settled(cfg)
         return plan_memory(settled, machine, config, device, prompt_tokens=prompt_tokens)
 
     return plan
+
+
+def machine_over(device: torch.device, cfg: Config, devices: int) -> Machine:
+    """The machine of a configuration whose run has so many processes; none of them need be there.
+
+    Raises ConfigError for settings that such a run cannot have.
+    """
+    machine = machine_on(device, cfg)
+    if devices > 1:
+        check_over_ranks(cfg, "--devices")
+    backend = "chunked" if machine.head_backend == "auto" else machine.head_backend
+    check_parts(cfg, devices, backend, "Give a multiple of it by --devices")
+    split = cfg.trainer.tensor_parallel
+    return dataclasses.replace(
+        machine,
+        world=World(size=devices),
+        data=World(size=devices // split),
+        tensor_parallel=split,
+        replicas=cfg.trainer.replicas,
+    )
+
+
+def changes_over(cfg: Config, over: Callable[[int], Planner], devices: int) -> list[Change]:
+    """`cheapest_changes` of a run on so many GPUs; the last one may be to take more of them.
+
+    over: what plans for a number of devices. They are twice, four times or eight times as many.
+    """
+    found = cheapest_changes(cfg, over(devices))
+    for more in (2 * devices, 4 * devices, 8 * devices):
+        change = _tried(cfg, over(more), ())
+        if change is not None:
+            return [*found[:2], dataclasses.replace(change, devices=more)]
+    return found
 
 
 def cheapest_changes(cfg: Config, plan: Planner, count: int = 3) -> list[Change]:
@@ -140,10 +189,6 @@ def largest_settings(cfg: Config, plan: Planner) -> dict[str, int | None]:
 
 def largest_model(plan: MemoryPlan, num_weights: int) -> int:
     """About how many weights a model could have, were all else as it is."""
-    grows = sum(
-        size
-        for name, size in plan.worst.parts.items()
-        if name in ("weights", "optimizer", "gradients", "reference", "sampler", "holes")
-    )
+    grows = sum(size for name, size in plan.worst.parts.items() if name in _GROWING)
     spare = plan.device.memory - plan.needed + grows
     return max(0, round(num_weights * spare / grows))

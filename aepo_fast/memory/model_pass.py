@@ -105,7 +105,7 @@ def _traced(
     cfg: Config, machine: Machine, config: PretrainedConfig, samples: Sequence[Sample]
 ) -> PassBytes:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    policy = fake_policy(cfg, machine, config, mode)
+    policy = fake_policy(cfg, machine, config, mode, gathered=machine.world.size > 1)
     with mode:
         batch, count = _largest(policy, samples)
         score = _score(policy, batch)
@@ -156,11 +156,18 @@ def _prepare(cfg: Config, policy: Policy, counter: LiveStorages, *, again: bool)
     """Take what is no part of a pass out of the count, and out of the graph what the head owns."""
     model = policy.model
     embedding: Any = model.get_input_embeddings()
-    if embedding.weight.requires_grad and embedding.sparse:
-        # Its gradient is rows of the head's, which a fake tensor cannot be.
+    in_shards = policy.machine.world.size > 1
+    if embedding.weight.requires_grad and (embedding.sparse or in_shards):
+        # Its gradient is rows of the head's, which a fake tensor cannot be, or counted apart.
         embedding.weight.requires_grad_(False)
         embedding.register_forward_hook(lambda module, args, out: out.requires_grad_())
     parameters = list(model.parameters())
+    if in_shards:  # those of a layer are counted apart, too
+        for one in parameters:
+            if one.requires_grad:
+                one.register_post_accumulate_grad_hook(_forget_gradient)
+        counter.ignore([*parameters, *model.buffers()])
+        return
     holders = dict(zip(parameters, parameters, strict=True))  # of gradients
     optimizer = build_optimizer(model, cfg.trainer) if _holds_copies(cfg, policy) else None
     if isinstance(optimizer, MasterAdamW):  # its hooks turn gradients into those of its copies
@@ -170,6 +177,10 @@ def _prepare(cfg: Config, policy: Policy, counter: LiveStorages, *, again: bool)
         if parameter.requires_grad and (again or parameter is policy.weight):
             holder.grad = torch.empty_like(holder)
             counter.ignore([holder.grad])
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _holds_copies(cfg: Config, policy: Policy) -> bool:

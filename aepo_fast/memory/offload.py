@@ -20,6 +20,9 @@ def on_device(cfg: Config, machine: Machine, states: StateBytes) -> StateBytes:
         return states
     if cfg.trainer.offload == "optimizer":
         return replace(states, optimizer=0, step=states.step + states.optimizer_part)
+    if machine.world.size > 1:  # what is whole at times is counted by `shards`
+        nothing = dict.fromkeys(("weights", "gradients", "optimizer", "step", "reference"), 0)
+        return replace(states, **nothing, loading=0)
     whole = states.outside_layers + _WHOLE_LAYERS * states.largest_layer
     weights = whole * machine.compute_dtype.itemsize
     trained = states.num_trained / states.num_weights

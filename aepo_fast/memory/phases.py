@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
@@ -15,8 +16,16 @@ from aepo_fast.memory.fake_model import fake_policy, num_layers
 from aepo_fast.memory.head_pass import HeadBytes, head_bytes
 from aepo_fast.memory.model_pass import PassBytes, Shape, pass_bytes
 from aepo_fast.memory.offload import on_device
+from aepo_fast.memory.shards import (
+    Whole,
+    score_moments,
+    split_config,
+    update_moments,
+    whole_groups,
+)
 from aepo_fast.memory.states import StateBytes, gradient_width, state_bytes
 from aepo_fast.model.kept import room
+from aepo_fast.model.policy import Policy
 from aepo_fast.samples import Sample
 
 # What holds bytes, in the order of a bar.
@@ -27,6 +36,7 @@ PARTS = (
     "gradients",
     "reference",
     "sampler",
+    "gathered",
     "activations",
     "head",
     "cache",
@@ -51,11 +61,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Traced:
-    """What the phases are made of."""
+    """What the phases are made of. whole: of one of several processes, None of one alone."""
 
     states: StateBytes
     activations: PassBytes
     head: HeadBytes
+    whole: Whole | None = None
 
 
 def trace(
@@ -67,6 +78,8 @@ def trace(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     policy = fake_policy(cfg, machine, config, mode)
+    if machine.world.size > 1:
+        return _trace_part(cfg, machine, config, samples, policy, mode)
     found = pass_bytes(cfg, machine, config, samples)
     trained = policy.weight.requires_grad
     with mode:
@@ -78,6 +91,29 @@ def trace(
         width = gradient_width(policy.weight, cfg.trainer.optimizer)
     head = replace(head, weight_grad=policy.weight.numel() * width if trained else 0)
     return Traced(states, found, head)
+
+
+def _trace_part(
+    cfg: Config,
+    machine: Machine,
+    config: PretrainedConfig,
+    samples: Sequence[Sample],
+    policy: Policy,
+    mode: FakeTensorMode,
+) -> Traced:
+    """What the phases of one of several processes are made of. policy: of the whole model."""
+    own = split_config(config, machine)
+    part = policy if own is config else fake_policy(cfg, machine, own, mode)
+    found = pass_bytes(cfg, machine, own, samples)
+    tokens, trained = round(found.tokens), part.weight.requires_grad
+    # vLLM gets weights in its own dtype.
+    sampler = machine.rollout_dtype if cfg.rollout.backend == "vllm" else None
+    with mode:
+        states = state_bytes(cfg, policy, part)
+        whole = whole_groups(part.model, part.machine, sampler=sampler)
+        weight = torch.empty(part.weight.shape, dtype=machine.compute_dtype, device="cpu")
+        head = head_bytes(part.machine, weight, tokens, trained=trained)
+    return Traced(states, found, head, whole)
 
 
 def phases(
@@ -105,15 +141,17 @@ def phases(
     held["sampler"] = states.sampler
     loading = Phase("load", {**held, "activations": states.loading})
     held["optimizer"] = states.optimizer
-    update = {**held, **update_bytes(traced)}
+    update = {**held, **update_bytes(traced, machine)}
     sampling = {**held, "optimizer": 0} if cfg.rollout.offload_optimizer else held
     found = [
         loading,
         _sample(cfg, machine, config, shape, sampling, device_bytes),
-        Phase("score", {**held, **_score(traced)}),
+        Phase("score", {**held, **_score(traced, machine)}),
         Phase("update", update),
         Phase("step", {**held, "gradients": states.gradients, "activations": states.step}),
     ]
+    if traced.whole is not None:
+        found.append(Phase("sync", {**held, "gathered": traced.whole.sent}))
     # A CPU's malloc keeps what the update frees, in pieces too small for what the step makes.
     freed = min(update.get("activations", 0) + update.get("head", 0), states.step) if holes else 0
     return [
@@ -134,14 +172,22 @@ def _in_order(parts: dict[str, int], holes: float, freed: int) -> dict[str, int]
     return {name: round(parts[name]) for name in PARTS if parts.get(name)}
 
 
-def _score(traced: Traced) -> dict[str, int]:
+def _score(traced: Traced, machine: Machine) -> dict[str, int]:
+    whole = traced.whole
+    gathered = {} if whole is None else {"gathered": score_moments(whole, machine)}
     # The cast weights of the layers stay while the head's logits come and go.
-    return {"activations": round(traced.activations.score), "head": traced.head.score}
+    return {
+        **gathered,
+        "activations": round(traced.activations.score),
+        "head": traced.head.score,
+    }
 
 
-def update_bytes(traced: Traced) -> dict[str, int]:
+def update_bytes(traced: Traced, machine: Machine) -> dict[str, int]:
     """The update's worst moment, by part: at the head, or at either end of the backward pass."""
     found, head, gradients = traced.activations, traced.head, traced.states.gradients
+    if traced.whole is not None:
+        return _worst(update_moments(traced.whole, machine, found, head, gradients))
     before = gradients if found.again else 0
     own = 0 if found.again else head.weight_grad
     moments = [
@@ -156,6 +202,10 @@ def update_bytes(traced: Traced) -> dict[str, int]:
         moments[-1] = _split(found.bottom, own, gradients)
     else:
         moments = [{**one, "gradients": before} for one in moments]
+    return _worst(moments)
+
+
+def _worst(moments: Sequence[dict[str, int]]) -> dict[str, int]:
     worst = max(moments, key=lambda one: sum(one.values()))
     return {name: round(size) for name, size in worst.items()}
 

@@ -77,7 +77,7 @@ def plan_memory(
 
     Raises ConfigError for a model that cannot be built from its settings.
     """
-    shape = shape_of(cfg, prompt_tokens)
+    shape = shape_of(cfg, prompt_tokens, machine.data.size)
     traced = trace(cfg, machine, config, samples_of(shape))
     found = phases(
         cfg,
@@ -94,11 +94,18 @@ def plan_memory(
     return MemoryPlan(device, tuple(found), shape, traced.activations, *counts)
 
 
-def shape_of(cfg: Config, prompt_tokens: int | None = None) -> Shape:
-    """The largest minibatch of a run, as far as it decides the size of a micro-batch."""
+def shape_of(cfg: Config, prompt_tokens: int | None = None, ranks: int = 1) -> Shape:
+    """The largest minibatch of a run, as far as it decides the size of a micro-batch.
+
+    ranks: how many share it; then it is one rank's part.
+    """
     trainer, prompt = cfg.trainer, prompt_tokens or cfg.rollout.max_prompt_tokens
     new = cfg.rollout.max_new_tokens
     prompts = -(-trainer.prompts_per_step // trainer.minibatches)
+    group = trainer.group_size
+    if ranks > 1:  # with fewer prompts than ranks, samples of one are parted
+        group = group if prompts >= ranks else -(-prompts * group // ranks)
+        prompts = -(-prompts // ranks)
     # Two full micro-batches tell all that more of them would.
-    enough = math.ceil(2 * trainer.tokens_per_microbatch / (trainer.group_size * new)) + 1
-    return Shape(min(prompts, enough), trainer.group_size, prompt, new)
+    enough = math.ceil(2 * trainer.tokens_per_microbatch / (group * new)) + 1
+    return Shape(min(prompts, enough), group, prompt, new)

@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aepo_fast.config.resolve import Machine
 from aepo_fast.config.sections import Config
+from aepo_fast.memory.shards import own_numbers
 from aepo_fast.model.policy import Policy
 from aepo_fast.rollout.packed_linear import can_pack
 from aepo_fast.training.offload import PART_BYTES
@@ -56,18 +57,29 @@ class StateBytes:
     num_trained: int
 
 
-def state_bytes(cfg: Config, policy: Policy) -> StateBytes:
-    """Bytes of a run's states. policy: of the whole model, fake."""
-    model, machine = policy.model, policy.machine
+def state_bytes(cfg: Config, policy: Policy, part: Policy | None = None) -> StateBytes:
+    """Bytes of a run's states, of several processes those of one.
+
+    policy: of the whole model, fake. part: of a model as `shards.split_config` has it, whose shards
+    the process holds; None is the whole model.
+    """
+    model, machine = (part or policy).model, policy.machine
     parameters = list(model.parameters())
     trained = [one for one in parameters if one.requires_grad]
     quantized = _quantized(cfg, model)
+
+    def numbers(weight: torch.Tensor) -> int:
+        return own_numbers(weight, machine)
+
+    def size(weight: torch.Tensor) -> int:
+        return numbers(weight) * weight.element_size()
+
     weights = sum(map(_bytes, model.buffers()))
     for one in parameters:
-        weights += round(one.numel() * NF4_BITS / 8) if id(one) in quantized else _bytes(one)
+        weights += round(one.numel() * NF4_BITS / 8) if id(one) in quantized else size(one)
     kind = cfg.trainer.optimizer
     stepped = [one for one in trained if kind != "muon" or _is_inner(one, policy)]
-    largest = max((one.numel() for one in stepped), default=0)
+    largest = max(map(numbers, stepped), default=0)
     by_chance = any(one.dtype == torch.bfloat16 for one in trained) and kind != "adamw"
     step = _STEP_ON_GPU.get(kind, 0) if machine.is_gpu else _STEP_ON_CPU[kind, by_chance]
     needs_copy = cfg.loss.kl_coef > 0 and not cfg.model.lora.rank
@@ -76,25 +88,26 @@ def state_bytes(cfg: Config, policy: Policy) -> StateBytes:
         for module in model.modules()
         if isinstance(module, GradientCheckpointingLayer)
     ]
-    optimizer, size = (
-        sum(_optimizer(one, kind, policy) for one in trained),
-        sum(map(_bytes, trained)),
+    optimizer, held = (
+        sum(_optimizer(one, numbers(one), kind, policy) for one in trained),
+        sum(map(size, trained)),
     )
-    at_once = max(PART_BYTES, max(map(_bytes, trained), default=0))
-    sampler, loading = _sampler(cfg, machine, model, weights)
+    at_once = max(PART_BYTES, max(map(size, trained), default=0))
+    sampler, loading = _sampler(cfg, machine, policy.model, weights)
+    everything = list(policy.model.parameters())
     return StateBytes(
         weights=weights,
-        gradients=sum(one.numel() * gradient_width(one, kind) for one in trained),
+        gradients=sum(numbers(one) * gradient_width(one, kind) for one in trained),
         optimizer=optimizer,
         step=largest * step,
         reference=weights if needs_copy else 0,
         loading=loading,
         sampler=sampler,
-        optimizer_part=round(optimizer * min(1, at_once / max(size, 1))),
+        optimizer_part=round(optimizer * min(1, at_once / max(held, 1))),
         largest_layer=max(layers, default=0),
         outside_layers=sum(one.numel() for one in parameters) - sum(layers),
-        num_weights=sum(one.numel() for one in parameters),
-        num_trained=sum(one.numel() for one in trained),
+        num_weights=sum(one.numel() for one in everything),
+        num_trained=sum(one.numel() for one in everything if one.requires_grad),
     )
 
 
@@ -108,8 +121,8 @@ def gradient_width(weight: torch.Tensor, kind: str) -> int:
     return 4 if kind == "adamw" else weight.element_size()
 
 
-def _optimizer(weight: torch.Tensor, kind: str, policy: Policy) -> int:
-    count, width = weight.numel(), weight.element_size()
+def _optimizer(weight: torch.Tensor, count: int, kind: str, policy: Policy) -> int:
+    width = weight.element_size()
     if kind == "adamw":
         return count * (8 if width == 4 else 12)
     if kind == "adamw_bf16":
@@ -140,7 +153,10 @@ def _quantized(cfg: Config, model: nn.Module) -> set[int]:
 
 
 def _sampler(cfg: Config, machine: Machine, model: nn.Module, weights: int) -> tuple[int, int]:
-    """Bytes of the sampler's own weights, and what it takes more while they are made."""
+    """Bytes of the sampler's own weights, and what it takes more while they are made.
+
+    weights: bytes that the process holds of those that are trained.
+    """
     width = machine.rollout_dtype.itemsize
     numbers = sum(one.numel() for one in model.parameters())
     shared = machine.rollout_dtype == machine.weights_dtype
@@ -148,12 +164,21 @@ def _sampler(cfg: Config, machine: Machine, model: nn.Module, weights: int) -> t
         on_gpu = machine.is_gpu
         views = on_gpu and shared and cfg.rollout.share_weights and not cfg.rollout.steps_ahead
         views = views and not cfg.model.lora.rank and machine.world.size == 1
-        return (0 if views else numbers * width), 0
-    packs = not machine.is_gpu and can_pack(machine.rollout_dtype)
-    packed = 0
-    if packs:
-        linears = (one for one in model.modules() if isinstance(one, nn.Linear))
-        packed = width * sum(one.weight.numel() for one in linears)
+        return (0 if views else numbers * width // cfg.rollout.tensor_parallel), 0
+    if machine.world.size > 1:  # a model of its own, which comes first and is then cast
+        packed = _packed(machine, model)
+        own = sum(map(_bytes, model.parameters()))
+        kept = numbers * width + packed
+        return kept, 0 if machine.is_gpu else max(0, own - kept - weights)
+    packed = _packed(machine, model)
     # The copy is whole before its numbers get their dtype, one weight after the other.
     copied = 0 if shared else numbers * width
     return copied + packed, 0 if shared else max(0, weights - copied - packed)
+
+
+def _packed(machine: Machine, model: nn.Module) -> int:
+    """Bytes of the second copy of linear layers' weights with which a CPU samples."""
+    if machine.is_gpu or not can_pack(machine.rollout_dtype):
+        return 0
+    linears = (one for one in model.modules() if isinstance(one, nn.Linear))
+    return machine.rollout_dtype.itemsize * sum(one.weight.numel() for one in linears)

@@ -22,11 +22,27 @@ def keep_freed_memory() -> bool:
     returns whether it was done.
     """
     global _keeps
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
+    if not _is_ours():
         return False
     # Big blocks come from the heap as well, and the heap does not shrink.
     _keeps = _set((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
     return _keeps
+
+
+def return_freed_memory() -> bool:
+    """Let malloc give large blocks back as soon as they are free, in one of several processes.
+
+    FSDP2 and gloo make and free whole weights all the time, some of them in threads of their own.
+    Heaps that keep what is freed get large holes from it. Returns whether it was done, on the terms
+    of `keep_freed_memory`.
+    """
+    return _is_ours() and _set((_MMAP_THRESHOLD, 2**20))
+
+
+def _is_ours() -> bool:
+    """Whether malloc is glibc's, and no variable says how it is to work."""
+    named = any(name.startswith("MALLOC_") for name in os.environ)
+    return platform.libc_ver()[0] == "glibc" and not named
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from aepo_fast.training.best import BestCheckpoint
 from aepo_fast.training.checkpoint import CheckpointError, complete_checkpoints, save_checkpoint
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
-from aepo_fast.training.malloc import keep_freed_memory
+from aepo_fast.training.malloc import keep_freed_memory, return_freed_memory
 from aepo_fast.training.optim import HalfUpdateError
 from aepo_fast.training.rank_agreement import check_same_inputs, check_same_settings
 from aepo_fast.training.rank_watch import LostRankError, RankWatch
@@ -70,7 +70,7 @@ def train(
         folder = inputs.model_folder
         prediction = predict(cfg, machine, folder, prompt_tokens=longest, given=given)
         if not machine.is_gpu:
-            keep_freed_memory()
+            keep_freed_memory() if world.size == 1 else return_freed_memory()
         with doing("loading the model"):
             trainer = Trainer(cfg, machine, inputs, guard)
         policy = trainer.policy
@@ -188,6 +188,8 @@ class _Run:
             result = self.trainer.step(advance)
         last = number == cfg.trainer.steps
         metrics: dict[str, Any] = {"step": number, **self.trainer.metrics(result)}
+        # Of the fullest process, as predicted.
+        metrics["perf/peak_memory_gib"] = self.world.most(metrics["perf/peak_memory_gib"])
         peak = self.prediction.peak
         metrics["perf/predicted_memory_gib"] = None if peak is None else peak / 2**30
         metrics["kernel/backend"] = self.trainer.policy.machine.head_backend

@@ -13,6 +13,8 @@ SHAPES = {  # as bench.sampling.engines has them
     "qwen2.5-0.5b, 4 layers": (896, 4864, 4, 14, 2, 49152, True),
     # SmolLM2-135M with a quarter of its layers.
     "smollm2-135m, 8 layers": (576, 1536, 8, 9, 3, 49152, True),
+    # For processes that split its heads; head and embedding are two tensors, most of its weights.
+    "hidden 512, 6 layers, untied": (512, 2048, 6, 8, 2, 49152, False),
     # The model of the recipes; GPU only.
     "qwen2.5-1.5b": engines.SHAPES["qwen2.5-1.5b"],
 }
@@ -61,12 +63,29 @@ ON_GPU: tuple[tuple[str, ...], ...] = (
     (_layout("padded"), _attention("sdpa"), _NONE, _optimizer("adamw_8bit"), _LORA, _BF16),
 )
 
+# Of processes that share a run on a CPU, and the one model of theirs.
+OVER_RANKS: tuple[tuple[str, ...], ...] = (
+    (_layout("shared"), _attention("grouped"), _NONE, _optimizer("adamw")),
+    (_layout("padded"), _attention("sdpa"), _FULL, _optimizer("adamw_8bit")),
+    (_layout("padded"), _attention("grouped"), _FULL, _optimizer("adamw_bf16"), _BF16),
+    (_layout("packed"), _attention("sdpa"), _FULL, _optimizer("adamw"), _LORA),
+    (_layout("shared"), _attention("grouped"), _FULL, _optimizer("adamw"), "loss.kl_coef=0.1"),
+    (_layout("shared"), _attention("sdpa"), _FULL, _optimizer("adamw"), "trainer.replicas=2"),
+    (_layout("shared"), _FULL, _optimizer("adamw"), "trainer.tensor_parallel=2"),
+)
+_OF_RANKS = "hidden 512, 6 layers, untied"
 
-def runs(*, on_gpu: bool, swap: bool = False) -> list[tuple[str, tuple[str, ...]]]:
-    """A model's name and settings for each run. swap: the two models of the CPU change places."""
+
+def runs(*, on_gpu: bool, swap: bool = False, ranks: int = 1) -> list[tuple[str, tuple[str, ...]]]:
+    """A model's name and settings for each run. swap: the two models of the CPU change places.
+
+    ranks: processes of a run on a CPU.
+    """
+    if ranks > 1:
+        return [(_OF_RANKS, case) for case in OVER_RANKS]
     if on_gpu:
         return [("qwen2.5-1.5b", case) for case in ON_GPU]
-    names = [name for name in SHAPES if name != "qwen2.5-1.5b"]
+    names = [name for name in SHAPES if name not in (_OF_RANKS, "qwen2.5-1.5b")]
     return list(zip(cycle(names[::-1] if swap else names), ON_CPU, strict=False))
 
 

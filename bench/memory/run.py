@@ -35,15 +35,19 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--swap", action="store_true", help="each run on a CPU with the other of two models"
     )
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that share each run, on this CPU"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.set_defaults(run=compare)
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Run every case in a process of its own, and keep both figures."""
+    ranks = arguments.ranks
     cases = [
         (name, case)
-        for name, case in runs(on_gpu=arguments.gpu, swap=arguments.swap)
+        for name, case in runs(on_gpu=arguments.gpu, swap=arguments.swap, ranks=ranks)
         if all(any(part in item for item in (name, *case)) for part in arguments.only)
     ]
     found: list[dict[str, Any]] = []
@@ -51,18 +55,19 @@ def compare(arguments: argparse.Namespace) -> None:
         "benchmark": "memory",
         "environment": describe(),
         "command": command_line(),
-        "settings": {"gpu": arguments.gpu, "only": arguments.only},
+        "settings": {"gpu": arguments.gpu, "only": arguments.only, "ranks": ranks},
         "threads": torch.get_num_threads(),
         "cases": found,
     }
-    path = result_path(arguments.results, "memory")
+    path = result_path(arguments.results, "memory" if ranks == 1 else "memory-ranks")
     with tempfile.TemporaryDirectory() as folder:
         for name, case in cases:
             config = _config(Path(folder), name, on_gpu=arguments.gpu)
             if arguments.dry_run:
-                print(name, *case, "\n" + _planned(config, case, on_gpu=arguments.gpu), flush=True)
+                planned = _planned(config, case, on_gpu=arguments.gpu, ranks=ranks)
+                print(name, *case, "\n" + planned, flush=True)
                 continue
-            found.append({"model": name, "settings": list(case), **_run(config, case)})
+            found.append({"model": name, "settings": list(case), **_run(config, case, ranks)})
             print(_line(found[-1]), flush=True)
             write_result(path, record)  # a run of many minutes may be stopped
     if found:
@@ -116,10 +121,13 @@ def _build(folder: Path, name: str) -> None:
     load_tokenizer(resolve("package:smollm2-135m-instruct")).save_pretrained(folder)
 
 
-def _run(config: Path, case: tuple[str, ...]) -> dict[str, Any]:
+def _run(config: Path, case: tuple[str, ...], ranks: int) -> dict[str, Any]:
     result = config.with_name("result.json")
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.memory.child", str(config), str(result), *case]
+    command = [sys.executable, "-m"]
+    if ranks > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    command += ["bench.memory.child", str(config), str(result), *case]
     done = subprocess.run(command, capture_output=True, text=True, **child_environment())
     if done.returncode or not result.exists():
         lines = done.stderr.strip().splitlines() or ["no output"]
@@ -127,7 +135,7 @@ def _run(config: Path, case: tuple[str, ...]) -> dict[str, Any]:
     return {"status": "ok", "message": "", **json.loads(result.read_text())}
 
 
-def _planned(config: Path, case: tuple[str, ...], *, on_gpu: bool) -> str:
+def _planned(config: Path, case: tuple[str, ...], *, on_gpu: bool, ranks: int) -> str:
     from aepo_fast.cli.plan import plan_text
 
-    return plan_text(str(config), list(case), gpu="80GiB" if on_gpu else None)
+    return plan_text(str(config), list(case), gpu="80GiB" if on_gpu else None, devices=ranks)

@@ -103,5 +103,5 @@ def test_predicts_a_step_of_an_h200(
     )
     rows, advantages = make_rows(12, 8, 100, 256, 151936, 0)
     active = [row for row, one in zip(rows, advantages.tolist(), strict=True) if one]
-    found = update_bytes(trace(machine.settled(cfg), machine, qwen(), active))
+    found = update_bytes(trace(machine.settled(cfg), machine, qwen(), active), machine)
     assert abs(sum(found.values()) / measured - 1) < 0.005

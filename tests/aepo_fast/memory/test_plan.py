@@ -20,7 +20,6 @@ from aepo_fast.memory.fit import cheapest_changes, largest, planner
 from aepo_fast.memory.model_pass import UntraceableError
 from aepo_fast.memory.plan import Device, MemoryPlan, shape_of
 from aepo_fast.training.run import train
-from aepo_fast.world import World
 from tests.aepo_fast.memory.models import qwen, small
 from tests.tiny_model import build_tiny_model
 from tests.tiny_run import tiny_config
@@ -223,9 +222,6 @@ def test_a_refusal_names_changes(run: Config, monkeypatch: pytest.MonkeyPatch) -
     trainer = replace(settled.trainer, check_memory=False)
     tried = replace(settled, trainer=trainer)
     assert predict(tried, machine, run.model.path, **known).peak == needed
-    # It would count all weights for each of several processes.
-    several = replace(machine, world=World(rank=0, size=2))
-    assert predict(settled, several, run.model.path, **known).peak is None
 
 
 def test_little_too_much_is_tried(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,3 +35,26 @@ def test_freed_memory_is_used_again(asked: bool) -> None:
     assert done == str(asked)
     # Small blocks between two large ones keep the first few apart, so the heap grows at first.
     assert (max(map(int, faults[-10:])) < 1000) == asked, faults
+
+
+GIVING = """
+import torch
+from aepo_fast.memory.devices import resident_bytes
+from aepo_fast.training.malloc import return_freed_memory
+done = return_freed_memory()
+before = resident_bytes()
+large = [torch.ones(2**20) for _ in range(32)]
+between = [torch.ones(1) for _ in range(32)]
+del large[1:]
+print(done, resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_freed_memory_is_given_back() -> None:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_"))}
+    output = subprocess.run(
+        [sys.executable, "-c", GIVING], capture_output=True, text=True, check=True, env=variables
+    ).stdout
+    done, grown = output.split()
+    assert done == "True" and int(grown) < 2**25  # of 128 MiB

@@ -7,17 +7,19 @@ import pytest
 from aepo_fast.config.toml import load_config
 from bench.__main__ import main
 from bench.memory import run
-from bench.memory.cases import ON_CPU, ON_GPU, SHAPES, runs
+from bench.memory.cases import ON_CPU, ON_GPU, OVER_RANKS, SHAPES, runs
 
 
 def test_swapped_runs_are_the_same_settings_on_the_other_model() -> None:
     first, second = runs(on_gpu=False), runs(on_gpu=False, swap=True)
     assert [case for _, case in first] == [case for _, case in second] == list(ON_CPU)
     assert all(one != other for (one, _), (other, _) in zip(first, second, strict=True))
-    assert {name for name, _ in first + runs(on_gpu=True)} == set(SHAPES)
+    over_ranks = runs(on_gpu=False, ranks=2)
+    assert [case for _, case in over_ranks] == list(OVER_RANKS)
+    assert {name for name, _ in first + over_ranks + runs(on_gpu=True)} == set(SHAPES)
 
 
-@pytest.mark.parametrize("case", [*ON_CPU, *ON_GPU])
+@pytest.mark.parametrize("case", [*ON_CPU, *ON_GPU, *OVER_RANKS])
 def test_settings_of_a_run_go_together(case: tuple[str, ...]) -> None:
     load_config("first-light", list(case))
 
@@ -35,7 +37,7 @@ def test_a_dry_run_plans_and_runs_nothing(
 ) -> None:
     planned: list[list[str]] = []
     monkeypatch.setattr(run, "_config", lambda folder, name, on_gpu: folder / "run.toml")
-    monkeypatch.setattr(run, "_planned", lambda config, case, on_gpu: planned.append(case) or "")
+    monkeypatch.setattr(run, "_planned", lambda config, case, **how: planned.append(case) or "")
     arguments = ["bench", "memory", "--dry-run", "--only", "muon", "--only", "lora"]
     monkeypatch.setattr("sys.argv", arguments)
     main()
