@@ -77,10 +77,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 def adapter_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights of a model's adapter, under the names that peft gives them in a file."""
-    # peft's own function looks at all modules for each weight: a third of a sync to vLLM.
+    # peft's own function looks at all modules for each weight: a third of a sync to vLLM. Not by
+    # named_parameters(): after an error within a pass, FSDP2 makes shards again for state_dict().
     return {
-        name.replace(f".{ADAPTER_NAME}.", "."): weight.detach()
-        for name, weight in model.named_parameters()
+        name.replace(f".{ADAPTER_NAME}.", "."): weight
+        for name, weight in model.state_dict().items()
         if ".lora_" in name
     }
 
