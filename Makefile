@@ -33,15 +33,16 @@ train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 		eager='--set rollout.enforce_eager=true'; fi; \
 	$(BIN)/aepo-fast train first-light --overwrite --set rollout.backend=\"$$backend\" $$eager
 
-# One thread a test process: threads that wait for each other are what makes two cores slow. Tests
-# that measure their process's memory go last, among their own. 5: none of ARGS' is in a part.
+# One thread a test process: threads that wait for each other are what makes two cores slow. Tests of
+# a file share what takes long to make. Those that measure their process's memory go last, among
+# their own. 5: none of ARGS' is in a part.
 test: $(STAMP)
 	$(BIN)/cmake -S . -B build/tests -DAEPO_TESTS=ON
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 		-m "not gpu and not vllm and not peers and not alone and not soak" \
-		-n 2 --dist worksteal $(ARGS) || [ $$? -eq 5 ]
+		-n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || [ $$? -eq 5 ]
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu" -n 2 --dist worksteal \
 		$(ARGS) || [ $$? -eq 5 ]
 

@@ -22,5 +22,5 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: the last ones would run while other processes have nothing left to do."""
+    """Files with slow tests first: at the end, one process would do them while others wait."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -200,6 +200,7 @@ for command in (
 """
 
 
+@pytest.mark.slow
 def test_with_the_train_extra_it_runs_the_readme_s_configuration(
     built: Built, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

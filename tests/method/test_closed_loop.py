@@ -138,6 +138,7 @@ def closed_loop(
     return entropy, temperature, reward
 
 
+@pytest.mark.slow
 def test_8_plain_grpo_collapses() -> None:
     entropy, temperature, reward = closed_loop(AepoConfig(enabled=False), beta1=0.9)
     assert entropy.mean() < 0.2
@@ -153,6 +154,7 @@ def test_8_the_published_settings_do_not_hold_the_entropy() -> None:
     assert temperature.mean() > 1.15  # though T is at its maximum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("controller", "target", "beta1"),
     [

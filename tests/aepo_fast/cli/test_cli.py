@@ -39,6 +39,7 @@ def config_file(tiny_model_dir: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_train_eval_and_plot(config_file: Path, tmp_path: Path) -> None:
     done = run("train", str(config_file), "--set", "trainer.lr=0.005")
     assert done.returncode == 0, done.stderr

@@ -155,6 +155,7 @@ def test_bytes_are_those_of_the_first_rank(ranks: tuple[Any, Any, Any], name: st
     assert all(second[name][key] <= size for key, size in expected.items())
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_by_all_ranks_alike(ranks: tuple[Any, Any, Any]) -> None:
     cfgs, (_, first), (_, second) = ranks
     cfg, endless = cfgs["shards"], Device(2**40, 0, counted=True)

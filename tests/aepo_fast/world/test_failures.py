@@ -120,6 +120,7 @@ def end_each(cfg: Config, broken: Config, full: Config) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_all_ranks_end_for_the_reason_of_one(tiny_model_dir: Path, tmp_path: Path) -> None:
     cfg = run_config(tiny_model_dir, tmp_path / "run", {"checkpoint": {"every": 0}})
     failing = RewardConfig(function="tests.tiny_rewards:fails_on_rank_1", on_error="stop")

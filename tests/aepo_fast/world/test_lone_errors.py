@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from aepo_fast.config.sections import Config, LoraConfig
@@ -120,6 +121,7 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+@pytest.mark.slow
 def test_all_stop_and_save_as_one_process_does(tiny_model_dir: Path, tmp_path: Path) -> None:
     whole = run_config(tiny_model_dir, tmp_path / "whole", {})
     adapter = run_config(tiny_model_dir, tmp_path / "whole adapter", {"model": {"lora": LORA}})

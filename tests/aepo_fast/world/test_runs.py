@@ -67,6 +67,7 @@ SPLIT = "parts of layers"  # of two processes alone
 SAME = ("reward", "completions/mean_length", "aepo/temperature", "skipped_updates")
 
 
+@pytest.mark.slow
 def test_several_processes_end_as_one_and_go_on_from_each_others_checkpoints(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:

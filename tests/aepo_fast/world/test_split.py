@@ -71,55 +71,48 @@ def qwen(model: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def runs(
-    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Config, Config]]:
-    """Each run as one process and as four did it, or as they did who went on from the others."""
-    folder = tmp_path_factory.mktemp("split")
-    tied = ragged(tiny_model_dir, folder / "tied model")
-    models = {False: tied, True: qwen(tiny_model_dir, folder / "untied model")}
+@pytest.mark.slow
+def test_four_processes_end_as_one(tiny_model_dir: Path, tmp_path: Path) -> None:
+    # One test: starting processes takes longest. In pairs: as one process did it and as four, or as
+    # those who went on from the other.
+    tied = ragged(tiny_model_dir, tmp_path / "tied model")
+    models = {False: tied, True: qwen(tiny_model_dir, tmp_path / "untied model")}
     found = {}
     for name, (both, four_only) in RUNS.items():
         model = models["untied" in name]
-        one = run_config(model, folder / f"{name} one", both)
-        found[name] = one, run_config(model, folder / f"{name} four", both | four_only)
+        one = run_config(model, tmp_path / f"{name} one", both)
+        found[name] = one, run_config(model, tmp_path / f"{name} four", both | four_only)
     one, four = found["shards of parts"]
-    found["4-4"] = one, with_output(four, folder / "4-4")
+    found["4-4"] = one, with_output(four, tmp_path / "4-4")
     # As two replicas, of two processes that split layers.
-    as_replicas = with_trainer(with_output(four, folder / "1-4"), replicas=2)
+    as_replicas = with_trainer(with_output(four, tmp_path / "1-4"), replicas=2)
     found["1-4"] = one, as_replicas
-    found["4-1"] = one, with_output(one, folder / "4-1")
+    found["4-1"] = one, with_output(one, tmp_path / "4-1")
     train_each([Job(found[name][0]) for name in RUNS])
     jobs = [Job(found[name][1]) for name in RUNS]
     resumed = [(found["4-4"][1], four), (as_replicas, one)]
     jobs += [Job(cfg, copied, saves_anew=True) for cfg, copied in resumed]
     do = "tests.aepo_fast.world.runs:train_each"
-    run_ranks(do, 4, folder / "ranks", jobs, timeout_s=560)
+    run_ranks(do, 4, tmp_path / "ranks", jobs, timeout_s=560)
     train_each([Job(found["4-1"][1], four)])
-    return found
+    for name, (one, four) in found.items():
+        compare(name, one, four)
+    first, again = (weights_of(found[name][1]) for name in ("shards of parts", "4-4"))
+    assert all(torch.equal(first[key], again[key]) for key in again)
+    for name in RUNS:
+        check_same_files(*found[name])
 
 
-@pytest.mark.parametrize("name", [*RUNS, "4-4", "1-4", "4-1"])
-def test_four_processes_end_as_one(runs: dict[str, tuple[Config, Config]], name: str) -> None:
-    one, four = runs[name]
-    compare(name, one, four)
-    if name == "4-4":
-        ours, theirs = weights_of(runs["shards of parts"][1]), weights_of(four)
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def test_a_checkpoint_is_that_of_one_process(runs: dict[str, tuple[Config, Config]]) -> None:
-    for one, four in (runs[name] for name in RUNS):
-        ours, theirs = (
-            Path(cfg.output_dir) / "checkpoints" / f"step_{cfg.trainer.steps}"
-            for cfg in (one, four)
-        )
-        written = [{path.name for path in folder.iterdir()} for folder in (ours, theirs)]
-        assert written[0] - {"optimizer.pt"} == written[1] - {"optimizer"}
-        for name in ("config.json", "generation_config.json"):
-            assert (ours / name).read_text() == (theirs / name).read_text()
-        assert (
-            load_file(theirs / "model.safetensors").keys()
-            == load_file(ours / "model.safetensors").keys()
-        )
+def check_same_files(one: Config, four: Config) -> None:
+    """The last checkpoint of several processes is that of one."""
+    ours, theirs = (
+        Path(cfg.output_dir) / "checkpoints" / f"step_{cfg.trainer.steps}" for cfg in (one, four)
+    )
+    written = [{path.name for path in folder.iterdir()} for folder in (ours, theirs)]
+    assert written[0] - {"optimizer.pt"} == written[1] - {"optimizer"}
+    for name in ("config.json", "generation_config.json"):
+        assert (ours / name).read_text() == (theirs / name).read_text()
+    assert (
+        load_file(theirs / "model.safetensors").keys()
+        == load_file(ours / "model.safetensors").keys()
+    )

@@ -221,6 +221,7 @@ def test_the_base_model_is_made_once(tmp_path: Path) -> None:
     assert small_model.base_model(task, replace(warm_up, seed=1), tmp_path) != folder
 
 
+@pytest.mark.slow
 def test_two_steps_of_the_small_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
