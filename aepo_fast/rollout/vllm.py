@@ -281,6 +281,8 @@ class VllmRollout:
         return [results[index] for index in range(len(requests))]
 
     def _params(self, request: Request, max_new_tokens: int) -> SamplingParams:
+        # Else it makes an object for each of the kept ids.
+        flat: dict[str, Any] = {"flat_logprobs": True} if request.with_kept else {}
         return SamplingParams(
             n=request.num_samples,
             temperature=request.temperature,
@@ -297,8 +299,7 @@ class VllmRollout:
             detokenize=bool(self.cfg.stop),
             skip_special_tokens=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            # Else it makes an object for each of the kept ids.
-            **({"flat_logprobs": True} if request.with_kept else {}),
+            **flat,
         )
 
     def _check_lengths(self, requests: Sequence[Request], max_new_tokens: int) -> None:
