@@ -23,7 +23,7 @@ import torch
 from aepo_fast.config.errors import ConfigError
 from aepo_fast.fresh_store import part_of
 from aepo_fast.group_connections import break_connections
-from aepo_fast.report.phase import phase_of, progress_count
+from aepo_fast.report.phase import phase_of, progress, progress_count
 from aepo_fast.report.unexpected import SAID, describe, first_line
 from aepo_fast.training.interrupt import InterruptGuard
 from aepo_fast.training.rank_agreement import in_words
@@ -118,6 +118,8 @@ class RankWatch:
         self._break()  # before there is a new group
         seconds = min(_OTHERS_LEAVE_S, self.world.timeout_s / 2)
         if not self._all_come(_LEFT, seconds):
+            progress()
+            self._left = False  # if its end takes long, it is ended
             late = f"Nothing is saved: not all ranks left their work within {seconds:g} s"
             return LostRankError(f"{words} {late}. {_GO_ON}")
         error = LostRankError(words)

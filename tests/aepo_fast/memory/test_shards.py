@@ -226,7 +226,7 @@ def test_what_does_not_fit_may_take_more_devices() -> None:
 
     def over(devices: int) -> Any:
         options = {"prompt_tokens": 256, "for_gpu": True, "devices": devices}
-        return planner(qwen(num_hidden_layers=2), named_device("8GiB"), **options)
+        return planner(qwen(num_hidden_layers=2), named_device("6GiB"), **options)
 
     assert not over(2)(cfg).fits
     changes = changes_over(cfg, over, 2)
