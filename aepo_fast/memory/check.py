@@ -21,8 +21,8 @@ from aepo_fast.model.load import read_config
 # No prediction was so far above what was measured (bench/results/cpu/memory-*.json). A run is
 # refused only where it would not fit even then.
 MARGIN = 0.1
-# Where all that is unknown is so small a share of the process, its half is near enough.
-_SMALL = 0.04
+# Where all that is unknown is at most this share of the process, half of it is less than 5% off.
+_SMALL = 0.08
 
 
 @dataclass(frozen=True)
