@@ -127,9 +127,7 @@ class _Run:
         except BrokenWeightsError as error:
             raise RolloutError(self._after_broken_weights(error)) from error
         except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            fix = "lower trainer.tokens_per_microbatch or rollout.batch_rows"
-            raise TrainingError(self._after_saving(f"{reason}: {fix}")) from error
+            raise TrainingError(self._after_saving(_out_of_memory(error))) from error
         except (RolloutError, RewardError) as error:
             raise type(error)(self._after_saving(str(error))) from error
         except OSError as error:  # a full disk, mostly
@@ -142,8 +140,14 @@ class _Run:
             raise LostRankError(f"{error} {self._after_unexpected(saves=saves)}") from error
         except (CheckpointError, TrainingError):
             raise
+        except HalfUpdateError as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                reason = _out_of_memory(error.__cause__)
+                raise TrainingError(self._after_saving(reason, saves=False)) from error
+            error.add_note(self._after_unexpected(saves=False))
+            raise
         except Exception as error:
-            error.add_note(self._after_unexpected(saves=not isinstance(error, HalfUpdateError)))
+            error.add_note(self._after_unexpected())
             raise
         self._finish(ran=done < total)
         return 0
@@ -282,6 +286,11 @@ class _Run:
         if self.cfg.logging.plot:
             with doing("drawing the plot of the finished run"):
                 print(f"plot: {self.world.on_first(lambda: plot_run(self.folder))}")
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    fix = "lower trainer.tokens_per_microbatch or rollout.batch_rows"
+    return f"{first_line(error).rstrip('.')}: {fix}"
 
 
 def _rows(cfg: Config, policy: Policy) -> str:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from aepo_fast.config.sections import TrainerConfig
 from aepo_fast.training.offload import OffloadedOptimizer, offloaded
-from aepo_fast.training.optim import MasterAdamW, build_optimizer, guarded_step, set_learning_rate
+from aepo_fast.training.optim import (
+    HalfUpdateError,
+    MasterAdamW,
+    build_optimizer,
+    guarded_step,
+    set_learning_rate,
+)
 
 KINDS = [
     ("adamw", torch.float32),
@@ -136,6 +142,6 @@ def test_a_step_that_fails_leaves_the_groups_whole(monkeypatch: pytest.MonkeyPat
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(optimizer.inner, "step", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(HalfUpdateError, match="OutOfMemoryError: no memory"):
         train(model, optimizer, range(1))
     assert optimizer.param_groups is groups
