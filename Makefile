@@ -7,6 +7,7 @@ VENV_FLAGS ?=
 ROLLOUT ?=
 FIND_ROLLOUT = import importlib.util as u; print("vllm" if u.find_spec("vllm") else "hf")
 HAS_GPU = import sys, torch; sys.exit(not torch.cuda.is_available())
+CORES := $(shell nproc 2>/dev/null || echo 2)
 BIN := .venv/bin
 STAMP := .venv/installed
 VLLM_STAMP := .venv/installed-vllm
@@ -38,8 +39,8 @@ train: $(STAMP) $(if $(filter vllm,$(ROLLOUT)),$(VLLM_STAMP))
 # their own. 5: none of ARGS' is in a part.
 test: $(STAMP)
 	$(BIN)/cmake -S . -B build/tests -DAEPO_TESTS=ON
-	$(BIN)/cmake --build build/tests
-	$(BIN)/ctest --test-dir build/tests --output-on-failure
+	$(BIN)/cmake --build build/tests --parallel $(CORES)
+	$(BIN)/ctest --test-dir build/tests --output-on-failure --parallel $(CORES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 		-m "not gpu and not vllm and not peers and not alone and not soak" \
 		-n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || [ $$? -eq 5 ]

@@ -69,7 +69,7 @@ def test_a_frozen_head_matches_float64(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("option", ["plain", "second", "all", "shift_up", "shift_down"])
 def test_token_loss_matches_float64(option: str, backend: str) -> None:
-    test_token_loss.test_matches_float64((127, 64, 1000), option, torch.float32, backend)
+    test_token_loss.test_matches_float64((70, 40, 600), option, torch.float32, backend)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 30.0])
