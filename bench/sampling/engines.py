@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eager", action="store_true", help="vLLM without compilation")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.set_defaults(lora=0)
 
 
 def model_folder(name: str) -> str:
@@ -64,7 +65,7 @@ def load_trained(arguments: argparse.Namespace) -> tuple[str, torch.nn.Module]:
         attn_implementation="sdpa" if device.type == "cuda" else "eager",
     )
     model.to(device)  # type: ignore[arg-type]
-    if getattr(arguments, "lora", 0):
+    if arguments.lora:
         from aepo_fast.config.sections import LoraConfig
         from aepo_fast.model.lora import add_adapter
 
@@ -94,8 +95,8 @@ def load_engine(name: str, folder: str, model: Any, arguments: argparse.Namespac
         enforce_eager=arguments.eager,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
     )
-    rank = getattr(arguments, "lora", 0)
-    return VllmRollout(folder, cfg, eos_ids=[], seed=0, on_gpu=machine.vllm_on_gpu, lora_rank=rank)
+    options: dict[str, Any] = {"on_gpu": machine.vllm_on_gpu, "lora_rank": arguments.lora}
+    return VllmRollout(folder, cfg, eos_ids=[], seed=0, **options)
 
 
 def spread(values: list[float]) -> dict[str, float]:
