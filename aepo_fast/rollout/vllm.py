@@ -2,8 +2,8 @@
 # pyright: reportMissingImports=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """Rollouts with vLLM in the trainer's own process, weights through its weight-transfer interface.
 
-The only module that imports vLLM, with `vllm_weights` and `engine_kwargs`. `load` imports it when a
-configuration asks for it, not before.
+The only module that imports vLLM, with `vllm_weights`, `vllm_ranks` and `engine_kwargs`. `load`
+imports it when a configuration asks for it, not before.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,6 +40,7 @@ from aepo_fast.model.sharded import whole_weights
 from aepo_fast.report.unexpected import first_line
 from aepo_fast.rollout.engine import RolloutError
 from aepo_fast.rollout.vllm_output import completions
+from aepo_fast.rollout.vllm_ranks import own_shared_memory, settings_over_ranks
 from aepo_fast.rollout.vllm_weights import BACKEND, register
 from aepo_fast.rollout.weight_names import as_in_checkpoint, differs_from_checkpoint
 from aepo_fast.samples import Completion, Request, seed_of
@@ -105,28 +107,29 @@ class VllmRollout:
         if quantization != "none":
             fix += ", install the vllm-bnb-plugin that goes with this vLLM"
         try:
-            self.llm = LLM(
-                model=folder,
-                dtype=cfg.dtype,
-                seed=seed,
-                max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
-                gpu_memory_utilization=cfg.gpu_memory_utilization,
-                enforce_eager=cfg.enforce_eager,
-                enable_sleep_mode=self._sleeps,
-                logprobs_mode="processed_logprobs",
-                max_logprobs=max(_LOGPROBS, room(cfg.top_k)),
-                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-                disable_log_stats=True,
-                skip_tokenizer_init=not cfg.stop,  # ids go in and come out
-                trust_remote_code=trust_code,
-                **_lora_settings(lora_rank),
-                **({} if quantization == "none" else _IN_4_BITS),
-                **{
-                    **({} if on_gpu else _cache_blocks()),
-                    **cfg.engine_kwargs,
-                    **(_settings_over_ranks(world, self.ranks, on_gpu) if self.over_ranks else {}),
-                },
-            )
+            with own_shared_memory(world) if self.ranks > 1 and not on_gpu else nullcontext():
+                self.llm = LLM(
+                    model=folder,
+                    dtype=cfg.dtype,
+                    seed=seed,
+                    max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
+                    gpu_memory_utilization=cfg.gpu_memory_utilization,
+                    enforce_eager=cfg.enforce_eager,
+                    enable_sleep_mode=self._sleeps,
+                    logprobs_mode="processed_logprobs",
+                    max_logprobs=max(_LOGPROBS, room(cfg.top_k)),
+                    weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+                    disable_log_stats=True,
+                    skip_tokenizer_init=not cfg.stop,  # ids go in and come out
+                    trust_remote_code=trust_code,
+                    **_lora_settings(lora_rank),
+                    **({} if quantization == "none" else _IN_4_BITS),
+                    **{
+                        **({} if on_gpu else _cache_blocks()),
+                        **cfg.engine_kwargs,
+                        **(settings_over_ranks(world, self.ranks, on_gpu) if self.over_ranks else {}),
+                    },
+                )
         except Exception as error:  # of its code for this model, or of a plugin for another vLLM
             reason = f"vLLM did not start: {error}"
             if quantization == "none" and not isinstance(error, RuntimeError | ValueError):
@@ -353,14 +356,6 @@ def _lora_settings(rank: int) -> dict[str, Any]:
 def _cache_blocks() -> dict[str, Any]:
     """On a CPU 128 tokens are a block by default, and samples of shorter prompts share nothing."""
     return {"block_size": 16 if vllm.__version__.startswith("0.28.") else 32}  # later: 32 at least
-
-
-def _settings_over_ranks(world: World, ranks: int, on_gpu: bool) -> dict[str, Any]:
-    """vLLM in the processes and groups that there are already."""
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # where it looks for its GPU
-    settings = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": ranks}
-    # On a CPU, a prompt that is computed in parts cannot have a seed.
-    return settings if on_gpu else {**settings, "enable_chunked_prefill": False}
 
 
 def _discard(tag: str) -> None:

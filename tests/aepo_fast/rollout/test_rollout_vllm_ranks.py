@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from aepo_fast.config.method import LossConfig
 from aepo_fast.config.sections import Config, LoggingConfig, LoraConfig, RolloutConfig
+from aepo_fast.rollout.vllm_ranks import SHARED_MEMORY
 from tests.aepo_fast.rollout.test_rollout_vllm import pytestmark as vllm_marks
 from tests.aepo_fast.rollout.vllm_ranks import Seen
 from tests.aepo_fast.world.ranks import run_ranks
@@ -32,6 +35,20 @@ def rollout(**changes: Any) -> RolloutConfig:
     )
 
 
+@contextmanager
+def left_behind() -> Iterator[None]:
+    """Shared memory with vLLM's names for two ranks, as runs that were killed leave it."""
+    names = [f"-tp:{group}-[0-1]-cpushm_{rank}" for group in range(3) for rank in range(2)]
+    made = [path for path in map(SHARED_MEMORY.joinpath, names) if not path.exists()]
+    try:
+        for path in made:
+            path.touch()
+        yield
+    finally:
+        for path in made:
+            path.unlink()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, list[Seen]]]:
     """Each run, and what both ranks have seen of it."""
@@ -49,7 +66,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, li
     work = "tests.aepo_fast.rollout.vllm_ranks:train_with_vllm"
     wrong, stopped = cfgs["one each"].output_dir, cfgs["together"].output_dir
     everything = list(cfgs.values()), wrong, stopped
-    by_rank = run_ranks(work, 2, folder / "ranks", *everything, timeout_s=800)
+    with left_behind():
+        by_rank = run_ranks(work, 2, folder / "ranks", *everything, timeout_s=800)
     return {
         name: (cfg, [seen[number] for seen in by_rank])
         for number, (name, cfg) in enumerate(cfgs.items())
@@ -107,3 +125,12 @@ def test_a_signal_to_one_rank_stops_all_that_sample_together(
     cfg, seen = runs["together"]
     assert [one.exit_code for one in seen] == [143, 143]
     assert (Path(cfg.output_dir) / "checkpoints" / f"step_{STEPS - 1}").is_dir()
+
+
+def test_an_engine_shares_no_memory_with_other_runs_and_leaves_none(
+    runs: dict[str, tuple[Config, list[Seen]]],
+) -> None:
+    ours, theirs = (one.shared_memory for one in runs["together"][1])
+    assert len(ours) == 2 and ours == theirs
+    assert all(f"{SHARED_MEMORY}/aepo-fast-" in name for name in ours)
+    assert all(name.endswith("(deleted)") for name in ours)

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +21,13 @@ from aepo_fast.world import join, part
 
 @dataclass
 class Seen:
-    """What a rank has seen of a run; sampled: by its engine for the steps, call by call."""
+    """What a rank has seen of a run.
+
+    sampled: by its engine for the steps, call by call. shared_memory: what it has open of vLLM's.
+    """
 
     sampled: list[list[list[Completion]]] = field(default_factory=list)
+    shared_memory: set[str] = field(default_factory=set)
     exit_code: int = 0
     error: str = ""
 
@@ -52,6 +57,8 @@ def train_with_vllm(cfgs: list[Config], wrong: str, stopped: str) -> list[Seen]:
             groups = plain_generate(self, *args, on_tokens=on_tokens, **options)
             if for_a_step:
                 seen.sampled.append(groups)
+                maps = Path("/proc/self/maps").read_text().splitlines()
+                seen.shared_memory.update(line[line.index("/") :] for line in maps if "cpushm" in line)
             return groups
 
         def weights(*args: Any) -> Any:
