@@ -106,6 +106,9 @@ class VllmRollout:
         fix = "Change rollout.gpu_memory_utilization, rollout.cpu_kv_cache_gib or the lengths"
         if quantization != "none":
             fix += ", install the vllm-bnb-plugin that goes with this vLLM"
+        settings = {**({} if on_gpu else _cache_blocks()), **cfg.engine_kwargs}
+        if self.over_ranks:
+            settings |= settings_over_ranks(world, self.ranks, on_gpu)
         try:
             with own_shared_memory(world) if self.ranks > 1 and not on_gpu else nullcontext():
                 self.llm = LLM(
@@ -124,11 +127,7 @@ class VllmRollout:
                     trust_remote_code=trust_code,
                     **_lora_settings(lora_rank),
                     **({} if quantization == "none" else _IN_4_BITS),
-                    **{
-                        **({} if on_gpu else _cache_blocks()),
-                        **cfg.engine_kwargs,
-                        **(settings_over_ranks(world, self.ranks, on_gpu) if self.over_ranks else {}),
-                    },
+                    **settings,
                 )
         except Exception as error:  # of its code for this model, or of a plugin for another vLLM
             reason = f"vLLM did not start: {error}"

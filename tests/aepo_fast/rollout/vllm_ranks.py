@@ -58,7 +58,9 @@ def train_with_vllm(cfgs: list[Config], wrong: str, stopped: str) -> list[Seen]:
             if for_a_step:
                 seen.sampled.append(groups)
                 maps = Path("/proc/self/maps").read_text().splitlines()
-                seen.shared_memory.update(line[line.index("/") :] for line in maps if "cpushm" in line)
+                seen.shared_memory.update(
+                    line[line.index("/") :] for line in maps if "cpushm" in line
+                )
             return groups
 
         def weights(*args: Any) -> Any:
