@@ -17,8 +17,10 @@ from aepo_fast.samples import Sample
 
 Layout = Literal["packed", "shared", "padded"]
 # What a micro-batch costs beside its tokens, in tokens: all weights are read once more, and their
-# gradients added up. A GPU also waits for thousands of kernels to be launched.
-BATCH_TOKENS, GPU_BATCH_TOKENS = 128, 2048
+# gradients added up. A GPU also waits for thousands of kernels to be launched. Processes gather all
+# weights and share out all gradients: with gloo 5 s, as 1,200 tokens take there
+# (bench/results/cpu/scale-20261129-035407.json beside scale-20261129-035707.json).
+BATCH_TOKENS, RANK_BATCH_TOKENS, GPU_BATCH_TOKENS = 128, 1024, 2048
 
 
 @dataclass(frozen=True)

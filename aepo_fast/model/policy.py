@@ -17,6 +17,7 @@ from aepo_fast.model.activations import OffloadedActivations
 from aepo_fast.model.batch import (
     BATCH_TOKENS,
     GPU_BATCH_TOKENS,
+    RANK_BATCH_TOKENS,
     Layout,
     MicroBatch,
     make_microbatches,
@@ -114,6 +115,8 @@ class Policy:
         self.layout: Layout = choose_layout(model, trainer.layout)
         self.max_tokens = trainer.tokens_per_microbatch
         self.batch_tokens = GPU_BATCH_TOKENS if machine.is_gpu else BATCH_TOKENS
+        if machine.data.size > 1:
+            self.batch_tokens = max(self.batch_tokens, RANK_BATCH_TOKENS)
 
     @property
     def row_kernels(self) -> str:

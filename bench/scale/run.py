@@ -31,6 +31,11 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--samples", type=int, default=8, help="of each prompt (8)")
     parser.add_argument("--tokens", type=int, default=32, help="most of a sample (32)")
     parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        help="tokens that a micro-batch costs besides its own (those of the trainer)",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps (5)")
     parser.add_argument("--nodes", type=int, default=64, help="the simulation's last point (64)")
     parser.add_argument(
@@ -82,7 +87,8 @@ def scale(arguments: argparse.Namespace) -> None:
 
 def measured(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
     """What rank 0 of so many processes found; each has as much to do as one alone."""
-    names = ("model", "prompts", "samples", "tokens", "tokens_per_microbatch", "rounds")
+    names = "model", "prompts", "samples", "tokens", "tokens_per_microbatch", "rounds"
+    names += ("batch_tokens",)
     with tempfile.TemporaryDirectory() as folder:
         settings, result = Path(folder) / "settings.json", Path(folder) / "result.json"
         settings.write_text(json.dumps({name: getattr(arguments, name) for name in names}))

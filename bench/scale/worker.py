@@ -43,14 +43,15 @@ class _Counted:
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Median times of steps, the share of time in collectives, and idle micro-batches.
 
-    settings: model, prompts (of a rank), samples, tokens, tokens_per_microbatch and rounds. The
-    first step, which warms up, and the last one, which is profiled, are not timed.
+    settings: model, prompts (of a rank), samples, tokens, tokens_per_microbatch, batch_tokens and
+    rounds. The first step, which warms up, and the last one, which is profiled, are not timed.
     """
     with tempfile.TemporaryDirectory() as folder, InterruptGuard() as guard:
         cfg = _config(settings, Path(folder))
         machine = resolve_machine(cfg)
         cfg, world = machine.settled(cfg), machine.world
         trainer = Trainer(cfg, machine, load_inputs(cfg, resume=False, overwrite=False), guard)
+        trainer.policy.batch_tokens = settings["batch_tokens"] or trainer.policy.batch_tokens
         counted = _count_microbatches(trainer)
         steps = []
         for _ in range(settings["rounds"] + 1):
