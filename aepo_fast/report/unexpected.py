@@ -48,6 +48,12 @@ def first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else ""
 
 
+def out_of_memory(error: BaseException) -> str:
+    """What a run says where memory ran out: which settings need less."""
+    fix = "lower trainer.tokens_per_microbatch or rollout.batch_rows"
+    return f"{first_line(error).rstrip('.')}: {fix}"
+
+
 def _save(text: str, folder: Path | None) -> Path | None:
     """Write to the folder if there is one, else to a folder of its own; None where neither can."""
     data = text.encode("utf-8", "backslashreplace")

@@ -24,7 +24,7 @@ from aepo_fast.config.errors import ConfigError
 from aepo_fast.fresh_store import part_of
 from aepo_fast.group_connections import break_connections
 from aepo_fast.report.phase import phase_of, progress, progress_count
-from aepo_fast.report.unexpected import SAID, describe, first_line
+from aepo_fast.report.unexpected import SAID, describe, first_line, out_of_memory
 from aepo_fast.training.interrupt import InterruptGuard
 from aepo_fast.training.rank_agreement import in_words
 from aepo_fast.world import World
@@ -146,6 +146,9 @@ class RankWatch:
             return False
 
     def _words(self, error: Exception) -> str:
+        for one in (error, error.__cause__):  # an optimizer's step names its cause
+            if isinstance(one, torch.OutOfMemoryError):
+                return out_of_memory(one)
         if type(error).__module__.startswith("aepo_fast."):  # it says all
             return str(error)
         where = f"running aepo-fast: {phase_of(self._thread)}"

@@ -18,7 +18,7 @@ from aepo_fast.report.logger import MetricsLogger
 from aepo_fast.report.phase import phase
 from aepo_fast.report.plot import plot_run
 from aepo_fast.report.rollout_log import RolloutLog
-from aepo_fast.report.unexpected import doing, first_line
+from aepo_fast.report.unexpected import doing, first_line, out_of_memory
 from aepo_fast.rewards.reward import RewardError
 from aepo_fast.rollout.engine import BrokenWeightsError, RolloutError
 from aepo_fast.training.assemble import hold_folder, load_inputs, prepare_folder
@@ -127,7 +127,7 @@ class _Run:
         except BrokenWeightsError as error:
             raise RolloutError(self._after_broken_weights(error)) from error
         except torch.OutOfMemoryError as error:
-            raise TrainingError(self._after_saving(_out_of_memory(error))) from error
+            raise TrainingError(self._after_saving(out_of_memory(error))) from error
         except (RolloutError, RewardError) as error:
             raise type(error)(self._after_saving(str(error))) from error
         except OSError as error:  # a full disk, mostly
@@ -142,7 +142,7 @@ class _Run:
             raise
         except HalfUpdateError as error:
             if isinstance(error.__cause__, torch.OutOfMemoryError):
-                reason = _out_of_memory(error.__cause__)
+                reason = out_of_memory(error.__cause__)
                 raise TrainingError(self._after_saving(reason, saves=False)) from error
             error.add_note(self._after_unexpected(saves=False))
             raise
@@ -286,11 +286,6 @@ class _Run:
         if self.cfg.logging.plot:
             with doing("drawing the plot of the finished run"):
                 print(f"plot: {self.world.on_first(lambda: plot_run(self.folder))}")
-
-
-def _out_of_memory(error: torch.OutOfMemoryError) -> str:
-    fix = "lower trainer.tokens_per_microbatch or rollout.batch_rows"
-    return f"{first_line(error).rstrip('.')}: {fix}"
 
 
 def _rows(cfg: Config, policy: Policy) -> str:

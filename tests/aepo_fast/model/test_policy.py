@@ -21,6 +21,7 @@ from aepo_fast.model.policy import Policy, choose_layout
 from aepo_fast.samples import Sample, token_index, token_mean, token_offsets
 from aepo_fast.training.optim import build_optimizer
 from aepo_fast.training.update import update
+from aepo_fast.world import World
 from tests.aepo_fast.model.test_batch import lone_logprobs, make_samples
 from tests.tiny_run import a_machine, tiny_config
 
@@ -29,6 +30,16 @@ def policy_of(folder: Path, *, attention: str = "sdpa", layout: str = "auto") ->
     cfg = ModelConfig(path=str(folder), compute_dtype="float32", attention=attention)  # type: ignore[arg-type]
     model = load_model(cfg, folder, a_machine())
     return Policy(model, a_machine(), TrainerConfig(layout=layout, tokens_per_microbatch=40))  # type: ignore[arg-type]
+
+
+def test_a_process_among_others_makes_fewer_micro_batches(tiny_model_dir: Path) -> None:
+    model = policy_of(tiny_model_dir).model
+    samples = make_samples([60] * 10 + [30] * 20)
+    counts = [
+        len(Policy(model, machine, TrainerConfig(layout="padded")).microbatches(samples, range(30)))
+        for machine in (a_machine(), replace(a_machine(), data=World(0, 2)))
+    ]
+    assert counts == [2, 1]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "grouped"])

@@ -22,10 +22,11 @@ import torch
 from aepo_fast.config.sections import Config, LoraConfig
 from aepo_fast.training import rank_watch
 from aepo_fast.training.interrupt import InterruptGuard
+from aepo_fast.training.optim import HalfUpdateError
 from aepo_fast.training.rank_watch import RankWatch
 from aepo_fast.training.run import train
 from aepo_fast.training.trainer import Trainer
-from aepo_fast.world import World, part
+from aepo_fast.world import ALONE, World, part
 from tests.aepo_fast.world.ranks import run_ranks
 from tests.aepo_fast.world.runs import lines_of, run_config, weights_of, with_output
 
@@ -144,6 +145,14 @@ def test_all_stop_and_save_as_one_process_does(tiny_model_dir: Path, tmp_path: P
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[key], expected[key]) for key in expected), name
         assert [line["step"] for line in lines_of(cfg)] == [1, 2, 3, 4]
+
+
+def test_a_process_without_memory_says_what_needs_less(tmp_path: Path) -> None:
+    watch, words = RankWatch(ALONE, InterruptGuard(), tmp_path), "CUDA out of memory. Tried 2 GiB"
+    error, half = torch.OutOfMemoryError(f"{words}.\nMore"), HalfUpdateError("OutOfMemoryError")
+    half.__cause__ = error
+    for one in (error, half):
+        assert watch._words(one).startswith(f"{words}: lower trainer.tokens_per_microbatch or ")
 
 
 def test_all_get_the_same_answer_whether_all_came(tmp_path: Path) -> None:
