@@ -12,6 +12,7 @@ from contextlib import contextmanager
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 
 _keeps = False  # since `keep_freed_memory`
+_returns = False  # since `return_freed_memory`
 
 
 def keep_freed_memory() -> bool:
@@ -36,7 +37,15 @@ def return_freed_memory() -> bool:
     Heaps that keep what is freed get large holes from it. Returns whether it was done, on the terms
     of `keep_freed_memory`.
     """
-    return _is_ours() and _set((_MMAP_THRESHOLD, 2**20))
+    global _returns
+    _returns = _is_ours() and _set((_MMAP_THRESHOLD, 2**20))
+    return _returns
+
+
+def return_holes() -> None:
+    """Give back the free pages within heaps, after `return_freed_memory`: some 50 ms' work."""
+    if _returns:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_ours() -> bool:

@@ -26,7 +26,7 @@ from aepo_fast.training.best import BestCheckpoint
 from aepo_fast.training.checkpoint import CheckpointError, complete_checkpoints, save_checkpoint
 from aepo_fast.training.evaluate import EvalResult, evaluate
 from aepo_fast.training.interrupt import Interrupted, InterruptGuard
-from aepo_fast.training.malloc import keep_freed_memory, return_freed_memory
+from aepo_fast.training.malloc import keep_freed_memory, return_freed_memory, return_holes
 from aepo_fast.training.optim import HalfUpdateError
 from aepo_fast.training.rank_agreement import check_same_inputs, check_same_settings
 from aepo_fast.training.rank_watch import LostRankError, RankWatch
@@ -190,6 +190,7 @@ class _Run:
             doing(f"training, in step {number}"),
         ):
             result = self.trainer.step(advance)
+        return_holes()
         last = number == cfg.trainer.steps
         metrics: dict[str, Any] = {"step": number, **self.trainer.metrics(result)}
         # Of the fullest process, as predicted.

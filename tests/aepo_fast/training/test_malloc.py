@@ -58,3 +58,27 @@ def test_freed_memory_is_given_back() -> None:
     ).stdout
     done, grown = output.split()
     assert done == "True" and int(grown) < 2**25  # of 128 MiB
+
+
+HOLES = """
+import torch
+from aepo_fast.memory.devices import resident_bytes
+from aepo_fast.training.malloc import return_freed_memory, return_holes
+return_freed_memory()
+before = resident_bytes()
+blocks = [torch.ones(2**16) for _ in range(256)]
+del blocks[:-1]  # the last keeps the heap from shrinking
+held = resident_bytes() - before
+return_holes()
+print(held, resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_holes_are_given_back() -> None:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_"))}
+    output = subprocess.run(
+        [sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, env=variables
+    ).stdout
+    held, kept = map(int, output.split())
+    assert held > 2**25 and kept < 2**23  # of 64 MiB
