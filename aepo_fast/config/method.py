@@ -41,12 +41,12 @@ SEQUENCE_ENTROPY_METHODS = ("none", "bonus", "adaptive_bonus", "ucpo", "ds_grpo"
 
 # Those that score with a second temperature of their own, and the forms that leave it to them.
 SECOND_TEMPERATURE_METHODS = ("era",)
-ONE_TEMPERATURE_FORMS = ("split", "rescue", "resample")
+ONE_TEMPERATURE_FORMS = ("resample",)
 # The forms that weigh the loss of single tokens, which a loss over whole sequences has not.
 TOKEN_FORMS = ("one_pass", "dcpo")
 
 Controller = Literal["observer", "pi", "published", "switch"]
-Form = Literal["split", "rescue", "expected", "one_pass", "dcpo", "resample"]
+Form = Literal["expected", "one_pass", "dcpo", "resample"]
 CorrectionName = Literal["off", "token_truncate", "sequence_mask", "icepop"]
 
 # What each controller uses unless the run says otherwise. Those of published are the paper's (v7).
@@ -95,7 +95,7 @@ def _by_policy(name: str, *needs: Needs) -> Any:
 
 
 # The forms whose token ratios are clipped as those of the policy loss.
-_CLIPPED_FORMS = ("split", "expected", "one_pass", "resample")
+_CLIPPED_FORMS = ("expected", "one_pass", "resample")
 
 
 def _clips(argument: str) -> Needs:
@@ -322,9 +322,7 @@ class AepoConfig:
     form: Form = _by_controller("form")  # what the term is made of, see docs/entropy.md
     entropy_target: float = 0.5  # H0, nats per token
     # Weight of the term; dcpo has a weight of its own.
-    alpha: float = _by_controller(
-        "alpha", one_of("form", "split", "rescue", "expected", "one_pass", "resample")
-    )
+    alpha: float = _by_controller("alpha", one_of("form", "expected", "one_pass", "resample"))
     # T - 1 per nat of the entropy's error.
     gain: float | None = _by_controller("gain", one_of("controller", "published", "pi"))
     # T - 1 per nat of the sum of past errors.

@@ -309,7 +309,7 @@ class Config:
             "aepo.form",
             self.aepo.form,
             f"weighs the loss of single tokens, and {self.loss.policy} has one of whole sequences",
-            f'Use form = "split", "expected" or "resample" with {self.loss.policy}',
+            f'Use form = "expected" or "resample" with {self.loss.policy}',
         )
         require(
             self.loss.entropy_method not in SECOND_TEMPERATURE_METHODS
@@ -318,7 +318,7 @@ class Config:
             "loss.entropy_method",
             self.loss.entropy_method,
             f"needs the second temperature that aepo.form = {self.aepo.form!r} takes",
-            'Set aepo.enabled = false, or form = "split" or "resample"',
+            'Set aepo.enabled = false, or form = "resample"',
         )
         self._check_optimizer()
         self._check_offload()

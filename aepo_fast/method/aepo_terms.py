@@ -78,22 +78,6 @@ def expected_token_loss(
     return -weight * (logprob - temperature * second_logprob)
 
 
-def surprise_weights(surprise: torch.Tensor) -> torch.Tensor:
-    """How far each correct sample of a group is less likely than the others: [n], mean 0.
-
-    surprise: -log pi of each sample, mean over its tokens. The weights are deviations in units of
-    sqrt(variance + 0.01), which leaves samples of nearly equal surprise alone, within +-2. A group
-    with a single correct sample gets 0.
-
-    Why: raising each correct sample by its weight moves probability among correct samples only. In
-    tabular logits its first-order effect on accuracy p is p (1 - p) sum pi_c^2 (s - mean): it
-    vanishes as p goes to 1, and tokens that all correct samples share get none.
-    """
-    spread = (surprise.var(correction=0) + 0.01).sqrt()
-    weights = ((surprise - surprise.mean()) / spread).clamp(-2, 2)
-    return weights - weights.mean()
-
-
 def dcpo_advantage(
     advantage: torch.Tensor, rho: torch.Tensor, positive: torch.Tensor, mix: float
 ) -> torch.Tensor:

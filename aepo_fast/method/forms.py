@@ -1,18 +1,13 @@
-"""The forms of AEPO's term: for each, its columns, its term per token, and what it asks for."""
+"""The forms of AEPO's term: for each, its term per token, and what it asks for."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
 from aepo_fast.config.method import AepoConfig
 from aepo_fast.method import aepo_terms
-from aepo_fast.method.policy_losses import clipped_surrogate, probability_ratio
+from aepo_fast.method.policy_losses import probability_ratio
 from aepo_fast.method.tokens import Columns, StepContext, Tokens
-from aepo_fast.samples import Sample
-
-_MOST_SURPRISE = 8.0  # nats of a token
 
 # The bounds of a token's ratio: low and high.
 Clip = tuple[float, float]
@@ -22,7 +17,6 @@ class AepoForm:
     """What AEPO adds to the loss of main samples: by itself nothing, as where it is off."""
 
     draws_auxiliary = False  # samples drawn at T, beside the main ones
-    differentiates_entropy = False  # its term has a gradient by the entropy
 
     def __init__(self, aepo: AepoConfig) -> None:
         self.aepo = aepo
@@ -30,12 +24,6 @@ class AepoForm:
     def second_temperature(self, temperature: float) -> float | None:
         """The temperature of the second log-prob at AEPO's T, None where the form needs none."""
         return None
-
-    def sample_columns(
-        self, samples: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
-    ) -> Columns:
-        """Columns of its own, [R] each. main, positive: bool [R], of the minibatch."""
-        return {}
 
     def active_samples(self, per_sample: Columns, temperature: float) -> torch.Tensor:
         """Bool [R]: samples with a gradient from the form, whatever their advantage."""
@@ -91,56 +79,6 @@ class Expected(AepoForm):
         )
 
 
-class Split(AepoForm):
-    """Raises the less likely correct samples of a group over the others (`surprise_weights`)."""
-
-    def sample_columns(
-        self, samples: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
-    ) -> Columns:
-        """surprise: weights of correct samples within their groups, 0 for all others."""
-        return {"surprise": _surprise(samples, positive)}
-
-    def active_samples(self, per_sample: Columns, temperature: float) -> torch.Tensor:
-        """Those with such a weight, unless T = 1."""
-        return (per_sample["surprise"] != 0) & (temperature != 1)
-
-    def token_term(
-        self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
-    ) -> torch.Tensor | None:
-        """The clipped surrogate with the advantage (T - 1) times the weight."""
-        if context.temperature == 1:
-            return None
-        advantage = (context.temperature - 1) * tokens.column["surprise"]
-        return clipped_surrogate(tokens.logprob, tokens.old_logprob, advantage, *clip).loss
-
-
-class Rescue(AepoForm):
-    """Raises the entropy of uncertain tokens in groups that are solved whole."""
-
-    differentiates_entropy = True
-
-    def sample_columns(
-        self, samples: Sequence[Sample], main: torch.Tensor, positive: torch.Tensor
-    ) -> Columns:
-        """solved: 1 for main samples of groups without a wrong one."""
-        groups = torch.tensor([sample.group for sample in samples])
-        unsolved = groups[main & ~positive].unique()
-        return {"solved": (main & ~torch.isin(groups, unsolved)).float()}
-
-    def active_samples(self, per_sample: Columns, temperature: float) -> torch.Tensor:
-        """Those of solved groups, unless T = 1."""
-        return (per_sample["solved"] != 0) & (temperature != 1)
-
-    def token_term(
-        self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
-    ) -> torch.Tensor | None:
-        """-(T - 1) H where H is above the last measured mean."""
-        if context.temperature == 1:
-            return None
-        uncertain = tokens.entropy.detach() > context.entropy
-        return -(context.temperature - 1) * tokens.column["solved"] * uncertain * tokens.entropy
-
-
 class _ByRatio(AepoForm):
     """A form that weighs the sampled tokens of positive samples by rho."""
 
@@ -187,8 +125,6 @@ class Dcpo(_ByRatio):
 
 
 FORMS: dict[str, type[AepoForm]] = {
-    "split": Split,
-    "rescue": Rescue,
     "expected": Expected,
     "one_pass": OnePass,
     "dcpo": Dcpo,
@@ -199,19 +135,3 @@ FORMS: dict[str, type[AepoForm]] = {
 def make_form(aepo: AepoConfig) -> AepoForm:
     """The form that `aepo.form` names; one that adds nothing where AEPO is off."""
     return FORMS[aepo.form](aepo) if aepo.enabled else AepoForm(aepo)
-
-
-def _surprise(samples: Sequence[Sample], correct: torch.Tensor) -> torch.Tensor:
-    """Surprise weights of the correct samples within their groups, 0 for all others: [R].
-
-    From the sampler's log-probs, which are those of the policy before the step's updates. A token
-    counts no more than _MOST_SURPRISE: one odd token does not make a sample a new answer.
-    """
-    weights = torch.zeros(len(samples))
-    groups = torch.tensor([sample.group for sample in samples])
-    for group in groups[correct].unique():
-        members = (correct & (groups == group)).nonzero().flatten()
-        logprobs = [torch.tensor(samples[int(i)].completion.logprobs) for i in members]
-        surprise = torch.stack([(-lp).clamp(max=_MOST_SURPRISE).mean() for lp in logprobs])
-        weights[members] = aepo_terms.surprise_weights(surprise)
-    return weights

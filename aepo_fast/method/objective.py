@@ -112,7 +112,7 @@ def build_objective(
         sequence_loss=make_sequence_loss(loss, aepo, context) if whole else None,
         second_temperature=second_temperature(loss, aepo, context.temperature),
         passive_samples=_passive_samples(cfg, per_sample, minibatch, context),
-        differentiates_entropy=bool(context.bonus_coef) or make_form(aepo).differentiates_entropy,
+        differentiates_entropy=bool(context.bonus_coef),
     )
 
 
@@ -165,14 +165,13 @@ def _sample_columns(
         share = cfg.aepo.alpha * context.num_minibatches / counted
         chosen = inside & aux & positive
         aux_weight[chosen] = share / lengths[chosen].clamp(min=1)
-    columns = {
+    return {
         "weight": weight,
         "aux_weight": aux_weight,
         "advantage": advantages,
         "main": main.float(),
         "positive": (main & positive).float(),
     }
-    return columns | make_form(cfg.aepo).sample_columns(samples, main, main & positive)
 
 
 def _passive_samples(

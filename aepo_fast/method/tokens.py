@@ -25,7 +25,6 @@ class StepContext:
     aux_positives: int
     num_minibatches: int
     lever: float = 0.0
-    entropy: float = 0.0  # the last one measured, nats
 
 
 @dataclass(frozen=True)

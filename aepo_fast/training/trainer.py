@@ -274,7 +274,6 @@ class Trainer:
             aux_draws=len(aux),
             aux_positives=sum(is_positive(sample, aepo) for sample in aux),
             num_minibatches=self.cfg.trainer.minibatches,
-            entropy=self.controller.entropy or 0.0,
             lever=self.rival.value,
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.entropy import verdict
 from bench.entropy.measures import Part, grouped
-from bench.entropy.settings import BASE, SETTINGS
+from bench.entropy.settings import BASE, SETTINGS, TRIED
 
 _HEAD = (
     "setting",
@@ -26,7 +26,7 @@ _HEAD = (
 
 def load(folder: Path) -> list[Part]:
     """The parts of a size on a device: base first, then by setting, target and seed."""
-    order = [BASE, *SETTINGS]
+    order = [BASE, *SETTINGS, *TRIED]
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return sorted(
         parts, key=lambda p: (p["task"], order.index(p["setting"]), p["target"] or 0, p["seed"])

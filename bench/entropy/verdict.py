@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 
 from bench.entropy.measures import Part, grouped, trailing_means
-from bench.entropy.settings import BASE, OURS
+from bench.entropy.settings import BASE, OURS, TRIED
 
 # Of H0, over the last half: the 5-step mean in every run, and as the mean over a target's seeds.
 MOST_OFF, MEAN_OFF = 0.10, 0.05
@@ -17,10 +17,10 @@ IMPROVABLE = 0.95
 # GRPO's entropy that counts as a collapse, nats.
 COLLAPSED = 0.1
 FEWEST_SAMPLES = 8  # pass@k is compared from this k on
-# The methods that are ours, but for the one that is judged.
 # What was measured, and whether the target is met; None: not comparable.
 Finding = tuple[str, bool | None]
-_FORMS = ("pi", "one_pass", "split", "rescue")
+# The methods that are ours, but for the one that is judged.
+_FORMS = ("pi", "one_pass", *TRIED)
 
 
 def table(parts: list[Part]) -> str:

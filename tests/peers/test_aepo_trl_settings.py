@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.peers, pytest.mark.slow]
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("aepo_form", dict(aepo_form="split")),
+        ("aepo_form", dict(aepo_form="dcpo")),
         ("aepo_form", dict(aepo_controller="published")),
         ("aepo_alpha", dict(aepo_alpha=0.0)),
         ("aepo_baseline", dict(aepo_baseline=True)),

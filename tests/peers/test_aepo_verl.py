@@ -166,8 +166,8 @@ def test_without_what_verl_does_not_give_it_raises(core: ModuleType) -> None:
 def test_what_does_not_fit_is_refused_by_name(
     core: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="aepo.form = 'split'"):
-        register(AepoConfig(form="split"))
+    with pytest.raises(ConfigError, match="aepo.form = 'dcpo'"):
+        register(AepoConfig(form="dcpo"))
     monkeypatch.setattr(core, "agg_loss", lambda loss_mat, mask: None)
     with pytest.raises(RuntimeError, match=r"core_algos.agg_loss takes \(loss_mat, mask\)"):
         register(AepoConfig())

@@ -91,7 +91,7 @@ CASES = [
     *OF_METHODS,
     choices("loss.params", {"tau_pos": 2.0}, "loss.policy", "sapo", POLICIES),
     Case("loss.clip_low", 0.1, "aepo.enabled", (True,), (False,), SAPO),
-    Case("loss.clip_high", 0.1, "aepo.form", ("expected", "split"), ("rescue", "dcpo"), SAPO),
+    Case("loss.clip_high", 0.1, "aepo.form", ("expected", "one_pass"), ("dcpo",), SAPO),
     Case("loss.clip_high", 0.1, "loss.policy", POLICIES[:-1], ("sapo",), (NO_AEPO,)),
     choices("loss.dual_clip", 2.0, "loss.policy", "grpo dr_grpo dapo", POLICIES),
     choices("loss.dual_clip", 0.0, "loss.policy", "grpo dr_grpo dapo", POLICIES),

@@ -113,8 +113,7 @@ def test_a_setting_acts_with_the_controllers_that_have_a_default(setting: str) -
 @pytest.mark.parametrize("name", FORMS)
 def test_the_clip_acts_with_the_forms_whose_ratios_it_bounds(name: Any) -> None:
     form, one = make_form(AepoConfig(form=name)), torch.ones(1)
-    column = {"positive": one, "solved": one, "surprise": one}
-    tokens = Tokens(-0.2 * one, -one, one, -0.5 * one, column)  # a ratio of e^0.8
+    tokens = Tokens(-0.2 * one, -one, one, -0.5 * one, {"positive": one})  # a ratio of e^0.8
     context = StepContext(1.3, 0.0, 0.0, 0, 0, 1)
     narrow, wide = (form.token_term(tokens, one, context, (c, c)) for c in (0.2, 0.5))
     bounded = narrow is not None and wide is not None and not torch.equal(narrow, wide)

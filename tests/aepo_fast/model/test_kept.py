@@ -249,10 +249,10 @@ def objective_of(
     [
         (LossConfig(kl_coef=0.1), "resample"),
         (LossConfig(), "expected"),
-        (LossConfig(), "rescue"),  # a gradient by the entropy
+        (LossConfig(entropy_method="bonus"), "resample"),
         (LossConfig(policy="gspo"), "resample"),
     ],
-    ids=["kl", "expected", "rescue", "gspo"],
+    ids=["kl", "expected", "bonus", "gspo"],
 )
 def test_loss_and_gradients_are_those_of_a_masked_softmax(
     model: PreTrainedModel,

@@ -41,8 +41,8 @@ def form(name: Any) -> AepoConfig:
 # and head are one matrix, a single process adds up its gradient row by row, several must not.
 RUNS: dict[str, Changes] = {
     "published": {"checkpoint": {"every": 1, "keep": 9}},
-    "split, kl": {"aepo": form("split"), "loss": LossConfig(kl_coef=0.1)},
-    "rescue, padded": {"aepo": form("rescue"), "trainer": {"layout": "padded"}},
+    "kl, padded": {"loss": LossConfig(kl_coef=0.1), "trainer": {"layout": "padded"}},
+    "bonus": {"loss": LossConfig(entropy_method="bonus")},
     "expected, recomputed": {
         "aepo": form("expected"),
         "model": {"gradient_checkpointing": "full"},

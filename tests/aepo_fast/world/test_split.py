@@ -32,7 +32,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "shards of parts": (KEPT, SPLIT),
     "shards of parts, untied": (
         {
-            "aepo": AepoConfig(form="split", entropy_target=5.65),
+            "aepo": AepoConfig(form="expected", entropy_target=5.65),
             "loss": LossConfig(kl_coef=0.1),
             "model": {"gradient_checkpointing": "full"},
         },
