@@ -54,9 +54,7 @@ def token_loss(
     with torch.autocast(problem.hidden.device.type, enabled=False):
         kept = problem.kept()
         rows = (rows_of or _rows)(problem, kept)
-        inputs = [x for x in problem.inputs if x is not None]
-        # A sum over no rows is 0, and it connects the loss to every input.
-        loss = torch.stack([x[:0].sum().to(problem.stats_dtype) for x in inputs]).sum()
+        loss = torch.zeros((), dtype=problem.stats_dtype, device=problem.hidden.device)
         metrics: dict[str, Tensor] = {}
         if len(rows.logprob):
             slices = [take(tensor, kept) for tensor in token_tensors]
@@ -67,6 +65,11 @@ def token_loss(
             chunk_loss, metrics = sum_losses(loss_fn(*vectors, *slices))
             check_closure(chunk_loss, vectors)
             loss = loss + chunk_loss
+        if not loss.requires_grad:
+            # A sum over no rows is 0, and it connects the loss to every input. Where rows do, it
+            # would cost a gradient of zeros of each: [V, H] of the weight.
+            inputs = [x for x in problem.inputs if x is not None]
+            loss = loss + torch.stack([x[:0].sum().to(loss.dtype) for x in inputs]).sum()
         detached = [
             None if row is None else problem.spread(row.detach(), kept)
             for row in (rows.logprob, rows.entropy, rows.second_logprob)

@@ -341,6 +341,18 @@ def test_no_token_that_counts_gives_a_connected_zero(num_tokens: int, backend: s
         assert tensor.grad is not None and torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 
+def test_the_reference_connects_inputs_by_their_rows_alone() -> None:
+    leaves = make_case(7, 32, 200).fresh()
+    loss = run(leaves, lambda logprob, *_: logprob.sum(), backend="reference").loss
+    names, nodes = set[str](), [loss.grad_fn]
+    while nodes:
+        node: Any = nodes.pop()
+        names.add(node.name())
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    assert "torch::autograd::AccumulateGrad" in names
+    assert "SliceBackward0" not in names  # that of no rows has a gradient of [V, H] zeros
+
+
 def test_two_runs_are_bitwise_equal_and_read_no_uninitialised_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
