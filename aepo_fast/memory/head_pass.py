@@ -112,9 +112,9 @@ def _kept_bytes(
     work = round(gathered) + tokens * kept * 8  # ids are int64
     final = weight.numel() * weight.element_size() * trained
     own = tokens * width * machine.compute_dtype.itemsize * logit_grads
-    # Autograd adds each gradient to zeros.
-    sums = 2 * own + vocab * width * 4 * trained + final
-    return HeadBytes(cast=0, work=work, sums=sums, result=0, weight_grad=final, score=work)
+    sums = own + vocab * width * 4 * trained
+    result = 0 if weight.dtype == torch.float32 else final
+    return HeadBytes(cast=0, work=work, sums=sums, result=result, weight_grad=final, score=work)
 
 
 def _stats(plan: Plan, tokens: int, vocab: int, logits: int) -> int:

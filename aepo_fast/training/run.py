@@ -14,6 +14,7 @@ from aepo_fast.config.sections import Config
 from aepo_fast.memory.check import Prediction, predict
 from aepo_fast.model.cpu_layers import fused_kinds
 from aepo_fast.model.policy import Policy
+from aepo_fast.model.sharded import leave
 from aepo_fast.report.logger import MetricsLogger
 from aepo_fast.report.phase import phase
 from aepo_fast.report.plot import plot_run
@@ -56,6 +57,7 @@ def train(
     world = machine.world
     output = Path(cfg.output_dir)
     with InterruptGuard() as guard, sums, world.quiet(), ExitStack() as stack:
+        stack.callback(leave)  # last; also where the model does not load
         watch = stack.enter_context(RankWatch(world, guard, output))
         check_same_settings(given, machine)
         world.on_first(lambda: stack.enter_context(hold_folder(output)))

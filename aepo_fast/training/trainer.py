@@ -29,7 +29,6 @@ from aepo_fast.method.objective import (
     second_temperature,
 )
 from aepo_fast.method.tokens import StepContext
-from aepo_fast.model.sharded import leave
 from aepo_fast.report.moving_mean import MovingMean
 from aepo_fast.report.phase import phase, progress
 from aepo_fast.rewards.reward import RewardError
@@ -161,8 +160,6 @@ class Trainer:
         """End what is still being sampled, and the rollout engine."""
         self.rollouts.close()
         self.engine.close()
-        if self.cfg.trainer.offload == "all":
-            leave()
 
     @property
     def unchanged(self) -> bool:

@@ -278,3 +278,4 @@ def test_a_model_whose_layers_cannot_be_told_apart(
     monkeypatch.setattr("aepo_fast.model.sharded.GradientCheckpointingLayer", ())
     with pytest.raises(ConfigError, match="'all': the layers of LlamaForCausalLM cannot be told"):
         train(config(tiny_model_dir, tmp_path / "run", "all"))
+    assert not torch.distributed.is_initialized()

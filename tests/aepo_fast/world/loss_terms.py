@@ -17,32 +17,37 @@ _WEIGHTS = ("weight", "aux_weight")
 
 
 @contextmanager
-def measured_terms() -> Iterator[list[float]]:
+def measured_terms() -> Iterator[list[tuple[float, float]]]:
     """While it is open, one process notes the sum of the terms' magnitudes of each update.
 
-    The term of a token is its weight times the loss's derivative by that weight.
+    The term of a token is its weight times the loss's derivative by that weight. Beside it stands
+    the sum of what nearly cancels in terms: the two log-probs of AEPO's form `expected`.
     """
-    found: list[float] = []
+    found: list[tuple[float, float]] = []
     plain = trainer.build_objective
 
     def build(*args: Any, **options: Any) -> Objective:
         objective, number = plain(*args, **options), len(found)
-        found.append(0.0)
+        found.append((0.0, 0.0))
 
         def noting(loss: Callable[..., Any]) -> Callable[..., Any]:
             def run(*given: Any) -> Any:
                 *values, columns = (_without_graph(one) for one in given)
-                weights = {name: columns[name].requires_grad_() for name in _WEIGHTS}
+                weights = [columns[name].requires_grad_() for name in _WEIGHTS]
+                second = values[2]
+                parts = weights if second is None else [*weights, second.requires_grad_()]
                 with torch.enable_grad():
                     total = loss(*values, columns)[0]
-                    slopes = torch.autograd.grad(total, weights.values(), allow_unused=True)
-                terms = [
-                    (weight * slope).detach()
-                    for weight, slope in zip(weights.values(), slopes, strict=True)
-                    if slope is not None
-                ]
+                    slopes = torch.autograd.grad(
+                        total, parts, allow_unused=True, materialize_grads=True
+                    )
+                terms = [(x * slope).detach() for x, slope in zip(parts, slopes, strict=True)]
+                cancels = [2 * one for one in terms[len(weights) :]]
+                terms = terms[: len(weights)]
                 torch.testing.assert_close(sum(one.sum() for one in terms), total.detach())
-                found[number] += sum(one.abs().sum().item() for one in terms)
+                sizes = (sum(one.abs().sum().item() for one in x) for x in (terms, cancels))
+                before, beside = found[number]
+                found[number] = before + next(sizes), beside + next(sizes)
                 return loss(*given)
 
             return run

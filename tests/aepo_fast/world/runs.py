@@ -134,8 +134,12 @@ def lines_of(cfg: Config) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(cfg.output_dir) / "metrics.jsonl").open()]
 
 
-def loss_terms_of(cfg: Config) -> list[float]:
-    """For each step of a run of one process, the mean of its updates' `measured_terms`."""
-    found = json.loads((Path(cfg.output_dir) / _TERMS).read_text())
+def loss_terms_of(cfg: Config, *, cancelling: bool = False) -> list[float]:
+    """For each step of a run of one process, the mean of its updates' `measured_terms`.
+
+    cancelling: with the parts of terms that nearly cancel.
+    """
+    pairs = json.loads((Path(cfg.output_dir) / _TERMS).read_text())
+    found = [terms + parts * cancelling for terms, parts in pairs]
     each = len(found) // cfg.trainer.steps
     return [statistics.fmean(found[at : at + each]) for at in range(0, len(found), each)]

@@ -26,6 +26,8 @@ from tests.tiny_run import with_trainer
 
 VOCAB = 301  # of two processes, one has a row more than the other
 SPLIT, REPLICAS = {"trainer": {"tensor_parallel": 2}}, {"trainer": {"replicas": 2}}
+# Else AdamW has rounding decide a step of one weight of 19,264, whose gradient is next to nothing.
+STEADY = {"eps": 1e-6}
 KEPT: dict[str, Any] = {"checkpoint": {"every": 1, "keep": 9}}
 # Settings of both runs, and of the one of four processes.
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -35,8 +37,9 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "aepo": AepoConfig(form="expected", entropy_target=5.65),
             "loss": LossConfig(kl_coef=0.1),
             "model": {"gradient_checkpointing": "full"},
+            "trainer": STEADY,
         },
-        SPLIT,
+        {"trainer": {"tensor_parallel": 2, **STEADY}},
     ),
     "replicas of shards": ({"loss": LossConfig(policy="gspo")}, REPLICAS),
 }
@@ -96,7 +99,7 @@ def test_four_processes_end_as_one(tiny_model_dir: Path, tmp_path: Path) -> None
     run_ranks(do, 4, tmp_path / "ranks", jobs, timeout_s=560)
     train_each([Job(found["4-1"][1], four)])
     for name, (one, four) in found.items():
-        compare(name, one, four)
+        compare(name, one, four, cancelling=True)
     first, again = (weights_of(found[name][1]) for name in ("shards of parts", "4-4"))
     assert all(torch.equal(first[key], again[key]) for key in again)
     for name in RUNS:
