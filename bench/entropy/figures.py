@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from bench.entropy.measures import Part, trailing_means
 from bench.entropy.settings import BASE, OURS
 
-# Okabe and Ito's colours, which the colour-blind tell apart; markers and dashes say the same.
+# What was tried and not kept is in the tables alone. Okabe and Ito's colours, which the colour-blind
+# tell apart; markers and dashes say the same.
 STYLES: dict[str, tuple[str, str, str]] = {
     "base": ("#000000", "*", ":"),
     "grpo": ("#7f7f7f", "s", "-"),
@@ -23,8 +24,6 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "one_pass": ("#56b4e9", "^", "--"),
     "expected": ("#0072b2", "o", "-"),
     "pi": ("#0072b2", "d", ":"),
-    "split": ("#005c3c", "1", "--"),
-    "rescue": ("#b8a800", "2", "--"),
     "entropic": ("#e69f00", "D", "-."),
     "repo_r": ("#cc79a7", "P", "-."),
     "adaptive_bonus": ("#009e73", "X", "-."),
@@ -38,8 +37,6 @@ LABELS = {
     "expected": "ours",
     "one_pass": "ours, one_pass",
     "pi": "ours, pi",
-    "split": "ours, split",
-    "rescue": "ours, rescue",
     "entropic": "EntroPIC",
     "repo_r": "REPO-R",
     "adaptive_bonus": "adaptive bonus",
@@ -53,7 +50,7 @@ def draw_all(parts: list[Part], folder: Path) -> list[Path]:
     """Draw all figures of a size, one set per task; returns those that there was something for."""
     drawn = []
     for task in dict.fromkeys(part["task"] for part in parts):
-        mine = [part for part in parts if part["task"] == task]
+        mine = [part for part in parts if part["task"] == task and part["setting"] in STYLES]
         if any(part["target"] is not None for part in mine):
             drawn.append(draw_entropy(mine, folder / f"{task}-entropy.png"))
         drawn.append(draw_accuracy(mine, folder / f"{task}-accuracy.png"))
