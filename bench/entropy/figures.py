@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from bench.entropy.measures import Part, trailing_means
 from bench.entropy.settings import BASE, OURS
 
-# What was tried and not kept is in the tables alone. Okabe and Ito's colours, which the colour-blind
-# tell apart; markers and dashes say the same.
+# What was tried and not kept is in the tables alone. Okabe and Ito's colours, which the
+# colour-blind tell apart; markers and dashes say the same.
 STYLES: dict[str, tuple[str, str, str]] = {
     "base": ("#000000", "*", ":"),
     "grpo": ("#7f7f7f", "s", "-"),
