@@ -102,7 +102,7 @@ def test_the_entropy_is_held_where_grpo_collapses(model: Path, tmp_path: Path) -
             aepo_enabled=enabled,
             aepo_controller="observer",
             aepo_entropy_target=2.5,
-            # It is solved above the target, where GRPO has nothing to learn: T < 1 alone leads down.
+            # Solved above the target, where GRPO has nothing to learn: only T < 1 leads down.
             aepo_temperature_min=0.9,
         )
         trained.append(AEPOTrainer(str(model), even_start, args, train_dataset=PROMPTS))
