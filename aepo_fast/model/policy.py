@@ -114,9 +114,8 @@ class Policy:
             embedding.sparse = True  # type: ignore[union-attr]
         self.layout: Layout = choose_layout(model, trainer.layout)
         self.max_tokens = trainer.tokens_per_microbatch
-        self.batch_tokens = GPU_BATCH_TOKENS if machine.is_gpu else BATCH_TOKENS
-        if machine.data.size > 1:
-            self.batch_tokens = max(self.batch_tokens, RANK_BATCH_TOKENS)
+        on_cpu = RANK_BATCH_TOKENS if machine.data.size > 1 else BATCH_TOKENS
+        self.batch_tokens = GPU_BATCH_TOKENS if machine.is_gpu else on_cpu
 
     @property
     def row_kernels(self) -> str:

@@ -87,8 +87,7 @@ def scale(arguments: argparse.Namespace) -> None:
 
 def measured(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
     """What rank 0 of so many processes found; each has as much to do as one alone."""
-    names = "model", "prompts", "samples", "tokens", "tokens_per_microbatch", "rounds"
-    names += ("batch_tokens",)
+    names = "model prompts samples tokens tokens_per_microbatch batch_tokens rounds".split()
     with tempfile.TemporaryDirectory() as folder:
         settings, result = Path(folder) / "settings.json", Path(folder) / "result.json"
         settings.write_text(json.dumps({name: getattr(arguments, name) for name in names}))

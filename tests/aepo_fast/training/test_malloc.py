@@ -9,6 +9,20 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+
+
+def printed(probe: str, **variables: str) -> list[str]:
+    """What a program prints where no variable but these says how malloc works."""
+    named = ("MALLOC_", "THP_")
+    found = {name: value for name, value in os.environ.items() if not name.startswith(named)}
+    command = [sys.executable, "-c", probe]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=found | variables
+    )
+    return done.stdout.split()
+
+
 PROBE = """
 import resource, torch
 from aepo_fast.training.malloc import keep_freed_memory
@@ -21,17 +35,10 @@ print(done, *[faults() for _ in range(40)])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 @pytest.mark.parametrize("asked", [True, False])
 def test_freed_memory_is_used_again(asked: bool) -> None:
-    names = [name for name in os.environ if name.startswith(("MALLOC_", "THP_"))]
-    variables = {name: value for name, value in os.environ.items() if name not in names}
-    if not asked:
-        variables["MALLOC_ARENA_MAX"] = "4"  # then malloc is left as the user set it
-    output = subprocess.run(
-        [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, env=variables
-    ).stdout
-    done, *faults = output.split()
+    # With a variable, malloc is left as the user set it.
+    done, *faults = printed(PROBE, **({} if asked else {"MALLOC_ARENA_MAX": "4"}))
     assert done == str(asked)
     # Small blocks between two large ones keep the first few apart, so the heap grows at first.
     assert (max(map(int, faults[-10:])) < 1000) == asked, faults
@@ -50,13 +57,8 @@ print(done, resident_bytes() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_freed_memory_is_given_back() -> None:
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_"))}
-    output = subprocess.run(
-        [sys.executable, "-c", GIVING], capture_output=True, text=True, check=True, env=variables
-    ).stdout
-    done, grown = output.split()
+    done, grown = printed(GIVING)
     assert done == "True" and int(grown) < 2**25  # of 128 MiB
 
 
@@ -74,11 +76,6 @@ print(held, resident_bytes() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_holes_are_given_back() -> None:
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_"))}
-    output = subprocess.run(
-        [sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, env=variables
-    ).stdout
-    held, kept = map(int, output.split())
+    held, kept = map(int, printed(HOLES))
     assert held > 2**25 and kept < 2**23  # of 64 MiB
