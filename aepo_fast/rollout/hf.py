@@ -2,7 +2,8 @@
 
 transformers' own `generate` has one temperature and one random stream per call, prefills a prompt
 once per sample, and decodes finished rows to the end of the batch. This loop prefills each prompt
-once, samples every row with its own temperature and stream, and drops finished rows.
+once, samples every row with its own temperature and stream, and drops finished rows. Rows that have
+sampled the same tokens so far share a branch: the model computes it once.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from aepo_fast.model.kept import cut_at_top_p, keep_most_likely, padded
 from aepo_fast.model.load import takes_positions
 from aepo_fast.model.quantized import computing_in
 from aepo_fast.model.sharded import whole
-from aepo_fast.rollout.cache import make_room
+from aepo_fast.rollout.cache import fork_rows, keep_rows, make_room
 from aepo_fast.rollout.engine import BrokenWeightsError
 from aepo_fast.rollout.packed_linear import can_pack, packed_linears
 from aepo_fast.rollout.stop_strings import Watch
 from aepo_fast.samples import Completion, Request
 from aepo_kernels import cpu
 
-# Dropping rows copies the key-value cache, so wait until enough rows have finished.
+# Dropping branches copies the key-value cache, so wait until enough have no rows left.
 COMPACT_BELOW = 0.75
 # Prompts that begin with so many tokens in common, as chat templates do, have them prefilled once.
 _LEAST_SHARED = 8
@@ -59,7 +60,7 @@ class HfRollout:
     model: the trainer's model. machine: where it samples, in rollout_dtype; with the model's own
     dtype the weights are the trainer's, on a CPU beside a copy of linear layers' that lies as its
     GEMMs read it. Each of several processes trains a part and has a whole model for this alone,
-    which becomes the engine's. eos_ids: ids that end a completion. batch_rows: rows decoded
+    which becomes the engine's. eos_ids: ids that end a completion. batch_rows: samples decoded
     together. watch: of `watcher`, with stop strings. pack: whether that copy is made.
     """
 
@@ -196,46 +197,54 @@ class HfRollout:
         device = self.model.device
         unique = sorted({row.request for row in rows})
         logits, mask, cache = self._prefill([requests[index].prompt_ids for index in unique])
-        expand = torch.tensor([unique.index(row.request) for row in rows], device=device)
-        logits, mask = logits[expand], mask[expand]
         if self._in_place:
-            make_room(cache, expand, max_new_tokens)
-        else:
-            cache.batch_select_indices(expand)
+            make_room(cache, len(rows), max_new_tokens)
+        branches = [unique.index(row.request) for row in rows]
         active = list(rows)
         cut, by_rank = any(row.top_p < 1 for row in rows), any(row.top_k for row in rows)
         for step in range(max_new_tokens):
             temperature = torch.tensor([row.temperature for row in active], device=device)
             uniform = torch.tensor([row.uniforms[step] for row in active], device=device)
+            if branches != list(range(len(logits))):
+                logits = logits[torch.tensor(branches, device=device)]
             top_p = torch.tensor([row.top_p for row in active], device=device) if cut else None
             if by_rank:
                 most = [row.top_k or logits.shape[1] for row in active]
                 top_k = torch.tensor(most, device=device)
-                ids, logprobs, kept = sample_kept(logits, temperature, uniform, top_k, top_p)
-                _record(active, kept)
+                ids, logprobs, kept_ids = sample_kept(logits, temperature, uniform, top_k, top_p)
+                _record(active, kept_ids)
             else:
                 ids, logprobs = sample_tokens(
                     logits, temperature, uniform, in_cpp=self._in_cpp, top_p=top_p
                 )
             for row, token, logprob in zip(active, ids.tolist(), logprobs.tolist(), strict=True):
-                if not row.done:
-                    row.ids.append(token)
-                    row.logprobs.append(logprob)
-                    row.stopped = token in self.eos_ids or bool(row.watch and row.watch(token))
-                    row.done = row.stopped or step + 1 == max_new_tokens
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.stopped = token in self.eos_ids or bool(row.watch and row.watch(token))
+                row.done = row.stopped or step + 1 == max_new_tokens
             if on_tokens is not None:
-                on_tokens(sum(len(row.ids) == step + 1 for row in active))
+                on_tokens(len(active))
             finish()
-            going = [index for index, row in enumerate(active) if not row.done]
-            if not going:
+            branches = [
+                branch for branch, row in zip(branches, active, strict=True) if not row.done
+            ]
+            active = [row for row in active if not row.done]
+            if not active:
                 return
-            if len(going) <= COMPACT_BELOW * len(active):
-                keep = torch.tensor(going, device=device)
-                ids, mask = ids[keep], mask[keep]
-                cache.batch_select_indices(keep)
-                active = [active[index] for index in going]
-            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-            output = self._forward(ids[:, None], mask, cache)
+            living = sorted(set(branches))
+            if len(living) <= COMPACT_BELOW * len(mask):
+                kept = torch.tensor(living, device=device)
+                keep_rows(cache, kept, len(active))
+                mask = mask[kept]
+                places = {branch: place for place, branch in enumerate(living)}
+                branches = [places[branch] for branch in branches]
+            branches, parents, tokens = _fork(branches, [row.ids[-1] for row in active], len(mask))
+            if parents:
+                forked = torch.tensor(parents, device=device)
+                fork_rows(cache, forked, len(mask))
+                mask = torch.cat([mask, mask[forked]])
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            output = self._forward(torch.tensor(tokens, device=device)[:, None], mask, cache)
             logits = output.logits[:, -1]
 
     def _prefill(
@@ -278,6 +287,32 @@ class HfRollout:
             **{self._cache_argument: cache},
             **options,
         )
+
+
+def _fork(
+    branches: list[int], tokens: list[int], count: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Part the rows of a branch that have sampled different tokens.
+
+    branches, tokens: of each row. count: branches so far. The first token of a branch stays in it,
+    each other one gets a new branch. Returns each row's branch, the parents of the new branches,
+    and the token of every branch; 0 for one that no row is in.
+    """
+    places: dict[tuple[int, int], int] = {}
+    parents: list[int] = []
+    next_tokens, taken = [0] * count, [False] * count
+    for branch, token in zip(branches, tokens, strict=True):
+        if (branch, token) in places:
+            continue
+        if taken[branch]:
+            places[branch, token] = len(next_tokens)
+            parents.append(branch)
+            next_tokens.append(token)
+        else:
+            places[branch, token] = branch
+            next_tokens[branch], taken[branch] = token, True
+    rows = [places[pair] for pair in zip(branches, tokens, strict=True)]
+    return rows, parents, next_tokens
 
 
 def _shared_length(prompts: Sequence[tuple[int, ...]]) -> int:

@@ -164,6 +164,32 @@ def test_a_cache_read_in_place_and_a_shared_beginning_change_nothing(
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("attention", ["grouped", "eager"])  # whose cache grows in place, or not
+def test_rows_that_are_the_same_so_far_are_computed_once(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    cfg = ModelConfig(path=str(tiny_model_dir), attention=attention, compute_dtype="float32")
+    model = load_model(cfg, tiny_model_dir, a_machine())
+    forward, sizes = HfRollout._forward, []
+    monkeypatch.setattr(
+        HfRollout,
+        "_forward",
+        lambda self, ids, *rest: sizes.append(len(ids)) or forward(self, ids, *rest),
+    )
+    with torch.no_grad():
+        model.lm_head.weight.mul_(9)  # few likely tokens: rows part one by one
+    requests = [Request(prompt, 12, 1.0, 2) for prompt in PROMPTS]
+    groups = engine_of(model).generate(requests, max_new_tokens=10)
+    found = [(group, c.completion_ids) for group, many in enumerate(groups) for c in many]
+    distinct = [len({(group, ids[:step]) for group, ids in found}) for step in range(10)]
+    assert sizes == distinct and len(PROMPTS) < distinct[2] < distinct[9] < len(found)
+    for group in groups:
+        for completion in group:
+            expected = logprobs_of(model, completion)
+            actual = torch.tensor(completion.logprobs, dtype=torch.float64)
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_are_the_same_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     if not can_pack(dtype):
