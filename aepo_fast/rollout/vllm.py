@@ -93,7 +93,9 @@ class VllmRollout:
         self._numbers = itertools.count()
         self._connected: nn.Module | None = None
         self._asleep: set[str] = set()  # tags of vLLM's memory that were given back
-        self._adapter: _Adapter | None = _Adapter() if lora_rank else None
+        self._lora_rank = lora_rank
+        # What samples with the adapter; None before the first sync, when it would change nothing.
+        self._adapter: LoRARequest | None = None
         # The engine in this process, so that weights pass by reference.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         logging.getLogger("vllm").setLevel(logging.WARNING)
@@ -150,8 +152,11 @@ class VllmRollout:
         The first call for a model finds out how; then its parameters may become views of vLLM's.
         Of a model with an adapter, only that is handed over.
         """
-        if self._adapter is not None:
-            self.load_adapter(self._adapter.written(model), version)
+        if self._lora_rank:
+            # vLLM reads it once. A folder that stayed would be left in memory by a kill.
+            with tempfile.TemporaryDirectory(dir=_in_memory()) as folder:
+                save_adapter(model, Path(folder))  # type: ignore[arg-type]
+                self.load_adapter(Path(folder), version)
             return
         self._wake(_WEIGHTS)
         # What ranks gather is there only while vLLM loads it, one weight after the other; what a
@@ -176,11 +181,11 @@ class VllmRollout:
 
     def load_adapter(self, folder: Path, version: int) -> None:
         """Sample with the adapter in a folder, as peft writes it, from now on."""
-        assert self._adapter is not None, "the engine was started without an adapter"
+        assert self._lora_rank, "the engine was started without an adapter"
         update = LoRARequest(_ADAPTER, 1, str(folder), load_inplace=True)
         if not self.llm.llm_engine.add_lora(update):
             raise RolloutError(f"vLLM did not take the adapter in {folder}")
-        self._adapter.request = LoRARequest(_ADAPTER, 1, str(folder))
+        self._adapter = LoRARequest(_ADAPTER, 1, str(folder))
         self._taken_over((folder / ADAPTER_WEIGHTS).stat().st_size, version)
 
     def _taken_over(self, num_bytes: int, version: int) -> None:
@@ -258,7 +263,6 @@ class VllmRollout:
             if on_tokens is not None:
                 on_tokens(counted)
 
-        adapter = None if self._adapter is None else self._adapter.request
         numpy_state = np.random.get_state()
         try:
             with torch.random.fork_rng():
@@ -269,7 +273,7 @@ class VllmRollout:
                     ids = list(requests[index].prompt_ids)
                     params = self._params(requests[index], max_new_tokens)
                     engine.add_request(
-                        number, {"prompt_token_ids": ids}, params, lora_request=adapter
+                        number, {"prompt_token_ids": ids}, params, lora_request=self._adapter
                     )
                 while engine.has_unfinished_requests():
                     # Where one stops, its peers would wait for it in their next step.
@@ -324,22 +328,10 @@ class VllmRollout:
             ) from error
 
 
-class _Adapter:
-    """The adapter of the policy in a folder in memory, where vLLM reads it.
-
-    request: what samples with it; None before the first sync, when it would change nothing.
-    """
-
-    def __init__(self) -> None:
-        memory = Path("/dev/shm")
-        usable = memory.is_dir() and os.access(memory, os.W_OK)
-        self._folder = tempfile.TemporaryDirectory(dir=memory if usable else None)
-        self.request: LoRARequest | None = None
-
-    def written(self, model: nn.Module) -> Path:
-        """The folder, with the model's adapter as it is now."""
-        save_adapter(model, Path(self._folder.name))  # type: ignore[arg-type]
-        return Path(self._folder.name)
+def _in_memory() -> Path | None:
+    """A folder of files that lie in memory; None, the place of all such folders, without one."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and os.access(memory, os.W_OK) else None
 
 
 def _lora_settings(rank: int) -> dict[str, Any]:

@@ -10,13 +10,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, make_dataclass
 from enum import Enum
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Generic, Literal, TypeVar
 
 import bitsandbytes  # noqa: F401  # before there seems to be a GPU: it looks for one
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+
+from aepo_fast.model.lora import ADAPTER_WEIGHTS
 
 One, Other = TypeVar("One"), TypeVar("Other")
 ROWS = {"q": (0, 4), "k": (4, 2)}
@@ -89,10 +93,12 @@ class Inner:
         self.finish_reason = "length"
         self.failure: Exception | None = None
         self.takes_lora = True
+        self.adapter: dict[str, torch.Tensor] = {}  # as the last one was read
         self.seeds: list[int | None] = []
 
     def add_lora(self, request: LoRARequest) -> bool:
         self.events.append(request)
+        self.adapter = load_file(Path(request.lora_path) / ADAPTER_WEIGHTS)
         return self.takes_lora
 
     def add_request(
