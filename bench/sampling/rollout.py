@@ -16,6 +16,9 @@ def add_command(commands: Any) -> None:
     add_arguments(parser)
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--samples", type=int, default=8, help="of each prompt")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="below 1, samples have more in common"
+    )
     parser.set_defaults(run=time_rollouts)
 
 
@@ -56,5 +59,6 @@ def _requests(folder: str, arguments: argparse.Namespace) -> list[Request]:
             for question in questions
         ]
     return [
-        Request(tuple(prompt), arguments.samples, 1.0, seed) for seed, prompt in enumerate(prompts)
+        Request(tuple(prompt), arguments.samples, arguments.temperature, seed)
+        for seed, prompt in enumerate(prompts)
     ]
