@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from aepo_fast.report.moving_mean import MovingMean
+from aepo_fast.report.moving_mean import SMOOTHED_STEPS, MovingMean
 
 Part = dict[str, Any]  # a finished run's record
 
@@ -47,3 +47,32 @@ def held_within(entropy: Sequence[float], target: float) -> dict[str, float]:
         "max": round(max(smooth), 4),
         "raw": round(sum(raw) / len(raw), 4),
     }
+
+
+class Misses(NamedTuple):
+    """Trailing means of the last half that lie outside a band around the target, by their reason.
+
+    early: above it, and never yet inside. idle: above it with T at 1 in all their steps, where the
+    lever is at rest and GRPO alone could lower the entropy. above, below: all others.
+    """
+
+    early: int
+    idle: int
+    above: int
+    below: int
+
+
+def misses(
+    entropy: Sequence[float], temperature: Sequence[float], target: float, share: float
+) -> Misses:
+    """Count the means further from the target than a share of it."""
+    means, counts = trailing_means(entropy), dict.fromkeys(Misses._fields, 0)
+    arrived = False
+    for step, mean in enumerate(means):
+        arrived |= mean <= (1 + share) * target
+        if step < len(means) // 2 or abs(mean - target) <= share * target:
+            continue
+        at_rest = max(temperature[max(0, step + 1 - SMOOTHED_STEPS) : step + 1]) <= 1
+        above = "early" if not arrived else "idle" if at_rest else "above"
+        counts[above if mean > target else "below"] += 1
+    return Misses(**counts)

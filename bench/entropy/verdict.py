@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from bench.entropy.measures import Part, grouped, trailing_means
+from bench.entropy.measures import Misses, Part, grouped, last_half, misses, trailing_means
 from bench.entropy.settings import BASE, OURS, TRIED
 
 # Of H0, over the last half: the 5-step mean in every run, and as the mean over a target's seeds.
@@ -46,11 +46,24 @@ def _held(parts: list[Part]) -> list[Finding]:
         shown = ", ".join(f"{value:.0%}" for value in most)
         found.append(
             (
-                f"H0 {target:g}: {mean:.1%} on average, at most {shown} by seed",
+                f"H0 {target:g}: {mean:.1%} on average, at most {shown} by seed{_reasons(runs)}",
                 mean <= MEAN_OFF and max(most) <= MOST_OFF,
             )
         )
     return found
+
+
+def _reasons(runs: list[Part]) -> str:
+    """How many means are beyond the band, and why; nothing where none is."""
+    each = [misses(r["entropy"], r["temperature"], r["target"], MOST_OFF) for r in runs]
+    total = Misses(*(sum(counts) for counts in zip(*each, strict=True)))
+    if not sum(total):
+        return ""
+    means = sum(len(last_half(run["entropy"])) for run in runs)
+    return (
+        f"; {sum(total)} of {means} means are beyond: {total.early} before the first within, "
+        f"{total.idle} above with T at 1, {total.above} others above, {total.below} below"
+    )
 
 
 def _accuracy(parts: list[Part]) -> list[Finding]:

@@ -158,6 +158,15 @@ def test_held_within_by_hand() -> None:
     assert "held" not in training_record(lines, None)
 
 
+def test_misses_by_hand() -> None:
+    entropy = [0.8] * 13 + [0.5, 0.3, 0.3, 0.6, 0.9, 1.1, 0.7, 0.2, 0.1, 0.0]
+    temperature = [1.2 if step == 14 else 1.0 for step in range(23)]
+    means = [0.8, 0.8, 0.74, 0.64, 0.54, 0.5, 0.52, 0.64, 0.72, 0.7, 0.6, 0.42]
+    assert measures.trailing_means(entropy)[11:] == pytest.approx(means)
+    found = measures.misses(entropy, temperature, 0.5, 0.1)
+    assert found == measures.Misses(early=4, idle=3, above=1, below=1)
+
+
 def _plan(**changes: Any) -> dict[str, Any]:
     return {**runs.plan_of(Run("small", "write", "grpo"), [], "base", pass_at_k=False), **changes}
 

@@ -25,6 +25,7 @@ def _part(setting: str, target: float | None = None, seed: int = 0, **found: Any
     }
     part["held"] = {"mean": 0.02, "max": found.pop("max", 0.05)}
     part["entropy"] = [found.pop("last", 0.5)] * 4
+    part["temperature"] = [1.0] * 4
     return {**part, "evaluation": {**evaluation, **found}}
 
 
@@ -41,7 +42,10 @@ def test_one_seed_beyond_the_band_misses_the_target() -> None:
     good, bad = _part("expected", 0.5), _part("expected", 0.5, seed=1, max=0.11)
     assert _row("within 10%", good).endswith("| yes |")
     row = _row("within 10%", good, bad)
-    assert "2.0% on average, at most 5%, 11% by seed" in row and row.endswith("| no |")
+    assert "2.0% on average, at most 5%, 11% by seed |" in row and row.endswith("| no |")
+    high = _part("expected", 0.5, last=0.6)
+    row = _row("within 10%", good, high)
+    assert "; 2 of 4 means are beyond: 2 before the first within, 0 above with T at 1" in row
 
 
 def test_accuracy_is_judged_against_the_same_seed() -> None:
