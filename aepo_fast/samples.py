@@ -129,10 +129,12 @@ def token_mean(
     The error is that of a ratio of sums over prompts, whose samples have more in common than those
     of others: sqrt(G / (G - 1) sum_g (S_g - mean N_g)^2) / N. NaN with fewer than two prompts.
     """
-    offsets = token_offsets(samples)
+    lengths, chosen = torch.tensor([sample.length for sample in samples]), torch.tensor(indices)
     groups = torch.tensor([samples[index].group for index in indices])
-    sums = torch.stack([values[offsets[i] : offsets[i + 1]].double().sum() for i in indices])
-    counts = (offsets[1:] - offsets[:-1])[torch.tensor(indices)].double()
+    sample_of_token = torch.arange(len(samples)).repeat_interleave(lengths)
+    sums = torch.zeros(len(samples), dtype=torch.float64)
+    sums = sums.index_add_(0, sample_of_token, values.double())[chosen]
+    counts = lengths[chosen].double()
     mean = sums.sum() / counts.sum()
     _, position = groups.unique(return_inverse=True)
     residuals = torch.zeros(int(position.max()) + 1, dtype=torch.float64)
