@@ -33,6 +33,11 @@ _FIRST_RESPONSE, _FIRST_DOUBT = 0.2, 1.5
 _MOST_LEARNED, _MOST_LOG = 0.3, 2.5
 # Of a measurement whose standard error cannot be told, nats.
 _UNKNOWN_ERROR = 0.1
+# The share of its past that the square of the standard error keeps from step to step. A step's own
+# is high where its entropy is: taken alone, it would let low measurements count more, and the
+# estimate would lie below the entropy. In the three runs of first-light under bench/results/cpu
+# from 2026-11-28 on, the mean weighted so was 0.04 to 0.06 nats below the plain one.
+_NOISE_KEPT = 0.9
 # H has arrived where its estimate is at most so many times the target.
 _ARRIVED = 1.1
 # T changes by at most so much a step: the response is seen before it can throw the policy off. It
@@ -41,8 +46,11 @@ _MOST_CHANGE = 0.05
 # Where H will come to rest at more than so many times the target, T falls at once.
 _FAR_ABOVE = 1.4
 # Standard deviations by which a step changes what is followed: speed and drift in nats a step, as
-# a floor and as a share of the present speed and of the drift, and log a.
-_DRIFT_SHARE = 0.03
+# a floor and as a share of the present speed and of the drift, and log a. GRPO's drift fades once
+# most samples are right. The less momentum, the sooner that shows, and the larger the drift's share
+# may be: 0.2 (1 - b). With 0.03, first-light (b = 0.5) kept the drift of the way down in its
+# estimate, and T held H 25% above the target (bench/results/cpu/first-light-20261128-074100.jsonl).
+_DRIFT_SHARE = 0.2
 _SPEED_FLOOR, _DRIFT_FLOOR, _SHARE, _LOG_RESPONSE = 0.003, 0.002, 0.1, 0.03
 # The response counts as known where its standard error is below this share of it.
 KNOWN_WITHIN = 0.5
@@ -57,6 +65,7 @@ class Observer:
     def __init__(self, cfg: AepoConfig, *, momentum: float) -> None:
         self.cfg, self.momentum = cfg, momentum
         self.entropy: float | None = None
+        self.noise: float | None = None  # square of a measurement's standard error, smoothed
         self.last = 1.0  # T of the last step
         self.arrived = False  # whether H has been at the target
         # (H, v, d, log a) and its covariance; H unknown until measured.
@@ -91,14 +100,16 @@ class Observer:
             self._predict(step.temperature - 1)
 
     def _correct(self, entropy: float, stderr: float) -> None:
-        stderr = stderr if math.isfinite(stderr) else _UNKNOWN_ERROR  # of a single prompt
+        noise = (stderr if math.isfinite(stderr) else _UNKNOWN_ERROR) ** 2  # of a single prompt
+        before = noise if self.noise is None else self.noise
+        self.noise = _NOISE_KEPT * before + (1 - _NOISE_KEPT) * noise
         if self.entropy is None:
             self.state[0] = entropy
-            self.covariance[0, 0] = stderr**2
+            self.covariance[0, 0] = noise
             self.entropy = entropy
             return
         self.entropy = entropy
-        variance = self.covariance[0, 0] + stderr**2
+        variance = self.covariance[0, 0] + self.noise
         gain = self.covariance[:, 0] / max(variance, 1e-12)
         change = gain * (entropy - self.state[0])
         change[3] = np.clip(change[3], -_MOST_LEARNED, _MOST_LEARNED)
@@ -116,7 +127,7 @@ class Observer:
         row = [b, 1 - b, (1 - b) * effect]
         change = np.array([[1, *row], [0, *row], [0, 0, 1, 0], [0, 0, 0, 1]])
         pace = _SHARE * abs(later)
-        drifting = _DRIFT_FLOOR + max(pace, _DRIFT_SHARE * abs(drift))
+        drifting = _DRIFT_FLOOR + max(pace, _DRIFT_SHARE * (1 - b) * abs(drift))
         noise = np.diag([0.0, 0.0, drifting**2, _LOG_RESPONSE**2])
         noise[:2, :2] = (_SPEED_FLOOR + pace) ** 2  # an unforeseen speed moves H as well
         self.covariance = change @ self.covariance @ change.T + noise
@@ -135,6 +146,7 @@ class Observer:
         """What a checkpoint needs."""
         return {
             "entropy": self.entropy,
+            "noise": self.noise,
             "last": self.last,
             "arrived": self.arrived,
             "state": self.state.tolist(),
@@ -146,7 +158,9 @@ class Observer:
         if "state" in state:
             self.entropy, self.last = state["entropy"], state["last"]
             self.arrived = state["arrived"]
+            self.noise = state.get("noise")  # older checkpoints have none
             self.state = np.array(state["state"])
             self.covariance = np.array(state["covariance"])
         elif state["entropy"] is not None:
             self._correct(state["entropy"], 0.0)
+            self.noise = None  # nothing is known of later measurements' errors

@@ -35,6 +35,17 @@ class Plant:
         return Measurement(seen, self.stderr, temperature, 1)
 
 
+class SkewedPlant(Plant):
+    """One whose higher measurements have higher errors, as where a few samples ramble on."""
+
+    def step(self, temperature: float) -> Measurement:
+        """`stderr` is a share of the entropy."""
+        shape, entropy = self.stderr**-2, self.entropy
+        super().step(temperature)
+        seen = self.random.gammavariate(shape, entropy / shape)
+        return Measurement(seen, self.stderr * seen, temperature, 1)
+
+
 def aepo(**changes: float) -> AepoConfig:
     return AepoConfig(controller="observer", entropy_target=TARGET, **changes)
 
@@ -79,6 +90,14 @@ def test_the_entropy_is_held_whatever_the_response(response: float, momentum: fl
     entropies, temperatures = run(controller, plant, 200)
     assert sum(entropies) / 200 == pytest.approx(TARGET, rel=0.05)
     assert sum(temperatures) / 200 == pytest.approx(1.4, abs=0.05)  # what the drift asks for
+
+
+def test_errors_that_grow_with_what_is_measured_leave_no_bias() -> None:
+    plant = SkewedPlant(0.4, -0.06, 0.5, stderr=0.2, entropy=1.0)
+    controller = Observer(aepo(), momentum=0.5)
+    run(controller, plant, 100)
+    entropies, _ = run(controller, plant, 1000)
+    assert sum(entropies) / 1000 == pytest.approx(TARGET, rel=0.03)
 
 
 @pytest.mark.parametrize("cause", ["temperature_max", "above the target"])
@@ -176,3 +195,10 @@ def test_it_cools_after_arrival_only() -> None:
     entropies, temperatures = run(controller, plant, 60)
     assert min(temperatures) == 0.8
     assert entropies[-1] == pytest.approx(TARGET, rel=0.1)
+
+
+def test_another_controllers_entropy_tells_nothing_of_the_error() -> None:
+    controller = Observer(aepo(), momentum=0.5)
+    controller.load_state_dict({"entropy": 0.6, "integral": 0.0})
+    controller.update(Measurement(0.6, 0.1, 1.0, 0))
+    assert controller.entropy == 0.6 and controller.noise == pytest.approx(0.1**2)
