@@ -26,7 +26,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--steps", type=int, help="of a run; the size's by default")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--pass-at-k", action="store_true", help="pass@1024 of smollm2, slow")
     parser.add_argument("--redo", action="store_true", help="replace parts of other sources")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench-entropy"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -68,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> None:
     work = []
     for run in grid(size.name, tasks, arguments.settings, arguments.targets, arguments.seeds):
         base, local = bases[run.task]
-        plan = plan_of(run, changes, base, pass_at_k=arguments.pass_at_k)
+        plan = plan_of(run, changes, base)
         place = folder / run.size / f"{run.task}-{run.name}"
         work.append(Job(plan, place, part_path(run, arguments.results.resolve()), local))
     run_all(work, arguments.jobs, redo=arguments.redo)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.environment import ROOT, device_name
-from bench.entropy.settings import BASE, PASS_SAMPLES, SIZES, Run
+from bench.entropy.settings import BASE, SIZES, Run
 
 # What a run's outcome depends on besides its settings. Docs and benchmarks change without it.
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -45,7 +45,7 @@ def part_path(run: Run, results: Path) -> Path:
     return folder / f"{run.task}-{run.name}.json"
 
 
-def plan_of(run: Run, changes: list[str], base: str, *, pass_at_k: bool) -> dict[str, Any]:
+def plan_of(run: Run, changes: list[str], base: str) -> dict[str, Any]:
     """All that a run is made from, but for where its files lie.
 
     base: name of the base model; a package's, or one that says what it was made with.
@@ -58,7 +58,7 @@ def plan_of(run: Run, changes: list[str], base: str, *, pass_at_k: bool) -> dict
         "settings": [*run.overrides(), *changes],
         "config": size.config.read_text(),
         "base": base,
-        "samples": PASS_SAMPLES if pass_at_k else size.samples,
+        "samples": size.samples,
         "method": method_hash(),
     }
 

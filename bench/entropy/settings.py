@@ -72,7 +72,7 @@ SIZES = {
             },
             steps=120,
             prompts=32,
-            samples=32,  # pass@1024 takes ten minutes a run: --pass-at-k
+            samples=PASS_SAMPLES,
         ),
     )
 }

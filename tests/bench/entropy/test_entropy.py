@@ -168,13 +168,13 @@ def test_misses_by_hand() -> None:
 
 
 def _plan(**changes: Any) -> dict[str, Any]:
-    return {**runs.plan_of(Run("small", "write", "grpo"), [], "base", pass_at_k=False), **changes}
+    return {**runs.plan_of(Run("small", "write", "grpo"), [], "base"), **changes}
 
 
 def test_the_base_model_does_not_depend_on_training() -> None:
     base = Run("small", "write", BASE)
     plans = [
-        runs.plan_of(base, changes, "base", pass_at_k=False)
+        runs.plan_of(base, changes, "base")
         for changes in ([], ["trainer.steps=7", "aepo.alpha=1.0"], ["rollout.max_new_tokens=9"])
     ]
     assert plans[0] == plans[1] != plans[2]
