@@ -72,8 +72,6 @@ def is_done(plan: dict[str, Any], part: Path, *, redo: bool) -> bool:
         return False
     found = json.loads(part.read_text())
     differs = [key for key in plan if found.get(key) != plan[key]]
-    if "samples" in differs and found["samples"] > plan["samples"]:
-        differs.remove("samples")
     if differs and not redo:
         raise SystemExit(f"{part} {_difference(differs)}; give --redo to replace it")
     return not differs
@@ -90,7 +88,7 @@ def prepare(plan: dict[str, Any], folder: Path, *, redo: bool) -> None:
     path = folder / "plan.json"
     if path.exists():
         begun = json.loads(path.read_text())
-        differs = [key for key in plan if begun.get(key) != plan[key] and key != "samples"]
+        differs = [key for key in plan if begun.get(key) != plan[key]]
         if differs and not redo:
             raise SystemExit(f"{folder}, unfinished, {_difference(differs)}; give --redo")
         if differs:
