@@ -11,6 +11,11 @@ one, each as much as it is in doubt.
 
 Phi = H + b / (1 - b) v is where H comes to rest without further push, and moves by exactly
 a u + d. So Phi is controlled: a law that waited for H itself would act late.
+
+T may seldom go below 1, and then errors of the estimate do not cancel: those that raise T act,
+those that would lower it are cut off, and H lies too high. So the law aims below the target by less
+than the standard error of a measurement, and once H has arrived, the aim moves by how far H still
+is from the target.
 """
 
 from __future__ import annotations
@@ -38,6 +43,10 @@ _UNKNOWN_ERROR = 0.1
 # estimate would lie below the entropy. In the three runs of first-light under bench/results/cpu
 # from 2026-11-28 on, the mean weighted so was 0.04 to 0.06 nats below the plain one.
 _NOISE_KEPT = 0.9
+# Until H has arrived, the law aims so many standard errors of a measurement below the target. Then
+# its aim moves by this share of the distance a step, and stays within one standard error. With
+# more than _PACE / 4, aim and push together would swing.
+_CAUTION, _AIMING = 0.75, _PACE / 4
 # H has arrived where its estimate is at most so many times the target.
 _ARRIVED = 1.1
 # T changes by at most so much a step: the response is seen before it can throw the policy off. It
@@ -68,6 +77,7 @@ class Observer:
         self.noise: float | None = None  # square of a measurement's standard error, smoothed
         self.last = 1.0  # T of the last step
         self.arrived = False  # whether H has been at the target
+        self.shift = 0.0  # of the aim from the target, nats
         # (H, v, d, log a) and its covariance; H unknown until measured.
         self.state = np.array([0.0, 0.0, 0.0, math.log(_FIRST_RESPONSE)])
         self.covariance = np.diag([1.0, 0.1**2, 0.1**2, _FIRST_DOUBT**2])
@@ -81,7 +91,8 @@ class Observer:
         rest = entropy + self.momentum / (1 - self.momentum) * speed
         # On the way down GRPO does the cooling: a policy pushed as well would arrive with speed.
         least = cfg.temperature_min if self.arrived else 1.0
-        push = (_PACE * (cfg.entropy_target - rest) - drift) / math.exp(log_response)
+        aim = cfg.entropy_target + self.shift
+        push = (_PACE * (aim - rest) - drift) / math.exp(log_response)
         if rest < _FAR_ABOVE * cfg.entropy_target:
             least = max(least, self.last - _MOST_CHANGE)
         most = min(cfg.temperature_max, self.last + _MOST_CHANGE)
@@ -95,9 +106,16 @@ class Observer:
         self.last = step.temperature
         if math.isfinite(step.entropy):
             self._correct(step.entropy, step.stderr)
-            self.arrived |= bool(self.state[0] <= _ARRIVED * self.cfg.entropy_target)
+            self._take_aim()
         if step.updates and self.entropy is not None:
             self._predict(step.temperature - 1)
+
+    def _take_aim(self) -> None:
+        target, entropy = self.cfg.entropy_target, float(self.state[0])
+        error = math.sqrt(self.noise or 0.0)
+        self.arrived |= entropy <= _ARRIVED * target
+        shift = self.shift + _AIMING * (target - entropy) if self.arrived else -_CAUTION * error
+        self.shift = min(max(shift, -error), error)
 
     def _correct(self, entropy: float, stderr: float) -> None:
         noise = (stderr if math.isfinite(stderr) else _UNKNOWN_ERROR) ** 2  # of a single prompt
@@ -149,6 +167,7 @@ class Observer:
             "noise": self.noise,
             "last": self.last,
             "arrived": self.arrived,
+            "shift": self.shift,
             "state": self.state.tolist(),
             "covariance": self.covariance.tolist(),
         }
@@ -158,7 +177,8 @@ class Observer:
         if "state" in state:
             self.entropy, self.last = state["entropy"], state["last"]
             self.arrived = state["arrived"]
-            self.noise = state.get("noise")  # older checkpoints have none
+            self.noise = state.get("noise")  # older checkpoints have neither
+            self.shift = state.get("shift", 0.0)
             self.state = np.array(state["state"])
             self.covariance = np.array(state["covariance"])
         elif state["entropy"] is not None:
