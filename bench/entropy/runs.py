@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.environment import ROOT, device_name
-from bench.entropy.settings import BASE, SIZES, Run
+from bench.entropy.settings import BASE, PASS_SAMPLES, SIZES, Run
 
 # What a run's outcome depends on besides its settings. Docs and benchmarks change without it.
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -58,7 +58,7 @@ def plan_of(run: Run, changes: list[str], base: str) -> dict[str, Any]:
         "settings": [*run.overrides(), *changes],
         "config": size.config.read_text(),
         "base": base,
-        "samples": size.samples,
+        "samples": PASS_SAMPLES,
         "method": method_hash(),
     }
 

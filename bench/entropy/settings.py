@@ -10,22 +10,20 @@ from bench.entropy.small_tasks import CEILINGS
 
 HERE = Path(__file__).parent
 TARGETS = (0.25, 0.5, 0.75, 1.0)
-PASS_SAMPLES = 1024  # the largest k of pass@k
+PASS_SAMPLES = 1024  # of each prompt of an evaluation: the largest k of pass@k
 
 
 @dataclass(frozen=True)
 class Size:
     """A model with its tasks.
 
-    tasks: name -> overrides of the size's TOML. prompts: of an evaluation, at most. samples: drawn
-    of each.
+    tasks: name -> overrides of the size's TOML. prompts: of an evaluation, at most.
     """
 
     name: str
     tasks: dict[str, tuple[str, ...]]
     steps: int
     prompts: int
-    samples: int
 
     @property
     def config(self) -> Path:
@@ -62,7 +60,6 @@ SIZES = {
             },
             steps=300,
             prompts=64,
-            samples=PASS_SAMPLES,
         ),
         Size(
             "smollm2",
@@ -72,7 +69,6 @@ SIZES = {
             },
             steps=120,
             prompts=32,
-            samples=PASS_SAMPLES,
         ),
     )
 }

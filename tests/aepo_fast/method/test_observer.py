@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from typing import Any
@@ -103,9 +104,12 @@ def test_errors_that_grow_with_what_is_measured_leave_no_bias() -> None:
 class FadingPlant(SkewedPlant):
     """One whose drift begins and fades as GRPO's does: a tenth of it is left."""
 
-    def __init__(self, *arguments: float, seed: int, **more: float) -> None:
-        super().__init__(*arguments, **more)
-        self.random, self.full = random.Random(seed), self.drift
+    full = -0.04
+
+    def __init__(self, seed: int) -> None:
+        # As SmolLM2 on products: a strong response, Adam's usual momentum, errors of a fifth.
+        super().__init__(0.5, self.full, 0.9, stderr=0.18)
+        self.random = random.Random(seed)
 
     def step(self, temperature: float) -> Measurement:
         """It fades from near the target on."""
@@ -115,13 +119,21 @@ class FadingPlant(SkewedPlant):
 
 
 def test_what_t_at_1_cuts_off_of_the_noise_does_not_hold_the_entropy_up() -> None:
-    # As SmolLM2 on products: errors of a fifth, a strong response, Adam's usual momentum.
     late = []
     for seed in range(20):
-        plant = FadingPlant(0.5, -0.04, 0.9, stderr=0.18, entropy=2.0, seed=seed)
-        entropies, _ = run(Observer(aepo(), momentum=0.9), plant, 160)
+        entropies, _ = run(Observer(aepo(), momentum=0.9), FadingPlant(seed), 160)
         late += entropies[80:]
     assert sum(late) / len(late) == pytest.approx(TARGET, rel=0.15)
+
+
+@pytest.mark.parametrize("steps", [20, 60, 100])  # before arrival and after
+def test_a_saved_state_goes_on_with_the_same_temperatures(steps: int) -> None:
+    plant, controller = FadingPlant(0), Observer(aepo(), momentum=0.9)
+    run(controller, plant, steps)
+    again = Observer(aepo(), momentum=0.9)
+    again.load_state_dict(controller.state_dict())
+    assert run(again, copy.deepcopy(plant), 60) == run(controller, plant, 60)
+    assert again.state_dict() == controller.state_dict()
 
 
 @pytest.mark.parametrize("cause", ["temperature_max", "above the target"])

@@ -234,7 +234,8 @@ def test_two_steps_of_the_small_size(
 ) -> None:
     warm_up = small_model.WarmUp(steps=3, sharpness=0.5, hidden=32, batch=8)
     monkeypatch.setitem(small_model.WARM_UPS, "write", warm_up)
-    monkeypatch.setitem(SIZES, "small", replace(SIZES["small"], prompts=4, samples=16))
+    monkeypatch.setitem(SIZES, "small", replace(SIZES["small"], prompts=4))
+    monkeypatch.setattr(runs, "PASS_SAMPLES", 16)
     parser = argparse.ArgumentParser()
     entropy.add_command(parser.add_subparsers())
     paths = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
