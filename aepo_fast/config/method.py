@@ -54,7 +54,7 @@ CONTROLLER_DEFAULTS: dict[Controller, dict[str, Any]] = {
     "observer": {
         "form": "expected",
         "alpha": 1.0,
-        "temperature_min": 1.0,
+        "temperature_min": 0.9,
         "temperature_max": 2.0,
     },
     "pi": {

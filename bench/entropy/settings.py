@@ -95,9 +95,9 @@ SETTINGS: dict[str, Setting] = {
     "one_pass": Setting(('aepo.form="one_pass"', "aepo.baseline=true"), "aepo.entropy_target"),
     # The same term with the simpler law.
     "pi": Setting(('aepo.controller="pi"',), "aepo.entropy_target"),
-    # The default, and the same with T below 1 where the entropy is above its target.
+    # The default, and the same with T never below 1: what cooling is worth.
     "expected": Setting(('aepo.controller="observer"',), "aepo.entropy_target"),
-    "cooling": Setting(("aepo.temperature_min=0.9",), "aepo.entropy_target"),
+    "uncooled": Setting(("aepo.temperature_min=1.0",), "aepo.entropy_target"),
     "entropic": _rival("entropic", target=True),  # EntroPIC, arXiv 2511.15248
     "repo_r": _rival("repo_r", target=True),  # arXiv 2603.11682
     "adaptive_bonus": _rival("adaptive_bonus", target=True),  # Skywork-OR1, arXiv 2505.22312
