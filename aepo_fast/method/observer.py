@@ -12,10 +12,10 @@ one, each as much as it is in doubt.
 Phi = H + b / (1 - b) v is where H comes to rest without further push, and moves by exactly
 a u + d. So Phi is controlled: a law that waited for H itself would act late.
 
-T may seldom go below 1, and then errors of the estimate do not cancel: those that raise T act,
-those that would lower it are cut off, and H lies too high. So the law aims below the target by less
-than the standard error of a measurement, and once H has arrived, the aim moves by how far H still
-is from the target.
+T goes little below 1, and not before H has arrived. So errors of the estimate do not cancel: those
+that raise T act, those that would lower it are cut off, and H lies too high. So the law aims below
+the target by less than the standard error of a measurement, and once H has arrived, the aim moves
+by how far H still is from the target.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _NOISE_KEPT = 0.9
 # Until H has arrived, the law aims so many standard errors of a measurement below the target. Then
 # its aim moves by this share of the distance a step, and stays within one standard error. With
 # more than _PACE / 4, aim and push together would swing. The FadingPlant of
-# tests/aepo_fast/method/test_observer.py is held 9% above its target; with 0.5 instead of 0.75
-# 11%, with 1 9%, and with neither 32%.
+# tests/aepo_fast/method/test_observer.py is held 2% above its target, with 0.5 or 1 instead of
+# 0.75 as well; with neither 22%.
 _CAUTION, _AIMING = 0.75, _PACE / 4
 # H has arrived where its estimate is at most so many times the target.
 _ARRIVED = 1.1
