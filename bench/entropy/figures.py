@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.entropy.measures import Part, trailing_means
+from bench.entropy.measures import Part, last_sixth_mean, trailing_means
 from bench.entropy.settings import BASE, OURS
 
 # What was tried and not kept is in the tables alone. Okabe and Ito's colours, which the
@@ -101,17 +101,18 @@ def draw_entropy(parts: list[Part], path: Path) -> Path:
 
 
 def draw_accuracy(parts: list[Part], path: Path) -> Path:
-    """Accuracy against entropy at the end, one point a run."""
+    """Reward against entropy over the last sixth of the steps, one point a run."""
     figure, axis = plt.subplots(figsize=(6.4, 4.6))
     for target in sorted({part["target"] for part in parts if part["target"] is not None}):
         axis.axvline(target, color="black", alpha=0.25, linewidth=0.8, linestyle=(0, (6, 3)))
-    for name in dict.fromkeys(part["setting"] for part in parts):
+    trained = [part for part in parts if part["setting"] != BASE]
+    for name in dict.fromkeys(part["setting"] for part in trained):
         color, marker, _ = STYLES[name]
-        found = [part["evaluation"] for part in parts if part["setting"] == name]
+        found = [part for part in trained if part["setting"] == name]
         axis.scatter(
-            [one["entropy"] for one in found],
-            [one["accuracy"] for one in found],
-            s=130 if name == BASE else 48,
+            [last_sixth_mean(part["entropy"]) for part in found],
+            [last_sixth_mean(part["reward"]) for part in found],
+            s=48,
             color=color,
             marker=marker,
             label=_label(name),
@@ -119,9 +120,8 @@ def draw_accuracy(parts: list[Part], path: Path) -> Path:
             linewidths=0.6,
             zorder=3,
         )
-    axis.set_xlabel("entropy at the end, nats per token (dashed: targets)")
-    axis.set_ylabel("accuracy at T = 1")
-    axis.set_ylim(-0.03, 1.03)
+    axis.set_xlabel("entropy, last sixth of the steps, nats per token (dashed: targets)")
+    axis.set_ylabel("reward, last sixth of the steps")
     axis.set_xlim(left=0)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     _plain(axis)

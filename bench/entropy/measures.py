@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from aepo_fast.report.moving_mean import SMOOTHED_STEPS, MovingMean
+from aepo_fast.report.moving_mean import MovingMean
 
 Part = dict[str, Any]  # a finished run's record
 
@@ -35,6 +35,16 @@ def late_mean(values: Sequence[float]) -> float:
     return sum(half) / len(half)
 
 
+def last_sixth_mean(values: Sequence[float]) -> float:
+    """The mean over the last sixth of the steps, one at least.
+
+    A step samples before it learns. So the rewards of many steps say more of a method's accuracy
+    than the samples of the last policy, which a constant learning rate throws to and fro.
+    """
+    last = values[-max(1, len(values) // 6) :]
+    return sum(last) / len(last)
+
+
 def held_within(entropy: Sequence[float], target: float) -> dict[str, float]:
     """Distances to the target over the last half of the steps, as shares of the target.
 
@@ -52,19 +62,15 @@ def held_within(entropy: Sequence[float], target: float) -> dict[str, float]:
 class Misses(NamedTuple):
     """Trailing means of the last half that lie outside a band around the target, by their reason.
 
-    early: above it, and never yet inside. idle: above it with T at 1 in all their steps, where the
-    lever is at rest and GRPO alone could lower the entropy. above, below: all others.
+    early: above it, and never yet inside. above, below: all others.
     """
 
     early: int
-    idle: int
     above: int
     below: int
 
 
-def misses(
-    entropy: Sequence[float], temperature: Sequence[float], target: float, share: float
-) -> Misses:
+def misses(entropy: Sequence[float], target: float, share: float) -> Misses:
     """Count the means further from the target than a share of it."""
     means, counts = trailing_means(entropy), dict.fromkeys(Misses._fields, 0)
     arrived = False
@@ -72,7 +78,5 @@ def misses(
         arrived |= mean <= (1 + share) * target
         if step < len(means) // 2 or abs(mean - target) <= share * target:
             continue
-        at_rest = max(temperature[max(0, step + 1 - SMOOTHED_STEPS) : step + 1]) <= 1
-        above = "early" if not arrived else "idle" if at_rest else "above"
-        counts[above if mean > target else "below"] += 1
+        counts["below" if mean < target else "above" if arrived else "early"] += 1
     return Misses(**counts)

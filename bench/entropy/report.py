@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.entropy import verdict
-from bench.entropy.measures import Part, grouped
+from bench.entropy.measures import Part, grouped, last_sixth_mean
 from bench.entropy.settings import BASE, SETTINGS, TRIED
 
 _HEAD = (
@@ -17,6 +17,7 @@ _HEAD = (
     "entropy, last half",
     "off H0, mean",
     "off H0, most",
+    "reward, last sixth",
     "accuracy at T = 1",
     "greedy",
     "pass@k",
@@ -78,11 +79,16 @@ def _cells(group: list[Part]) -> list[str]:
         spread(entropies),
         spread([one["mean"] for one in held], percent=True) if held else "-",
         f"{max(one['max'] for one in held):.0%}" if held else "-",
+        "-" if first["setting"] == BASE else _late_reward(group),
         _accuracy(found),
         spread([one["greedy_accuracy"] for one in found]),
         f"{spread([one['pass_at_k'][str(k)] for one in found])} (k = {k})",
         spread([one["distinct_right"] for one in found], digits=1),
     ]
+
+
+def _late_reward(group: list[Part]) -> str:
+    return spread([last_sixth_mean(part["reward"]) for part in group], digits=3)
 
 
 def _accuracy(found: list[dict[str, Any]]) -> str:

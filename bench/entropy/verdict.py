@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 
-from bench.entropy.measures import Misses, Part, grouped, last_half, misses, trailing_means
+from bench.entropy.measures import (
+    Misses,
+    Part,
+    grouped,
+    last_half,
+    last_sixth_mean,
+    misses,
+    trailing_means,
+)
 from bench.entropy.settings import BASE, OURS, TRIED
 
 # Of H0, over the last half: the 5-step mean in every run, and as the mean over a target's seeds.
@@ -55,14 +64,14 @@ def _held(parts: list[Part]) -> list[Finding]:
 
 def _reasons(runs: list[Part]) -> str:
     """How many means are beyond the band, and why; nothing where none is."""
-    each = [misses(r["entropy"], r["temperature"], r["target"], MOST_OFF) for r in runs]
+    each = [misses(run["entropy"], run["target"], MOST_OFF) for run in runs]
     total = Misses(*(sum(counts) for counts in zip(*each, strict=True)))
     if not sum(total):
         return ""
     means = sum(len(last_half(run["entropy"])) for run in runs)
     return (
         f"; {sum(total)} of {means} means are beyond: {total.early} before the first within, "
-        f"{total.idle} above with T at 1, {total.above} others above, {total.below} below"
+        f"{total.above} others above, {total.below} below"
     )
 
 
@@ -82,10 +91,6 @@ def _accuracy(parts: list[Part]) -> list[Finding]:
     return found
 
 
-def _mean(runs: list[Part], key: str) -> float:
-    return statistics.fmean(run["evaluation"][key] for run in runs)
-
-
 def at_entropy(curve: list[tuple[float, float]], entropy: float) -> float | None:
     """The accuracy of a curve of (entropy, accuracy) at an entropy, in straight lines.
 
@@ -99,32 +104,72 @@ def at_entropy(curve: list[tuple[float, float]], entropy: float) -> float | None
     return None
 
 
+def _late(runs: list[Part]) -> tuple[float, float]:
+    """Entropy and reward over the last sixth of the steps, means over seeds."""
+    entropy = statistics.fmean(last_sixth_mean(run["entropy"]) for run in runs)
+    return entropy, statistics.fmean(last_sixth_mean(run["reward"]) for run in runs)
+
+
+def _late_reward(parts: list[Part]) -> list[Finding]:
+    """Ours and GRPO's, means over seeds."""
+    grpo = _of(parts, "grpo")
+    found: list[Finding] = []
+    for target, runs in grouped(_of(parts, OURS), lambda part: part["target"]).items():
+        if target <= FREE_TARGET and grpo:
+            (_, mine), (_, its) = _late(runs), _late(grpo)
+            margin = _margin(parts, len(runs), len(grpo))
+            shown = f"H0 {target:g}: {mine:.3f} to {its:.3f}{_shown(margin)}"
+            found.append((shown, mine >= its - margin))
+    return found
+
+
 def _matched(parts: list[Part]) -> list[Finding]:
     """Each rival's mean over seeds beside our curve, which begins with GRPO: the lever at rest."""
-    ours = grouped(_of(parts, OURS), lambda part: part["target"])
-    curve = [(_mean(runs, "entropy"), _mean(runs, "accuracy")) for runs in ours.values()]
+    ours = list(grouped(_of(parts, OURS), lambda part: part["target"]).values())
     grpo = _of(parts, "grpo")
-    if not curve or not grpo:
+    if not ours or not grpo:
         return []
-    curve.append((_mean(grpo, "entropy"), _mean(grpo, "accuracy")))
-    skipped = (BASE, OURS, "grpo", *_FORMS)
-    rivals = [part for part in parts if part["setting"] not in skipped]
+    curve = [_late(runs) for runs in (grpo, *ours)]
+    fewest = min(len(runs) for runs in (grpo, *ours))
     found: list[Finding] = []
-    for (name, target), runs in grouped(rivals, lambda p: (p["setting"], p["target"])).items():
-        entropy, accuracy = _mean(runs, "entropy"), _mean(runs, "accuracy")
-        label = name if target is None else f"{name} at H0 {target:g}"
+    for (name, target), runs in _by_setting(parts).items():
+        if name in (BASE, OURS, "grpo", *_FORMS):
+            continue
+        entropy, reward = _late(runs)
         mine = at_entropy(curve, entropy)
+        label = name if target is None else f"{name} at H0 {target:g}"
+        shown = f"{label}: {reward:.3f} at {entropy:.2f} nats"
         if mine is None:
             reach = f"{min(curve)[0]:.2f} to {max(curve)[0]:.2f}"
-            found.append((f"{label}: {accuracy:.3f} at {entropy:.2f} nats; ours has {reach}", None))
+            found.append((f"{shown}; ours has {reach}", None))
         else:
-            found.append(
-                (
-                    f"{label}: {accuracy:.3f} at {entropy:.2f} nats, ours {mine:.3f}",
-                    mine >= accuracy,
-                )
-            )
+            margin = _margin(parts, len(runs), fewest)
+            found.append((f"{shown}, ours {mine:.3f}{_shown(margin)}", mine >= reward - margin))
     return found
+
+
+def _by_setting(parts: list[Part]) -> dict[tuple[str, float | None], list[Part]]:
+    return grouped(parts, lambda part: (part["setting"], part["target"]))
+
+
+def _margin(parts: list[Part], one: int, other: int) -> float:
+    """Two standard errors of the difference of two late rewards, means over so many seeds.
+
+    From how far the seeds of a setting lie apart, on average over all settings; 0 where each has
+    one seed.
+    """
+    settings = [
+        [last_sixth_mean(run["reward"]) for run in runs]
+        for (name, _), runs in _by_setting(parts).items()
+        if name != BASE and len(runs) > 1
+    ]
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in settings)
+    degrees = sum(len(values) - 1 for values in settings)
+    return 2 * math.sqrt(squares / max(degrees, 1) * (1 / one + 1 / other))
+
+
+def _shown(margin: float) -> str:
+    return f" (± {margin:.3f})" if margin else ""
 
 
 def _curve(runs: list[Part]) -> dict[int, float]:
@@ -166,8 +211,9 @@ def _collapse(parts: list[Part]) -> list[Finding]:
 
 _TARGETS: dict[str, Callable[[list[Part]], list[Finding]]] = {
     "entropy within 10% of H0 (5-step means, last half), 5% on average": _held,
-    "accuracy as GRPO's or in its 95% interval, H0 <= 0.5": _accuracy,
-    "accuracy at matched entropy, against each rival": _matched,
+    "accuracy to GRPO's, at least from its 95% interval on, H0 <= 0.5": _accuracy,
+    "reward to GRPO's (last sixth of the steps), H0 <= 0.5": _late_reward,
+    "reward at matched entropy (last sixth of the steps), against each rival": _matched,
     "pass@k of GRPO from k = 8, of the base at the largest k": _pass_at_k,
     "GRPO collapses below 0.1 nats": _collapse,
 }

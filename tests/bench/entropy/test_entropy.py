@@ -160,11 +160,11 @@ def test_held_within_by_hand() -> None:
 
 def test_misses_by_hand() -> None:
     entropy = [0.8] * 13 + [0.5, 0.3, 0.3, 0.6, 0.9, 1.1, 0.7, 0.2, 0.1, 0.0]
-    temperature = [1.2 if step == 14 else 1.0 for step in range(23)]
     means = [0.8, 0.8, 0.74, 0.64, 0.54, 0.5, 0.52, 0.64, 0.72, 0.7, 0.6, 0.42]
     assert measures.trailing_means(entropy)[11:] == pytest.approx(means)
-    found = measures.misses(entropy, temperature, 0.5, 0.1)
-    assert found == measures.Misses(early=4, idle=3, above=1, below=1)
+    assert measures.misses(entropy, 0.5, 0.1) == measures.Misses(early=4, above=4, below=1)
+    assert measures.last_sixth_mean(entropy) == pytest.approx(0.1)
+    assert measures.last_sixth_mean([0.3, 0.5]) == 0.5
 
 
 def _plan(**changes: Any) -> dict[str, Any]:
@@ -264,11 +264,12 @@ def test_a_table_has_means_and_extremes_over_seeds() -> None:
         "pass_at_k": {"1": 0.5, "2": 0.75}, "distinct_right": 3.0,
     }  # fmt: skip
     one = {"setting": "published", "target": 0.5, "seed": 0, "late_entropy": 0.4}
+    one["reward"] = [0.1] * 5 + [0.8]
     one |= {"held": {"mean": 0.2, "max": 0.3, "raw": 0.2}, "evaluation": evaluation}
     two = {**one, "seed": 1, "late_entropy": 0.6, "evaluation": {**evaluation, "accuracy": 0.7}}
     rows = report.table([one, two]).splitlines()
     assert rows[2].startswith("| published | 0.5 | 0.50 (0.40 to 0.60) | 20% (20% to 20%) | 30% |")
-    assert "0.600 (0.500 to 0.700)" in rows[2] and "(k = 2)" in rows[2]
+    assert "| 0.800 (0.800 to 0.800) | 0.600 (0.500 to 0.700)" in rows[2] and "(k = 2)" in rows[2]
     assert "0.500 (95% 0.400 to 0.600)" in report.table([one])
 
 

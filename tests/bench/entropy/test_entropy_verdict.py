@@ -25,7 +25,7 @@ def _part(setting: str, target: float | None = None, seed: int = 0, **found: Any
     }
     part["held"] = {"mean": 0.02, "max": found.pop("max", 0.05)}
     part["entropy"] = [found.pop("last", 0.5)] * 4
-    part["temperature"] = [1.0] * 4
+    part["reward"] = [found.pop("reward", 0.5)] * 4
     return {**part, "evaluation": {**evaluation, **found}}
 
 
@@ -45,7 +45,7 @@ def test_one_seed_beyond_the_band_misses_the_target() -> None:
     assert "2.0% on average, at most 5%, 11% by seed |" in row and row.endswith("| no |")
     high = _part("expected", 0.5, last=0.6)
     row = _row("within 10%", good, high)
-    assert "; 2 of 4 means are beyond: 2 before the first within, 0 above with T at 1" in row
+    assert "; 2 of 4 means are beyond: 2 before the first within, 0 others above" in row
 
 
 def test_accuracy_is_judged_against_the_same_seed() -> None:
@@ -59,12 +59,12 @@ def test_accuracy_is_judged_against_the_same_seed() -> None:
 
 def test_rivals_are_judged_on_the_line_between_our_runs() -> None:
     parts = [
-        _part("grpo", accuracy=0.9, entropy=0.1),
-        _part("expected", 0.5, accuracy=0.8, entropy=0.5),
-        _part("era", accuracy=0.84, entropy=0.3),
-        _part("ucpo", accuracy=0.86, entropy=0.3),
-        _part("entropic", 0.75, accuracy=0.7, entropy=0.8),
-        _part("split", 0.5, accuracy=0.99, entropy=0.3),
+        _part("grpo", reward=0.9, last=0.1),
+        _part("expected", 0.5, reward=0.8, last=0.5),
+        _part("era", reward=0.84, last=0.3),
+        _part("ucpo", reward=0.86, last=0.3),
+        _part("entropic", 0.75, reward=0.7, last=0.8),
+        _part("split", 0.5, reward=0.99, last=0.3),
     ]
     rows = [row for row in _rows(*parts) if "matched" in row]
     assert len(rows) == 3
@@ -72,6 +72,30 @@ def test_rivals_are_judged_on_the_line_between_our_runs() -> None:
     assert "ucpo" in rows[1] and rows[1].endswith("| no |")
     assert "ours has 0.10 to 0.50 | -" in rows[2]
     assert verdict.at_entropy([(0.2, 0.9), (0.2, 0.7)], 0.2) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(("rival", "verdict_of_it"), [(0.91, "yes"), (0.93, "no")])
+def test_rivals_within_the_spread_of_seeds_are_equal(rival: float, verdict_of_it: str) -> None:
+    # Seeds 0.01 from their mean: a standard deviation of 0.01414, two errors of 0.0283.
+    parts = []
+    for seed, off in ((0, -0.01), (1, 0.01)):
+        parts += [
+            _part("grpo", seed=seed, reward=0.9 + off, last=0.1),
+            _part("expected", 0.5, seed=seed, reward=0.9 + off, last=0.5),
+            _part("era", seed=seed, reward=rival + off, last=0.3),
+        ]
+    row = _row("matched", *parts)
+    assert f"era: {rival:.3f} at 0.30 nats, ours 0.900 (± 0.028) | {verdict_of_it} |" in row
+    row = _row("reward to GRPO's", *parts)
+    assert "H0 0.5: 0.900 to 0.900 (± 0.028) | yes |" in row
+
+
+def test_the_late_reward_is_judged_against_grpos() -> None:
+    ours = _part("expected", 0.5, reward=0.8)
+    assert _row("reward to GRPO's", ours, _part("grpo", reward=0.8)).endswith("| yes |")
+    row = _row("reward to GRPO's", ours, _part("grpo", reward=0.81))
+    assert "H0 0.5: 0.800 to 0.810 | no |" in row
+    assert not [row for row in _rows(_part("grpo"), _part("expected", 0.75)) if "reward to" in row]
 
 
 def test_pass_at_k_is_compared_at_every_k() -> None:
