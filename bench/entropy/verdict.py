@@ -92,7 +92,7 @@ def _accuracy(parts: list[Part]) -> list[Finding]:
 
 
 def at_entropy(curve: list[tuple[float, float]], entropy: float) -> float | None:
-    """The accuracy of a curve of (entropy, accuracy) at an entropy, in straight lines.
+    """The reward of a curve of (entropy, reward) at an entropy, in straight lines.
 
     None where the curve does not reach: nothing is said of what was not run.
     """
