@@ -12,6 +12,7 @@ from typing import Any
 from bench.common.environment import RESULTS, ROOT
 from bench.e2e.table import table as e2e_table
 from bench.entropy import report
+from bench.entropy.measures import grouped
 from bench.entropy.settings import SIZES
 from bench.kernels import table as kernel_table
 from bench.memory.run import table as memory_table
@@ -113,7 +114,7 @@ def entropy() -> str:
     for size in SIZES:
         for folder in report.folders(size, RESULTS):
             parts = report.load(folder)
-            for name, task in report.grouped(parts, lambda part: part["task"]).items():
+            for name, task in grouped(parts, lambda part: part["task"]).items():
                 title = f"**{size}, {name}**: {report.note(task)}"
                 first = [part for part in task if part["setting"] in _ENTROPY_ROWS]
                 link = f"[all settings]({_link(folder / 'tables.md')})"

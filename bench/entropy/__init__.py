@@ -1,6 +1,6 @@
 """Is the entropy held at any target, and what does it cost? GRPO, AEPO and rivals, on two sizes.
 
-`--size small` trains a model of characters in half a minute a run, `--size smollm2` SmolLM2-135M.
+`--size small` trains a model of characters, a minute or two a run, `--size smollm2` SmolLM2-135M.
 Each finished run is one JSON part under bench/results, and is not done again.
 """
 

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.entropy.measures import Part, last_sixth_mean, trailing_means
+from bench.entropy.measures import Part, by_setting, late, trailing_means
 from bench.entropy.settings import BASE, OURS
 
 # What was tried and not kept is in the tables alone. Okabe and Ito's colours, which the
@@ -108,10 +108,8 @@ def draw_accuracy(parts: list[Part], path: Path) -> Path:
     trained = [part for part in parts if part["setting"] != BASE]
     for name in dict.fromkeys(part["setting"] for part in trained):
         color, marker, _ = STYLES[name]
-        found = [part for part in trained if part["setting"] == name]
         axis.scatter(
-            [last_sixth_mean(part["entropy"]) for part in found],
-            [last_sixth_mean(part["reward"]) for part in found],
+            *zip(*(late(part) for part in trained if part["setting"] == name), strict=True),
             s=48,
             color=color,
             marker=marker,
@@ -132,16 +130,15 @@ def draw_accuracy(parts: list[Part], path: Path) -> Path:
 def draw_pass_at_k(parts: list[Part], path: Path) -> Path:
     """pass@k of the base model and each setting, mean over seeds; of ours one line a target."""
     figure, axis = plt.subplots(figsize=(6.4, 4.6))
-    keys = dict.fromkeys((part["setting"], part["target"]) for part in parts)
-    for name, target in keys:
-        group = [p for p in parts if (p["setting"], p["target"]) == (name, target)]
+    groups = by_setting(parts)
+    for (name, target), group in groups.items():
         common = set.intersection(*(set(p["evaluation"]["pass_at_k"]) for p in group))
         ks = sorted(int(k) for k in common)
         means = [statistics.fmean(p["evaluation"]["pass_at_k"][str(k)] for p in group) for k in ks]
         color, marker, dashes = STYLES[name]
         label = _label(name) + ("" if target is None else f", {target:g}")
         # A method's targets share its colour, the higher the paler.
-        aims = [aim for other, aim in keys if other == name]
+        aims = [aim for other, aim in groups if other == name]
         alpha = 1 - 0.6 * aims.index(target) / len(aims)
         axis.plot(
             ks, means, color=color, marker=marker, linestyle=dashes, label=label, alpha=alpha,

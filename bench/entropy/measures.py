@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,11 @@ def grouped(parts: Iterable[Part], key: Callable[[Part], Any]) -> dict[Any, list
     for part in parts:
         found.setdefault(key(part), []).append(part)
     return found
+
+
+def by_setting(parts: Iterable[Part]) -> dict[tuple[str, float | None], list[Part]]:
+    """The seeds of each setting and target."""
+    return grouped(parts, lambda part: (part["setting"], part["target"]))
 
 
 def trailing_means(values: Sequence[float]) -> list[float]:
@@ -35,14 +41,15 @@ def late_mean(values: Sequence[float]) -> float:
     return sum(half) / len(half)
 
 
-def last_sixth_mean(values: Sequence[float]) -> float:
-    """The mean over the last sixth of the steps, one at least.
+def late(part: Part) -> tuple[float, float]:
+    """Entropy and reward of a run, means over the last sixth of its steps.
 
     A step samples before it learns. So the rewards of many steps say more of a method's accuracy
     than the samples of the last policy, which a constant learning rate throws to and fro.
     """
-    last = values[-max(1, len(values) // 6) :]
-    return sum(last) / len(last)
+    entropy, reward = part["entropy"], part["reward"]
+    first = len(reward) * 5 // 6
+    return statistics.fmean(entropy[first:]), statistics.fmean(reward[first:])
 
 
 def held_within(entropy: Sequence[float], target: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.entropy import verdict
-from bench.entropy.measures import Part, grouped, last_sixth_mean
+from bench.entropy.measures import Part, by_setting, late
 from bench.entropy.settings import BASE, SETTINGS, TRIED
 
 _HEAD = (
@@ -63,7 +63,7 @@ def tables(parts: list[Part]) -> list[str]:
 def table(parts: list[Part]) -> str:
     """One row per setting and target: means over seeds, in brackets the least and the most."""
     rows = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
-    for group in grouped(parts, lambda part: (part["setting"], part["target"])).values():
+    for group in by_setting(parts).values():
         rows.append(f"| {' | '.join(_cells(group))} |")
     return "\n".join(rows)
 
@@ -71,6 +71,7 @@ def table(parts: list[Part]) -> str:
 def _cells(group: list[Part]) -> list[str]:
     first, found = group[0], [part["evaluation"] for part in group]
     held = [part["held"] for part in group if "held" in part]
+    rewards = [late(part)[1] for part in group if "reward" in part]
     entropies = [part.get("late_entropy", part["evaluation"]["entropy"]) for part in group]
     k = min((max(map(int, one["pass_at_k"])) for one in found), default=1)
     return [
@@ -79,16 +80,12 @@ def _cells(group: list[Part]) -> list[str]:
         spread(entropies),
         spread([one["mean"] for one in held], percent=True) if held else "-",
         f"{max(one['max'] for one in held):.0%}" if held else "-",
-        "-" if first["setting"] == BASE else _late_reward(group),
+        spread(rewards, digits=3) if rewards else "-",
         _accuracy(found),
         spread([one["greedy_accuracy"] for one in found]),
         f"{spread([one['pass_at_k'][str(k)] for one in found])} (k = {k})",
         spread([one["distinct_right"] for one in found], digits=1),
     ]
-
-
-def _late_reward(group: list[Part]) -> str:
-    return spread([last_sixth_mean(part["reward"]) for part in group], digits=3)
 
 
 def _accuracy(found: list[dict[str, Any]]) -> str:

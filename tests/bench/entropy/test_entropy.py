@@ -163,8 +163,12 @@ def test_misses_by_hand() -> None:
     means = [0.8, 0.8, 0.74, 0.64, 0.54, 0.5, 0.52, 0.64, 0.72, 0.7, 0.6, 0.42]
     assert measures.trailing_means(entropy)[11:] == pytest.approx(means)
     assert measures.misses(entropy, 0.5, 0.1) == measures.Misses(early=4, above=4, below=1)
-    assert measures.last_sixth_mean(entropy) == pytest.approx(0.1)
-    assert measures.last_sixth_mean([0.3, 0.5]) == 0.5
+
+
+def test_late_is_the_last_sixth() -> None:
+    part = {"entropy": [9.0] * 10 + [0.2, 0.4], "reward": [0.0] * 10 + [0.5, 1.0]}
+    assert measures.late(part) == (pytest.approx(0.3), 0.75)
+    assert measures.late({"entropy": [0.3, 0.5], "reward": [0.0, 1.0]}) == (0.5, 1.0)
 
 
 def _plan(**changes: Any) -> dict[str, Any]:
@@ -264,7 +268,7 @@ def test_a_table_has_means_and_extremes_over_seeds() -> None:
         "pass_at_k": {"1": 0.5, "2": 0.75}, "distinct_right": 3.0,
     }  # fmt: skip
     one = {"setting": "published", "target": 0.5, "seed": 0, "late_entropy": 0.4}
-    one["reward"] = [0.1] * 5 + [0.8]
+    one |= {"entropy": [0.4] * 6, "reward": [0.1] * 5 + [0.8]}
     one |= {"held": {"mean": 0.2, "max": 0.3, "raw": 0.2}, "evaluation": evaluation}
     two = {**one, "seed": 1, "late_entropy": 0.6, "evaluation": {**evaluation, "accuracy": 0.7}}
     rows = report.table([one, two]).splitlines()

@@ -86,16 +86,16 @@ def test_rivals_within_the_spread_of_seeds_are_equal(rival: float, verdict_of_it
         ]
     row = _row("matched", *parts)
     assert f"era: {rival:.3f} at 0.30 nats, ours 0.900 (± 0.028) | {verdict_of_it} |" in row
-    row = _row("reward to GRPO's", *parts)
+    row = _row("reward as GRPO's", *parts)
     assert "H0 0.5: 0.900 to 0.900 (± 0.028) | yes |" in row
 
 
 def test_the_late_reward_is_judged_against_grpos() -> None:
     ours = _part("expected", 0.5, reward=0.8)
-    assert _row("reward to GRPO's", ours, _part("grpo", reward=0.8)).endswith("| yes |")
-    row = _row("reward to GRPO's", ours, _part("grpo", reward=0.81))
+    assert _row("reward as GRPO's", ours, _part("grpo", reward=0.8)).endswith("| yes |")
+    row = _row("reward as GRPO's", ours, _part("grpo", reward=0.81))
     assert "H0 0.5: 0.800 to 0.810 | no |" in row
-    assert not [row for row in _rows(_part("grpo"), _part("expected", 0.75)) if "reward to" in row]
+    assert not [row for row in _rows(_part("grpo"), _part("expected", 0.75)) if "reward as" in row]
 
 
 def test_pass_at_k_is_compared_at_every_k() -> None:
