@@ -42,23 +42,23 @@ SEQUENCE_ENTROPY_METHODS = ("none", "bonus", "adaptive_bonus", "ucpo", "ds_grpo"
 # Those that score with a second temperature of their own, and the forms that leave it to them.
 SECOND_TEMPERATURE_METHODS = ("era",)
 ONE_TEMPERATURE_FORMS = ("resample",)
-# The forms that weigh the loss of single tokens, which a loss over whole sequences has not.
-TOKEN_FORMS = ("one_pass", "dcpo")
+# The forms that weigh the policy loss of single tokens, which a loss over whole sequences has not.
+TOKEN_FORMS = ("dcpo",)
 
 Controller = Literal["observer", "pi", "published", "switch"]
-Form = Literal["expected", "one_pass", "dcpo", "resample"]
+Form = Literal["lift", "expected", "one_pass", "dcpo", "resample"]
 CorrectionName = Literal["off", "token_truncate", "sequence_mask", "icepop"]
 
 # What each controller uses unless the run says otherwise. Those of published are the paper's (v7).
 CONTROLLER_DEFAULTS: dict[Controller, dict[str, Any]] = {
     "observer": {
-        "form": "expected",
+        "form": "lift",
         "alpha": 1.0,
         "temperature_min": 0.9,
         "temperature_max": 2.0,
     },
     "pi": {
-        "form": "expected",
+        "form": "lift",
         "alpha": 1.0,
         "gain": 1.0,
         "integral_gain": 0.05,
@@ -95,7 +95,7 @@ def _by_policy(name: str, *needs: Needs) -> Any:
 
 
 # The forms whose token ratios are clipped as those of the policy loss.
-_CLIPPED_FORMS = ("expected", "one_pass", "resample")
+_CLIPPED_FORMS = ("lift", "expected", "one_pass", "resample")
 
 
 def _clips(argument: str) -> Needs:
@@ -107,7 +107,7 @@ def _clips(argument: str) -> Needs:
         return by_term or loss.takes(argument)
 
     keys = ("loss.policy", "aepo.enabled", "aepo.form")
-    fix = f"set {{}} to a loss that takes {argument}, or {{}} = true with {{}} = 'expected'"
+    fix = f"set {{}} to a loss that takes {argument}, or {{}} = true with {{}} = 'lift'"
     return Needs(keys, holds, fix)
 
 
@@ -322,7 +322,9 @@ class AepoConfig:
     form: Form = _by_controller("form")  # what the term is made of, see docs/entropy.md
     entropy_target: float = 0.5  # H0, nats per token
     # Weight of the term; dcpo has a weight of its own.
-    alpha: float = _by_controller("alpha", one_of("form", "expected", "one_pass", "resample"))
+    alpha: float = _by_controller(
+        "alpha", one_of("form", "lift", "expected", "one_pass", "resample")
+    )
     # T - 1 per nat of the entropy's error.
     gain: float | None = _by_controller("gain", one_of("controller", "published", "pi"))
     # T - 1 per nat of the sum of past errors.
@@ -333,7 +335,7 @@ class AepoConfig:
     # What divides the sum over auxiliary samples: all that were drawn, or the correct ones.
     normalizer: Literal["draws", "positives"] = setting("draws", needs=one_of("form", "resample"))
     # Bound c of rho, which is pi_T / pi of a token: rho is clamped to [1 / c, c].
-    rho_clip: float = setting(3.0, needs=one_of("form", "one_pass", "dcpo"))
+    rho_clip: float = setting(3.0, needs=one_of("form", "lift", "one_pass", "dcpo"))
     # A token's weight is rho - 1 instead of rho.
     baseline: bool = setting(False, needs=one_of("form", "one_pass"))
 

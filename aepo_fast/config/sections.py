@@ -309,7 +309,7 @@ class Config:
             "aepo.form",
             self.aepo.form,
             f"weighs the loss of single tokens, and {self.loss.policy} has one of whole sequences",
-            f'Use form = "expected" or "resample" with {self.loss.policy}',
+            f'Use form = "lift", "expected" or "resample" with {self.loss.policy}',
         )
         require(
             self.loss.entropy_method not in SECOND_TEMPERATURE_METHODS

@@ -9,7 +9,7 @@ from aepo_fast.method.forms import AepoForm, Clip
 from aepo_fast.method.tokens import StepContext, Tokens
 
 # The forms that neither sample at T nor need a sample's group, nor change the policy loss.
-FORMS: tuple[Form, ...] = ("expected", "one_pass")
+FORMS: tuple[Form, ...] = ("lift", "expected", "one_pass")
 
 
 def token_terms(

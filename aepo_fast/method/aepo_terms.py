@@ -53,6 +53,23 @@ def one_pass_token_loss(
     return clipped_surrogate(logprob, old_logprob, weight, clip_low, clip_high)
 
 
+def lift_token_loss(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor,
+    rho: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> TokenTerms:
+    """-min(r w, clip(r) w), w = max(rho - 1, 0): [N].
+
+    The tokens that are likelier at T are lifted, and none is pushed down. Where every action is
+    right, its gradient over a ~ pi is J^T ((pi_T - pi)+ - c pi), c being the sum of (pi_T - pi)+.
+    At T > 1 it raises the entropy of every pi that is not uniform. Where only the likeliest action
+    is right it is 0, while the one-pass term with its baseline pushes that action down.
+    """
+    return clipped_surrogate(logprob, old_logprob, (rho - 1).clamp(min=0), clip_low, clip_high)
+
+
 def expected_token_loss(
     logprob: torch.Tensor,
     second_logprob: torch.Tensor,

@@ -52,8 +52,8 @@ class Resample(AepoForm):
     draws_auxiliary = True
 
 
-class Expected(AepoForm):
-    """The one-pass term summed over the vocabulary, on positive samples (`expected_token_loss`)."""
+class _SilentAtOne(AepoForm):
+    """A form with a gradient on positive samples, and none at T = 1."""
 
     def second_temperature(self, temperature: float) -> float | None:
         """T, but at T = 1 the term is zero."""
@@ -62,6 +62,10 @@ class Expected(AepoForm):
     def active_samples(self, per_sample: Columns, temperature: float) -> torch.Tensor:
         """The positive ones, unless T = 1."""
         return (per_sample["positive"] > 0) & (temperature != 1)
+
+
+class Expected(_SilentAtOne):
+    """The one-pass term summed over the vocabulary, on positive samples (`expected_token_loss`)."""
 
     def token_term(
         self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
@@ -98,6 +102,19 @@ class _ByRatio(AepoForm):
         return aepo_terms.temperature_ratio(second, tokens.old_logprob, self.aepo.rho_clip)
 
 
+class Lift(_SilentAtOne, _ByRatio):
+    """A surrogate that lifts what is likelier at T, on positive samples (`lift_token_loss`)."""
+
+    def token_term(
+        self, tokens: Tokens, rho: torch.Tensor | None, context: StepContext, clip: Clip
+    ) -> torch.Tensor | None:
+        """The surrogate of the positive samples; None at T = 1."""
+        if rho is None:
+            return None
+        terms = aepo_terms.lift_token_loss(tokens.logprob, tokens.old_logprob, rho, *clip)
+        return tokens.column["positive"] * terms.loss
+
+
 class OnePass(_ByRatio):
     """A second surrogate on positive samples, with the weight rho (`one_pass_token_loss`)."""
 
@@ -125,6 +142,7 @@ class Dcpo(_ByRatio):
 
 
 FORMS: dict[str, type[AepoForm]] = {
+    "lift": Lift,
     "expected": Expected,
     "one_pass": OnePass,
     "dcpo": Dcpo,

@@ -89,6 +89,7 @@ def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext)
         column: Columns,
     ) -> tuple[torch.Tensor, Metrics]:
         tokens = _tokens(logprob, entropy, second_logprob, column)
+        rho = parts.form.rho(tokens)
         policy = parts.policy_terms(tokens, None, sample_of_token)  # [R]
         weights = parts.correction.weights(tokens)
         corrected = weights * column["weight"]
@@ -96,12 +97,12 @@ def make_sequence_loss(loss: LossConfig, aepo: AepoConfig, context: StepContext)
         zeros = torch.zeros_like(policy.clipped_low)
         sample_weight = zeros.index_add(0, sample_of_token, corrected)
         total = (sample_weight * policy.loss).sum()
-        for term in parts.other_terms(tokens, None):
+        for term in parts.other_terms(tokens, rho):
             weight = corrected if term.corrected else column["weight"]
             total = total + term.coef * (weight * term.values).sum()
         resampled, aux_metrics = parts.resampled(tokens)
         spread = TokenTerms(*(part[sample_of_token] for part in policy))
-        return total + resampled, parts.metrics(tokens, spread, weights, None) | aux_metrics
+        return total + resampled, parts.metrics(tokens, spread, weights, rho) | aux_metrics
 
     return sequence_loss
 

@@ -87,17 +87,19 @@ def _rival(method: str, *, target: bool) -> Setting:
     return Setting(overrides, "loss.adaptive_target" if target else None)
 
 
+_EXPECTED = 'aepo.form="expected"'
 SETTINGS: dict[str, Setting] = {
     "grpo": Setting(("aepo.enabled=false",)),
     # arXiv 2510.08141 v7
     "published": Setting(('aepo.controller="published"',), "aepo.entropy_target"),
-    # The same loop with the term's other forms: what the expectation is worth.
+    # The default.
+    "lift": Setting(('aepo.controller="observer"',), "aepo.entropy_target"),
+    # The same loop with the term's other forms: what lifting alone is worth.
     "one_pass": Setting(('aepo.form="one_pass"', "aepo.baseline=true"), "aepo.entropy_target"),
-    # The same term with the simpler law.
-    "pi": Setting(('aepo.controller="pi"',), "aepo.entropy_target"),
-    # The default, and the same with T never below 1: what cooling is worth.
-    "expected": Setting(('aepo.controller="observer"',), "aepo.entropy_target"),
-    "uncooled": Setting(("aepo.temperature_min=1.0",), "aepo.entropy_target"),
+    "expected": Setting((_EXPECTED,), "aepo.entropy_target"),
+    # That form with the simpler law, and with T never below 1: what cooling is worth.
+    "pi": Setting((_EXPECTED, 'aepo.controller="pi"'), "aepo.entropy_target"),
+    "uncooled": Setting((_EXPECTED, "aepo.temperature_min=1.0"), "aepo.entropy_target"),
     "entropic": _rival("entropic", target=True),  # EntroPIC, arXiv 2511.15248
     "repo_r": _rival("repo_r", target=True),  # arXiv 2603.11682
     "adaptive_bonus": _rival("adaptive_bonus", target=True),  # Skywork-OR1, arXiv 2505.22312
@@ -105,7 +107,7 @@ SETTINGS: dict[str, Setting] = {
     "ucpo": _rival("ucpo", target=False),  # arXiv 2605.00365
     "ds_grpo": _rival("ds_grpo", target=False),  # arXiv 2511.19942
 }
-OURS = "expected"
+OURS = "lift"
 # Forms of the term that were tried and not kept (docs/entropy.md); their runs stay in the tables.
 TRIED = ("split", "rescue")
 BASE = "base"  # the model before training, evaluated as every run is

@@ -167,7 +167,7 @@ def test_8_the_entropy_is_held_within_five_percent(
     controller: Controller, target: float, beta1: float
 ) -> None:
     cfg = AepoConfig(controller=controller, entropy_target=target)
-    assert cfg.form == "expected"
+    assert cfg.form == "lift"
     entropy, _, reward = closed_loop(cfg, beta1=beta1)
     assert entropy.mean().item() == pytest.approx(target, rel=0.05)
     # Held, not swinging about the target: a step's measurement is off by about 10% itself.

@@ -40,10 +40,6 @@ pytestmark = [pytest.mark.peers, pytest.mark.slow]
         ("epsilon_high", dict(loss_type="cispo", epsilon_high=0.28)),
         ("torch_compile", dict(torch_compile=True)),
         (
-            "importance_sampling_level",
-            dict(aepo_form="one_pass", importance_sampling_level="sequence"),
-        ),
-        (
             "gradient_accumulation_steps",
             dict(gradient_accumulation_steps=3, steps_per_generation=2),
         ),

@@ -116,7 +116,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("form", ["one_pass", "expected"])
+@pytest.mark.parametrize("form", ["lift", "one_pass", "expected"])
 def test_loss_and_gradient_are_verl_s_plus_the_term(
     core: ModuleType, form: Form, mode: str
 ) -> None:
@@ -130,9 +130,10 @@ def test_loss_and_gradient_are_verl_s_plus_the_term(
     plain, plain_metrics = batch.loss(core.get_policy_loss_fn("vanilla"), mode, config)
     logprob, old = batch.logprob(batch.logits), batch.logprob(batch.old_logits)
     ratio, positive = (logprob - old).exp(), batch.positive.unsqueeze(1)
-    if form == "one_pass":
+    if form in ("lift", "one_pass"):
         rho = (batch.logprob(batch.old_logits, T) - old).exp().clamp(1 / 3, 3)
-        term = -positive * torch.minimum(ratio * rho, ratio.clamp(0.8, 1.3) * rho)
+        weight = (rho - 1).clamp(min=0) if form == "lift" else rho
+        term = -positive * torch.minimum(ratio, ratio.clamp(0.8, 1.3)) * weight
         mean = (rho * batch.mask).sum().item() / 12
         assert metrics.pop("aepo/rho_mean") == pytest.approx(mean)
     else:

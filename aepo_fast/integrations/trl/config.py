@@ -109,13 +109,6 @@ class AEPOConfig(GRPOConfig):
             f"Use one of {', '.join(AGGREGATIONS)}; dapo is the mean over all tokens",
         )
         require(
-            aepo.form != "one_pass" or self.importance_sampling_level == "token",
-            "importance_sampling_level",
-            self.importance_sampling_level,
-            "gives one loss a sequence, and aepo_form = 'one_pass' weighs those of single tokens",
-            'Set aepo_form = "expected"',
-        )
-        require(
             0 < self.term_clip[1],
             "epsilon_high",
             self.epsilon_high,

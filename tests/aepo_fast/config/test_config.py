@@ -71,8 +71,8 @@ def test_the_benchmarks_configs_load(size: Size) -> None:
         ("integral_gain", 0.0, {"controller": "switch"}, "controller = 'pi"),
         ("baseline", True, {}, "form = 'one_pass"),
         ("baseline", True, {"form": "dcpo"}, "form = 'one_pass"),
-        ("rho_clip", 2.0, {}, "'one_pass' or 'dcpo"),
-        ("rho_clip", 2.0, {"form": "resample"}, "'one_pass' or 'dcpo"),
+        ("rho_clip", 2.0, {"form": "expected"}, "'lift' or 'one_pass' or 'dcpo"),
+        ("rho_clip", 2.0, {"form": "resample"}, "'lift' or 'one_pass' or 'dcpo"),
         ("normalizer", "positives", {}, "form = 'resample"),
         ("normalizer", "positives", {"controller": "pi", "form": "one_pass"}, "= 'resample"),
     ],
@@ -184,7 +184,7 @@ def test_gspo_refuses_what_acts_on_tokens(minimal: str) -> None:
     with pytest.raises(ConfigError, match="gspo"):
         load_config(minimal, ["loss.policy=gspo", "loss.entropy_method=clip_cov"])
     with pytest.raises(ConfigError, match="gspo"):
-        load_config(minimal, ["loss.policy=gspo", "aepo.form=one_pass"])
+        load_config(minimal, ["loss.policy=gspo", "aepo.form=dcpo"])
 
 
 def test_an_overlong_zone_longer_than_the_completion_is_refused(minimal: str) -> None:

@@ -131,6 +131,7 @@ def evaluate(objective: Objective, logprob: torch.Tensor, keep: torch.Tensor) ->
         (LossConfig(policy="dapo"), replace(RESAMPLE, normalizer="positives")),
         (LossConfig(policy="dr_grpo", entropy_method="bonus"), AepoConfig(enabled=False)),
         (LossConfig(policy="cispo"), AepoConfig(form="one_pass", alpha=0.3)),
+        (LossConfig(policy="sapo"), AepoConfig(form="lift", alpha=0.3)),
         (LossConfig(), AepoConfig(form="dcpo")),
     ],
 )
@@ -185,6 +186,8 @@ def test_the_objective_is_its_formula_and_adds_up_over_chunks(
                 signal = advantage
                 if aepo.enabled and aepo.form == "one_pass":
                     signal += aepo.alpha * rho * (row.reward == 1)
+                if aepo.enabled and aepo.form == "lift":
+                    signal += aepo.alpha * (rho - 1) * (row.reward == 1)  # rho > 1 everywhere
                 if aepo.enabled and aepo.form == "dcpo":
                     signal = 0.8 * advantage + 0.2 * rho * (row.reward == 1)
                 value = -weight * signal

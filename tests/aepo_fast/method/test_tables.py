@@ -73,7 +73,7 @@ def test_every_form_has_its_class_and_the_limits_that_its_hooks_have() -> None:
         assert type(form) is cls
         second = form.second_temperature(1.3)
         assert (name in config.ONE_TEMPERATURE_FORMS) == (second is None), name
-        assert (name in config.TOKEN_FORMS) == replaces(cls, AepoForm, "rho"), name
+        assert (name in config.TOKEN_FORMS) == replaces(cls, AepoForm, "advantage"), name
         off = make_form(AepoConfig(form=typing.cast(Any, name), enabled=False))
         assert type(off) is AepoForm
 
@@ -115,7 +115,7 @@ def test_the_clip_acts_with_the_forms_whose_ratios_it_bounds(name: Any) -> None:
     form, one = make_form(AepoConfig(form=name)), torch.ones(1)
     tokens = Tokens(-0.2 * one, -one, one, -0.5 * one, {"positive": one})  # a ratio of e^0.8
     context = StepContext(1.3, 0.0, 0.0, 0, 0, 1)
-    narrow, wide = (form.token_term(tokens, one, context, (c, c)) for c in (0.2, 0.5))
+    narrow, wide = (form.token_term(tokens, 2 * one, context, (c, c)) for c in (0.2, 0.5))
     bounded = narrow is not None and wide is not None and not torch.equal(narrow, wide)
     (item,) = (item for item in dataclasses.fields(LossConfig) if item.name == "clip_high")
     (needs,) = conditions_of(item)

@@ -262,7 +262,7 @@ def test_a_users_loss_trains_resumes_and_round_trips(
             "losses_of_papers:gmpo weighs whole sequences",
         ),
         (
-            ["loss.policy=losses_of_papers:gmpo", "aepo.form=one_pass"],
+            ["loss.policy=losses_of_papers:gmpo", "aepo.form=dcpo"],
             "aepo.form",
             "losses_of_papers:gmpo has one of whole sequences",
         ),

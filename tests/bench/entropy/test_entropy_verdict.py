@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bench.entropy import verdict
+from bench.entropy.settings import OURS
 
 
 def _part(setting: str, target: float | None = None, seed: int = 0, **found: Any) -> dict[str, Any]:
@@ -39,28 +40,28 @@ def _row(word: str, *parts: dict[str, Any]) -> str:
 
 
 def test_one_seed_beyond_the_band_misses_the_target() -> None:
-    good, bad = _part("expected", 0.5), _part("expected", 0.5, seed=1, max=0.11)
+    good, bad = _part(OURS, 0.5), _part(OURS, 0.5, seed=1, max=0.11)
     assert _row("within 10%", good).endswith("| yes |")
     row = _row("within 10%", good, bad)
     assert "2.0% on average, at most 5%, 11% by seed |" in row and row.endswith("| no |")
-    high = _part("expected", 0.5, last=0.6)
+    high = _part(OURS, 0.5, last=0.6)
     row = _row("within 10%", good, high)
     assert "; 2 of 4 means are beyond: 2 before the first within, 0 others above" in row
 
 
 def test_accuracy_is_judged_against_the_same_seed() -> None:
     grpo = [_part("grpo", accuracy=0.9, ci95=[0.8, 1.0]), _part("grpo", seed=1, ci95=[0.1, 0.3])]
-    ours = [_part("expected", 0.5, accuracy=0.81), _part("expected", 0.5, seed=1, accuracy=0.2)]
+    ours = [_part(OURS, 0.5, accuracy=0.81), _part(OURS, 0.5, seed=1, accuracy=0.2)]
     assert _row("95% interval", *grpo, *ours).endswith("| yes |")
-    worse = [_part("expected", 0.5, accuracy=0.79), ours[1]]
+    worse = [_part(OURS, 0.5, accuracy=0.79), ours[1]]
     assert _row("95% interval", *grpo, *worse).endswith("| no |")
-    assert not [row for row in _rows(*grpo, _part("expected", 0.75)) if "95% interval" in row]
+    assert not [row for row in _rows(*grpo, _part(OURS, 0.75)) if "95% interval" in row]
 
 
 def test_rivals_are_judged_on_the_line_between_our_runs() -> None:
     parts = [
         _part("grpo", reward=0.9, last=0.1),
-        _part("expected", 0.5, reward=0.8, last=0.5),
+        _part(OURS, 0.5, reward=0.8, last=0.5),
         _part("era", reward=0.84, last=0.3),
         _part("ucpo", reward=0.86, last=0.3),
         _part("entropic", 0.75, reward=0.7, last=0.8),
@@ -81,7 +82,7 @@ def test_rivals_within_the_spread_of_seeds_are_equal(rival: float, verdict_of_it
     for seed, off in ((0, -0.01), (1, 0.01)):
         parts += [
             _part("grpo", seed=seed, reward=0.9 + off, last=0.1),
-            _part("expected", 0.5, seed=seed, reward=0.9 + off, last=0.5),
+            _part(OURS, 0.5, seed=seed, reward=0.9 + off, last=0.5),
             _part("era", seed=seed, reward=rival + off, last=0.3),
         ]
     row = _row("matched", *parts)
@@ -91,15 +92,15 @@ def test_rivals_within_the_spread_of_seeds_are_equal(rival: float, verdict_of_it
 
 
 def test_the_late_reward_is_judged_against_grpos() -> None:
-    ours = _part("expected", 0.5, reward=0.8)
+    ours = _part(OURS, 0.5, reward=0.8)
     assert _row("reward as GRPO's", ours, _part("grpo", reward=0.8)).endswith("| yes |")
     row = _row("reward as GRPO's", ours, _part("grpo", reward=0.81))
     assert "H0 0.5: 0.800 to 0.810 | no |" in row
-    assert not [row for row in _rows(_part("grpo"), _part("expected", 0.75)) if "reward as" in row]
+    assert not [row for row in _rows(_part("grpo"), _part(OURS, 0.75)) if "reward as" in row]
 
 
 def test_pass_at_k_is_compared_at_every_k() -> None:
-    ours = _part("expected", 0.5, pass_at_k={"1": 0.1, "8": 0.8, "16": 0.96})
+    ours = _part(OURS, 0.5, pass_at_k={"1": 0.1, "8": 0.8, "16": 0.96})
     grpo = _part("grpo", pass_at_k={"1": 0.5, "8": 0.81, "16": 0.9})
     assert _row("pass@k of GRPO", ours, grpo).count("behind it at k = 8 | no") == 1
     base = _part("base", pass_at_k={"8": 0.5, "16": 0.94})
