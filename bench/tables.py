@@ -101,7 +101,7 @@ def first_light() -> str:
     return "\n".join(rows) + f"\n\n{note}\n"
 
 
-_ENTROPY_ROWS = ("base", "grpo", "published", "expected")
+_ENTROPY_ROWS = ("base", "grpo", "published", "lift")
 _ENTROPY_FIGURES = ("write-entropy", "write-accuracy")
 
 
