@@ -257,11 +257,12 @@ def test_correct_samples_get_the_term_weighed_by_ratio_and_correction(
     torch.testing.assert_close(by_logprob - without, -expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["lift", "expected"])
 @pytest.mark.parametrize("policy", ["grpo", "gspo"])
 def test_rows_are_passive_where_neither_advantage_nor_the_term_acts(
-    tmp_path: Path, policy: Any
+    tmp_path: Path, policy: Any, form: Any
 ) -> None:
-    loss, aepo = LossConfig(policy=policy), AepoConfig(form="expected")
+    loss, aepo = LossConfig(policy=policy), AepoConfig(form=form)
     hot, plain = (objective_of(tmp_path, loss, aepo, t) for t in (1.2, 1.0))
     assert hot.second_temperature == 1.2
     assert hot.passive_samples == frozenset()  # rows of the all-correct group carry the term

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import torch
 
 from aepo_fast.config.method import AepoConfig, LossConfig
 from aepo_fast.method.aepo_terms import lift_token_loss, one_pass_token_loss, temperature_ratio
-from aepo_fast.method.objective import Objective, build_objective
-from aepo_fast.method.tokens import StepContext
-from aepo_fast.samples import Completion, Sample, TokenValues
-from tests.tiny_run import tiny_config
+from aepo_fast.samples import TokenValues
+from tests.aepo_fast.method.test_expected import LENGTHS, REWARDS, objective_of
 
 TEMPERATURES = [0.6, 0.95, 1.05, 1.3, 2.0]
 
@@ -81,35 +78,6 @@ def test_a_single_right_action_is_never_pushed_down() -> None:
     assert gradient[0] > 0  # descent lowers it
 
 
-# Two groups of four: half right, and all right.
-REWARDS = [1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
-LENGTHS = [3, 2, 1, 4, 2, 5, 1, 3]
-
-
-def objective_of(
-    output: Path, loss: LossConfig, aepo: AepoConfig, temperature: float, old: TokenValues | None
-) -> Objective:
-    rows = [
-        Sample(
-            Completion((1, 2), (3,) * length, (-2.0,) * length, "stop", 1.0, 0),
-            index // 4,
-            False,
-            reward,
-        )
-        for index, (reward, length) in enumerate(zip(REWARDS, LENGTHS, strict=True))
-    ]
-    return build_objective(
-        replace(tiny_config(output, output), loss=loss, aepo=aepo),
-        rows,
-        torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0]),
-        range(len(rows)),
-        StepContext(temperature, 0.0, 0.0, 0, 0, 1),
-        old=old,
-        reference=None,
-        generator=torch.Generator(),
-    )
-
-
 @pytest.mark.parametrize("policy", ["grpo", "dapo", "gspo"])
 @pytest.mark.parametrize("updated", [False, True])
 def test_only_tokens_of_correct_samples_are_lifted(
@@ -129,7 +97,7 @@ def test_only_tokens_of_correct_samples_are_lifted(
     loss = LossConfig(policy=policy)
 
     def gradient(aepo: AepoConfig) -> tuple[torch.Tensor, torch.Tensor]:
-        objective = objective_of(tmp_path, loss, aepo, temperature, old)
+        objective = objective_of(tmp_path, loss, aepo, temperature, old=old)
         lp, second = now.clone().requires_grad_(), (now + 0.5).requires_grad_()
         given = (second if updated else at_t) if objective.second_temperature else None
         columns, entropy = objective.columns, torch.ones(total)
@@ -151,16 +119,6 @@ def test_only_tokens_of_correct_samples_are_lifted(
     assert (wanted < 0).any()
     assert (wanted <= 0).all()
     torch.testing.assert_close(found - without, wanted, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("policy", ["grpo", "gspo"])
-def test_at_t_1_it_asks_for_nothing(tmp_path: Path, policy: Any) -> None:
-    loss, aepo = LossConfig(policy=policy), AepoConfig(form="lift")
-    hot, plain = (objective_of(tmp_path, loss, aepo, t, None) for t in (1.2, 1.0))
-    assert hot.second_temperature == 1.2
-    assert hot.passive_samples == frozenset()  # rows of the all-correct group carry the term
-    assert plain.second_temperature is None
-    assert plain.passive_samples == {4, 5, 6, 7}
 
 
 def test_empty_input() -> None:
