@@ -14,6 +14,8 @@ from typing import Any
 from aepo_fast.config.sections import Config
 from aepo_fast.config.toml import load_config
 from aepo_fast.report.logger import read_lines
+from aepo_fast.training.checkpoint import complete_checkpoints
+from aepo_fast.training.optimizer_state import OPTIMIZER_NAME
 from aepo_fast.training.run import train
 from bench.common.environment import describe
 from bench.entropy.evaluation import evaluate_run, trained_model
@@ -37,10 +39,13 @@ def main(folder: Path, part: Path, local: list[str]) -> int:
     cfg = configuration(plan, [*local, f"output_dir={folder}"])
     model, training = cfg.model.path, {}
     if plan["setting"] != BASE:
-        code = train(cfg, resume=True)
+        code = _finish_training(cfg)
         if code:
             return code
-        model = str(trained_model(folder))
+        checkpoint = trained_model(folder)
+        # Nothing goes on from a finished run: of SmolLM2's it is 1 GB each that nobody reads.
+        (checkpoint / OPTIMIZER_NAME).unlink(missing_ok=True)
+        model = str(checkpoint)
         training = training_record(read_lines(folder / "metrics.jsonl"), plan["target"])
     prompts = SIZES[plan["size"]].prompts
     record = {
@@ -55,6 +60,14 @@ def main(folder: Path, part: Path, local: list[str]) -> int:
     draft.write_text(as_text(record))
     os.replace(draft, part)
     return 0
+
+
+def _finish_training(cfg: Config) -> int:
+    """Train what is left of a run's steps; returns the exit code."""
+    checkpoints = complete_checkpoints(Path(cfg.output_dir) / "checkpoints")
+    if checkpoints and checkpoints[-1].name == f"step_{cfg.trainer.steps}":
+        return 0
+    return train(cfg, resume=True)
 
 
 def as_text(record: dict[str, Any]) -> str:

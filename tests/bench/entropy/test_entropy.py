@@ -260,6 +260,14 @@ def test_two_steps_of_the_small_size(
     capsys.readouterr()
     arguments.run(arguments)
     assert "2 runs are done, 0 to do" in capsys.readouterr().out
+    # A finished run keeps its weights alone, and is not trained again for a part that is lost.
+    checkpoint = tmp_path / "runs" / "small" / "write-published-h0.5-s0" / "checkpoints" / "step_2"
+    assert (checkpoint / "model.safetensors").exists()
+    assert not (checkpoint / "optimizer.pt").exists()
+    (folder / "write-published-h0.5-s0.json").unlink()
+    arguments.run(arguments)
+    again = json.loads((folder / "write-published-h0.5-s0.json").read_text())
+    assert again["evaluation"] == part["evaluation"] and again["step_s"] == part["step_s"]
 
 
 def test_a_table_has_means_and_extremes_over_seeds() -> None:
