@@ -36,9 +36,11 @@ _FORMS = ("one_pass", "expected", "pi", "uncooled", *TRIED)
 def table(parts: list[Part]) -> str:
     """One row per target and task: what was measured, and whether the target is met."""
     rows = ["| target | task | measured | met |", "|---|---|---|---|"]
+    tasks = grouped(parts, lambda part: part["task"])
+    overall = _spread(list(tasks.values()))
     for name, judge in _TARGETS.items():
-        for task, mine in grouped(parts, lambda part: part["task"]).items():
-            for measured, met in judge(mine):
+        for task, mine in tasks.items():
+            for measured, met in judge(mine, _spread([mine]) or overall):
                 verdict = {True: "yes", False: "no", None: "-"}[met]
                 rows.append(f"| {name} | {task} | {measured} | {verdict} |")
     return "\n".join(rows)
@@ -48,7 +50,7 @@ def _of(parts: list[Part], setting: str) -> list[Part]:
     return [part for part in parts if part["setting"] == setting]
 
 
-def _held(parts: list[Part]) -> list[Finding]:
+def _held(parts: list[Part], _: float) -> list[Finding]:
     found = []
     for target, runs in grouped(_of(parts, OURS), lambda part: part["target"]).items():
         mean = statistics.fmean(run["held"]["mean"] for run in runs)
@@ -76,7 +78,7 @@ def _reasons(runs: list[Part]) -> str:
     )
 
 
-def _accuracy(parts: list[Part]) -> list[Finding]:
+def _accuracy(parts: list[Part], _: float) -> list[Finding]:
     """Ours by seed, with GRPO's of the same seed and the interval that it must reach."""
     grpo = {run["seed"]: run["evaluation"] for run in _of(parts, "grpo")}
     found = []
@@ -111,20 +113,20 @@ def _late(runs: list[Part]) -> tuple[float, float]:
     return statistics.fmean(h for h, _ in found), statistics.fmean(r for _, r in found)
 
 
-def _reward(parts: list[Part]) -> list[Finding]:
+def _reward(parts: list[Part], spread: float) -> list[Finding]:
     """Ours and GRPO's, means over seeds."""
     grpo = _of(parts, "grpo")
     found: list[Finding] = []
     for target, runs in grouped(_of(parts, OURS), lambda part: part["target"]).items():
         if target <= FREE_TARGET and grpo:
             (_, mine), (_, its) = _late(runs), _late(grpo)
-            margin = _margin(parts, len(runs), len(grpo))
+            margin = _margin(spread, len(runs), len(grpo))
             shown = f"H0 {target:g}: {mine:.3f} to {its:.3f}{_shown(margin)}"
             found.append((shown, mine >= its - margin))
     return found
 
 
-def _matched(parts: list[Part]) -> list[Finding]:
+def _matched(parts: list[Part], spread: float) -> list[Finding]:
     """Each rival's mean over seeds beside our curve, which begins with GRPO: the lever at rest."""
     ours = list(grouped(_of(parts, OURS), lambda part: part["target"]).values())
     grpo = _of(parts, "grpo")
@@ -144,22 +146,26 @@ def _matched(parts: list[Part]) -> list[Finding]:
             reach = f"{min(curve)[0]:.2f} to {max(curve)[0]:.2f}"
             found.append((f"{shown}; ours has {reach}", None))
         else:
-            margin = _margin(parts, len(runs), fewest)
+            margin = _margin(spread, len(runs), fewest)
             found.append((f"{shown}, ours {mine:.3f}{_shown(margin)}", mine >= reward - margin))
     return found
 
 
-def _margin(parts: list[Part], one: int, other: int) -> float:
-    """Two standard errors of the difference of two late rewards, means over so many seeds.
+def _spread(tasks: list[list[Part]]) -> float:
+    """The standard deviation of the late reward over seeds, pooled over settings; 0 without any.
 
-    From how far the seeds of a setting lie apart, on average over all settings; 0 where each has
-    one seed.
+    tasks: the parts of each task. A task with one seed is judged by the spread of the others.
     """
-    seeds = [runs for runs in by_setting(parts).values() if len(runs) > 1]
-    rewards = [[late(run)[1] for run in runs] for runs in seeds]
+    settings = [runs for parts in tasks for runs in by_setting(parts).values() if len(runs) > 1]
+    rewards = [[late(run)[1] for run in runs] for runs in settings]
     squares = sum(statistics.variance(values) * (len(values) - 1) for values in rewards)
     degrees = sum(len(values) - 1 for values in rewards)
-    return 2 * math.sqrt(squares / max(degrees, 1) * (1 / one + 1 / other))
+    return math.sqrt(squares / max(degrees, 1))
+
+
+def _margin(spread: float, one: int, other: int) -> float:
+    """Two standard errors of the difference of two late rewards, means over so many seeds."""
+    return 2 * spread * math.sqrt(1 / one + 1 / other)
 
 
 def _shown(margin: float) -> str:
@@ -174,7 +180,7 @@ def _curve(runs: list[Part]) -> dict[int, float]:
     }
 
 
-def _pass_at_k(parts: list[Part]) -> list[Finding]:
+def _pass_at_k(parts: list[Part], _: float) -> list[Finding]:
     grpo, base = _of(parts, "grpo"), _of(parts, BASE)
     found: list[Finding] = []
     for target, runs in grouped(_of(parts, OURS), lambda part: part["target"]).items():
@@ -195,7 +201,7 @@ def _pass_at_k(parts: list[Part]) -> list[Finding]:
     return found
 
 
-def _collapse(parts: list[Part]) -> list[Finding]:
+def _collapse(parts: list[Part], _: float) -> list[Finding]:
     last = [trailing_means(run["entropy"])[-1] for run in _of(parts, "grpo")]
     if not last:
         return []
@@ -203,7 +209,8 @@ def _collapse(parts: list[Part]) -> list[Finding]:
     return [(f"{shown} nats at the end, by seed", max(last) < COLLAPSED)]
 
 
-_TARGETS: dict[str, Callable[[list[Part]], list[Finding]]] = {
+# From the parts of a task and the spread of its seeds.
+_TARGETS: dict[str, Callable[[list[Part], float], list[Finding]]] = {
     "entropy within 10% of H0 (5-step means, last half), 5% on average": _held,
     "accuracy as GRPO's or in its 95% interval, H0 <= 0.5": _accuracy,
     "reward as GRPO's (last sixth of the steps), H0 <= 0.5": _reward,

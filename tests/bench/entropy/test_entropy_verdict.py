@@ -89,6 +89,11 @@ def test_rivals_within_the_spread_of_seeds_are_equal(rival: float, verdict_of_it
     assert f"era: {rival:.3f} at 0.30 nats, ours 0.900 (± 0.028) | {verdict_of_it} |" in row
     row = _row("reward as GRPO's", *parts)
     assert "H0 0.5: 0.900 to 0.900 (± 0.028) | yes |" in row
+    # A task with one seed is judged by the spread of the others: 2 x 0.01414 x sqrt(2).
+    alone = [_part("grpo", reward=0.9), _part(OURS, 0.5, reward=0.865)]
+    rows = _rows(*parts, *({**part, "task": "reach"} for part in alone))
+    (row,) = [row for row in rows if "reward as GRPO's" in row and "| reach |" in row]
+    assert "H0 0.5: 0.865 to 0.900 (± 0.040) | yes |" in row
 
 
 def test_the_late_reward_is_judged_against_grpos() -> None:
