@@ -43,7 +43,7 @@ def main(folder: Path, part: Path, local: list[str]) -> int:
         if code:
             return code
         checkpoint = trained_model(folder)
-        # Nothing goes on from a finished run: of SmolLM2's it is 1 GB each that nobody reads.
+        # A finished run never goes on. Its optimizer's state takes 1 GB for SmolLM2.
         (checkpoint / OPTIMIZER_NAME).unlink(missing_ok=True)
         model = str(checkpoint)
         training = training_record(read_lines(folder / "metrics.jsonl"), plan["target"])

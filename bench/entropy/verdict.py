@@ -209,7 +209,7 @@ def _collapse(parts: list[Part], _: float) -> list[Finding]:
     return [(f"{shown} nats at the end, by seed", max(last) < COLLAPSED)]
 
 
-# From the parts of a task and the spread of its seeds.
+# Each judges the parts of one task, given the spread of late rewards over seeds.
 _TARGETS: dict[str, Callable[[list[Part], float], list[Finding]]] = {
     "entropy within 10% of H0 (5-step means, last half), 5% on average": _held,
     "accuracy as GRPO's or in its 95% interval, H0 <= 0.5": _accuracy,
