@@ -75,25 +75,47 @@ def test_rivals_are_judged_on_the_line_between_our_runs() -> None:
     assert verdict.at_entropy([(0.2, 0.9), (0.2, 0.7)], 0.2) == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize(("rival", "verdict_of_it"), [(0.91, "yes"), (0.93, "no")])
-def test_rivals_within_the_spread_of_seeds_are_equal(rival: float, verdict_of_it: str) -> None:
+@pytest.mark.parametrize(
+    ("rival", "margin", "verdict_of_it"), [(0.91, "0.028", "yes"), (0.93, "0.026", "no")]
+)
+def test_rivals_within_the_spread_of_seeds_are_equal(
+    rival: float, margin: str, verdict_of_it: str
+) -> None:
     # Seeds 0.01 from their mean: a standard deviation of 0.01414, two errors of 0.0283.
+    parts = _three_settings(rival)
+    row = _row("matched", *parts)
+    assert f"era: {rival:.3f} at 0.30 nats, ours 0.900 (± {margin}) | {verdict_of_it} |" in row
+    row = _row("reward as GRPO's", *parts)
+    assert "H0 0.5: 0.900 to 0.900 (± 0.028) | yes |" in row
+
+
+def _three_settings(rival: float = 0.9) -> list[dict[str, Any]]:
+    """GRPO, ours and a rival, two seeds each; GRPO's and ours have the reward 0.9."""
+    share = (rival * (1 - rival) / 0.09) ** 0.5  # as far apart, for their mean
     parts = []
     for seed, off in ((0, -0.01), (1, 0.01)):
         parts += [
             _part("grpo", seed=seed, reward=0.9 + off, last=0.1),
             _part(OURS, 0.5, seed=seed, reward=0.9 + off, last=0.5),
-            _part("era", seed=seed, reward=rival + off, last=0.3),
+            _part("era", seed=seed, reward=rival + off * share, last=0.3),
         ]
-    row = _row("matched", *parts)
-    assert f"era: {rival:.3f} at 0.30 nats, ours 0.900 (± 0.028) | {verdict_of_it} |" in row
-    row = _row("reward as GRPO's", *parts)
-    assert "H0 0.5: 0.900 to 0.900 (± 0.028) | yes |" in row
-    # A task with one seed is judged by the spread of the others: 2 x 0.01414 x sqrt(2).
-    alone = [_part("grpo", reward=0.9), _part(OURS, 0.5, reward=0.865)]
-    rows = _rows(*parts, *({**part, "task": "reach"} for part in alone))
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "margin", "verdict_of_it"),
+    # The spread, 0.01414 where the mean is 0.9, is a share of sqrt(0.9 x 0.1) = 0.3; the margin is
+    # two of these, times sqrt(2) for two runs, times the deviation at the mean of both.
+    [(0.87, 0.93, "0.040", "no"), (0.89, 0.91, "0.040", "yes"), (0.98, 1.0, "0.013", "no")],
+)
+def test_rewards_near_one_are_equal_only_within_less(
+    mine: float, its: float, margin: str, verdict_of_it: str
+) -> None:
+    # A task with one seed is judged by the spread of the others.
+    alone = [_part("grpo", reward=its), _part(OURS, 0.5, reward=mine)]
+    rows = _rows(*_three_settings(), *({**part, "task": "reach"} for part in alone))
     (row,) = [row for row in rows if "reward as GRPO's" in row and "| reach |" in row]
-    assert "H0 0.5: 0.865 to 0.900 (± 0.040) | yes |" in row
+    assert f"H0 0.5: {mine:.3f} to {its:.3f} (± {margin}) | {verdict_of_it} |" in row
 
 
 def test_the_late_reward_is_judged_against_grpos() -> None:
