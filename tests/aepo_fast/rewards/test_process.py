@@ -304,6 +304,8 @@ def reward(completions, **_):
 def test_the_process_and_its_children_end_with_the_run(tmp_path: Path, number: int) -> None:
     (tmp_path / "mine.py").write_text(HANGS)
     script = (
+        # A shell's background job, which the tests may be, starts with Ctrl-C ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from aepo_fast.rewards.process import ScoringProcess\n"
         f"ScoringProcess('{CALL}', ('mine:reward',), timeout_s=300.0, memory=2**33, "
         "user_code=True).ask([(1, {'completions': ['x']})])"
