@@ -113,6 +113,15 @@ def _late(runs: list[Part]) -> tuple[float, float]:
     return statistics.fmean(h for h, _ in found), statistics.fmean(r for _, r in found)
 
 
+def _entropy_error(one: list[Part], other: list[Part]) -> float:
+    """The standard error of the difference of two late entropies, each a mean over seeds."""
+    variances = (
+        statistics.variance(late(run)[0] for run in runs) / len(runs) if len(runs) > 1 else 0.0
+        for runs in (one, other)
+    )
+    return math.sqrt(sum(variances))
+
+
 def _reward(parts: list[Part], spread: float) -> list[Finding]:
     """Ours and GRPO's, means over seeds."""
     grpo = _of(parts, "grpo")
@@ -132,14 +141,18 @@ def _matched(parts: list[Part], spread: float) -> list[Finding]:
     grpo = _of(parts, "grpo")
     if not ours or not grpo:
         return []
-    curve = [_late(runs) for runs in (grpo, *ours)]
-    fewest = min(len(runs) for runs in (grpo, *ours))
+    points = sorted(((_late(runs), runs) for runs in (grpo, *ours)), key=lambda point: point[0])
+    curve = [point for point, _ in points]
+    fewest = min(len(runs) for _, runs in points)
     found: list[Finding] = []
     for (name, target), runs in by_setting(parts).items():
         if name in (BASE, OURS, "grpo", *_FORMS):
             continue
         entropy, reward = _late(runs)
         mine = at_entropy(curve, entropy)
+        for (edge, at_edge), its in (points[0], points[-1]):
+            if mine is None and abs(entropy - edge) <= 2 * _entropy_error(runs, its):
+                mine = at_edge  # seeds differ by more than these two entropies do
         label = name if target is None else f"{name} at H0 {target:g}"
         shown = f"{label}: {reward:.3f} at {entropy:.2f} nats"
         if mine is None:

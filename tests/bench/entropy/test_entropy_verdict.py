@@ -75,6 +75,18 @@ def test_rivals_are_judged_on_the_line_between_our_runs() -> None:
     assert verdict.at_entropy([(0.2, 0.9), (0.2, 0.7)], 0.2) == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize(("spread", "found"), [(0.03, "ours 0.900"), (0.02, "ours has 0.20")])
+def test_entropies_that_seeds_cannot_tell_apart_are_matched(spread: float, found: str) -> None:
+    # Two seeds `spread` from each mean: an error of `spread` a mean, sqrt(2) times that of both.
+    parts = [_part(OURS, 0.5, reward=0.8)]
+    for seed, off in ((0, -spread), (1, spread)):
+        parts += [
+            _part("grpo", seed=seed, reward=0.9, last=0.2 + off),
+            _part("era", seed=seed, reward=0.9, last=0.13 + off),
+        ]
+    assert found in _row("matched", *parts)
+
+
 @pytest.mark.parametrize(
     ("rival", "margin", "verdict_of_it"), [(0.91, "0.028", "yes"), (0.93, "0.026", "no")]
 )
