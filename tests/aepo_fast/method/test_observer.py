@@ -141,7 +141,8 @@ def test_a_saved_state_goes_on_with_the_same_temperatures(steps: int) -> None:
 
 @pytest.mark.parametrize("cause", ["temperature_max", "above the target"])
 def test_with_t_at_1_it_says_that_the_response_is_not_known(cause: str) -> None:
-    cfg = aepo(temperature_max=1.0) if cause == "temperature_max" else aepo()
+    most = 1.0 if cause == "temperature_max" else 2.0
+    cfg = aepo(temperature_min=1.0, temperature_max=most)
     plant = Plant(0.1, -0.005, 0.9, stderr=0.01, entropy=3.0)
     controller = Observer(cfg, momentum=0.9)
     _, temperatures = run(controller, plant, 200)
@@ -152,7 +153,7 @@ def test_with_t_at_1_it_says_that_the_response_is_not_known(cause: str) -> None:
 
 def test_a_long_way_to_the_target_leaves_no_debt() -> None:
     plant = Plant(0.1, -0.02, 0.5, stderr=0.01, entropy=6.0)
-    controller = Observer(aepo(), momentum=0.5)
+    controller = Observer(aepo(temperature_min=1.0), momentum=0.5)
     _, temperatures = run(controller, plant, 200)
     assert set(temperatures) == {1.0}
     entropies, temperatures = run(controller, plant, 200)
@@ -223,12 +224,24 @@ def test_a_step_of_one_prompt_has_no_standard_error() -> None:
         assert math.isfinite(controller.temperature())
 
 
-def test_it_cools_after_arrival_only() -> None:
-    plant = Plant(0.1, 0.0, 0.5, stderr=0.01, entropy=1.0)
+def test_on_the_way_down_it_adds_what_the_drift_lacks() -> None:
+    # From 2 nats a drift of -0.08 is a fall of 4% a step and more: fast enough.
+    controller = Observer(aepo(), momentum=0.5)
+    entropies, temperatures = run(controller, Plant(0.1, -0.08, 0.5, stderr=0.01), 60)
+    near = next(step for step, entropy in enumerate(entropies) if entropy < 2 * TARGET)
+    assert set(temperatures[:near]) == {1.0}
+    # 56 steps of 2% each lead from 2 to 0.65 nats.
+    for drift in (0.0, -0.01):
+        controller = Observer(aepo(temperature_min=0.5), momentum=0.5)
+        plant = Plant(0.1, drift, 0.5, stderr=0.01)
+        entropies, temperatures = run(controller, plant, 56)
+        assert entropies[-1] == pytest.approx(0.65, abs=0.1)
+        assert 0.5 < min(temperatures) < 0.9
+
+
+def test_it_cools_to_the_minimum_after_arrival() -> None:
+    plant = Plant(0.1, 0.0, 0.5, stderr=0.01, entropy=TARGET)
     controller = Observer(aepo(temperature_min=0.8), momentum=0.5)
-    _, temperatures = run(controller, plant, 50)
-    assert set(temperatures) == {1.0}  # above the target, where it has never been
-    plant.entropy = TARGET
     run(controller, plant, 20)
     plant.entropy = 2 * TARGET
     entropies, temperatures = run(controller, plant, 60)
