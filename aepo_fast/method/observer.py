@@ -53,7 +53,8 @@ _CAUTION, _AIMING = 0.75, _PACE / 4
 _ARRIVED = 1.1
 # Until then, T goes below 1 only as far as H falls by less than this share of itself a step.
 # Cooled without that limit, the task `write` at 0.25 nats, where GRPO alone is fast enough, ended
-# at rewards of 0.86 and 0.87 instead of 0.92 and 0.92 (bench/results/cpu/entropy/small-cooling).
+# at rewards of 0.86 and 0.87 instead of 0.91 and 0.92 (small-cooling and small in
+# bench/results/cpu/entropy, seeds 0 and 1).
 _FALL = 0.02
 # T changes by at most so much a step: the response is seen before it can throw the policy off. It
 # does so up and down, since a limit on one side would turn the estimate's noise into a bias.
