@@ -129,6 +129,50 @@ def test_noise_does_not_hold_the_entropy_up(least: float, within: float) -> None
     assert sum(late) / len(late) == pytest.approx(TARGET, rel=within)
 
 
+class NoisyPlant(Plant):
+    """As SmolLM2 on sums: GRPO's drift is a share of the entropy, and uneven from step to step."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(0.3, 0.0, 0.5, stderr=0.07, entropy=1.0)
+        self.random = random.Random(seed)
+        self.seen: list[float] = []
+
+    def step(self, temperature: float) -> Measurement:
+        """Keeps what it measured, too."""
+        self.drift = -0.04 * self.entropy + self.random.gauss(0, 0.015)
+        measured = super().step(temperature)
+        self.seen.append(measured.entropy)
+        return measured
+
+
+class Told(Observer):
+    """An observer that is told the response and the drift of NoisyPlant, and has to learn H."""
+
+    def _correct(self, entropy: float, stderr: float) -> None:
+        super()._correct(entropy, stderr)
+        self.state[2:] = -0.04 * self.state[0], math.log(0.3)
+        self.covariance[2:] = self.covariance[:, 2:] = 0.0
+
+
+@pytest.mark.parametrize("target", [0.5, 1.0])
+def test_knowing_the_policy_would_help_little(target: float) -> None:
+    # What is left is the noise of the samples: 16 prompts of 6, as in `bench entropy`.
+    def off(kind: type[Observer]) -> float:
+        """How far means of 5 measurements are off the target, as a share of it."""
+        distances = []
+        for seed in range(30):
+            plant = NoisyPlant(seed)
+            cfg = AepoConfig(controller="observer", entropy_target=target)
+            run(kind(cfg, momentum=0.5), plant, 120)
+            means = [sum(plant.seen[end - 5 : end]) / 5 for end in range(60, 121)]
+            distances += [abs(mean / target - 1) for mean in means]
+        return sum(distances) / len(distances)
+
+    learned, told = off(Observer), off(Told)
+    assert told < learned < 1.2 * told
+    assert (told > 0.05) == (target == 0.5)
+
+
 @pytest.mark.parametrize("steps", [20, 60, 100])  # before arrival and after
 def test_a_saved_state_goes_on_with_the_same_temperatures(steps: int) -> None:
     plant, controller = FadingPlant(0), Observer(aepo(), momentum=0.9)
