@@ -13,6 +13,7 @@ from aepo_fast.config.method import AepoConfig
 from aepo_fast.method import observer as observer_module
 from aepo_fast.method.entropy_control import Measurement
 from aepo_fast.method.observer import KNOWN_WITHIN, Observer
+from bench.entropy.measures import held_within
 
 TARGET = 0.5
 
@@ -132,14 +133,16 @@ def test_noise_does_not_hold_the_entropy_up(least: float, within: float) -> None
 class NoisyPlant(Plant):
     """As SmolLM2 on sums: GRPO's drift is a share of the entropy, and uneven from step to step."""
 
+    response, drift_share = 0.3, -0.04
+
     def __init__(self, seed: int) -> None:
-        super().__init__(0.3, 0.0, 0.5, stderr=0.07, entropy=1.0)
+        super().__init__(self.response, 0.0, 0.5, stderr=0.07, entropy=1.0)
         self.random = random.Random(seed)
         self.seen: list[float] = []
 
     def step(self, temperature: float) -> Measurement:
         """Keeps what it measured, too."""
-        self.drift = -0.04 * self.entropy + self.random.gauss(0, 0.015)
+        self.drift = self.drift_share * self.entropy + self.random.gauss(0, 0.015)
         measured = super().step(temperature)
         self.seen.append(measured.entropy)
         return measured
@@ -150,7 +153,8 @@ class Told(Observer):
 
     def _correct(self, entropy: float, stderr: float) -> None:
         super()._correct(entropy, stderr)
-        self.state[2:] = -0.04 * self.state[0], math.log(0.3)
+        drift = NoisyPlant.drift_share * self.state[0]
+        self.state[2:] = drift, math.log(NoisyPlant.response)
         self.covariance[2:] = self.covariance[:, 2:] = 0.0
 
 
@@ -158,14 +162,11 @@ class Told(Observer):
 def test_knowing_the_policy_would_help_little(target: float) -> None:
     # What is left is the noise of the samples: 16 prompts of 6, as in `bench entropy`.
     def off(kind: type[Observer]) -> float:
-        """How far means of 5 measurements are off the target, as a share of it."""
-        distances = []
+        cfg, distances = AepoConfig(controller="observer", entropy_target=target), []
         for seed in range(30):
             plant = NoisyPlant(seed)
-            cfg = AepoConfig(controller="observer", entropy_target=target)
             run(kind(cfg, momentum=0.5), plant, 120)
-            means = [sum(plant.seen[end - 5 : end]) / 5 for end in range(60, 121)]
-            distances += [abs(mean / target - 1) for mean in means]
+            distances.append(held_within(plant.seen, target)["mean"])
         return sum(distances) / len(distances)
 
     learned, told = off(Observer), off(Told)
